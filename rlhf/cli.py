@@ -1,0 +1,157 @@
+"""The `rlhf` command: parses, calls, prints.
+
+Owns the spelling of the commands and how errors end: a mistake of the user's is one message on stderr and exit status
+2, without a traceback. Each command imports what it needs when it runs, so that help and configuration errors come at
+once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from rlhf import __version__
+from rlhf.config import UserError, load, show
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(arguments)
+        args.command(args)
+    except UserError as error:
+        sys.stderr.write(f"rlhf: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("rlhf: interrupted\n")
+        return 130
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser(reward_training=arguments[:2] == ["reward", "train"])
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes positionals in one run only; overrides that follow an option are left over.
+    if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
+        parser.error(f"unknown argument: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser(reward_training: bool) -> argparse.ArgumentParser:
+    """The grammar. `rlhf reward train` declares its options in its own module, imported only for that command."""
+    parser = argparse.ArgumentParser(prog="rlhf", description="Online alignment of language models, distributed.")
+    parser.add_argument("--version", action="version", version=f"rlhf {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = _add(commands, "train", _train, "align a policy online")
+    _add_configuration(train)
+    train.add_argument("--debug", action="store_true", help="all roles in this one process, for breakpoints")
+    train.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in run.dir")
+    train.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, load no weights")
+
+    config = commands.add_parser("config", help="look at a configuration")
+    config_commands = config.add_subparsers(metavar="COMMAND", required=True)
+    _add_configuration(_add(config_commands, "show", _show, "print the resolved settings with all defaults"))
+
+    reward = commands.add_parser("reward", help="reward models")
+    reward_commands = reward.add_subparsers(metavar="COMMAND", required=True)
+    reward_train = _add(reward_commands, "train", _reward_train, "fit a reward model on rated or paired text")
+    if reward_training:
+        from rlhf.reward.train import add_arguments
+
+        add_arguments(reward_train)
+
+    _add_generate(commands)
+    evaluate = _add(commands, "eval", _eval, "mean reward, and win rate against a baseline, on held-out prompts")
+    _add_configuration(evaluate)
+    evaluate.add_argument("--policy", required=True, metavar="EXPORT", help="the model to evaluate")
+    evaluate.add_argument("--baseline", metavar="MODEL", help="the model to win against (default: policy.model)")
+    evaluate.add_argument("--json", metavar="FILE", help="write the figures there too")
+
+    fetch = _add(commands, "fetch", _fetch, "build or download assets, and print their paths")
+    fetch.add_argument("assets", nargs="+", metavar="ASSET", help="such as asset:tiny-llama")
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, command: Command, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = _add(commands, "generate", _generate, "sample responses from a model with the rollout engine")
+    generate.add_argument("model", metavar="MODEL", help="folder, asset or hub name; for example an export")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", metavar="FILE", help="JSONL file of prompts, as `data.prompts` describes it")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given more than once")
+    generate.add_argument("--max-tokens", type=int, default=256, help="longest response, in tokens (default: 256)")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
+    generate.add_argument("--n", type=int, default=1, help="responses per prompt (default: 1)")
+    generate.add_argument("--out", metavar="FILE", help="write JSONL there instead of printing")
+
+
+def _train(args: argparse.Namespace) -> None:
+    settings = load(args.config, args.overrides)
+    if args.dry_run:
+        from rlhf.preflight.plan import describe
+
+        print(describe(settings, debug=args.debug))
+        return
+    from rlhf.loop.run import train
+
+    train(settings, debug=args.debug, resume=args.resume)
+
+
+def _show(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `rlhf config show ... | head` ends quietly
+    print(show(load(args.config, args.overrides)), end="")
+
+
+def _reward_train(args: argparse.Namespace) -> None:
+    from rlhf.reward.train import main as train_reward
+
+    train_reward(args)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from rlhf.loop.answers import generate
+
+    generate(
+        model=args.model,
+        prompts_file=args.prompts,
+        prompts=args.prompt,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        n=args.n,
+        out=args.out,
+    )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from rlhf.loop.answers import evaluate
+
+    evaluate(load(args.config, args.overrides), policy=args.policy, baseline=args.baseline, json_path=args.json)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from rlhf.data.assets import resolve
+
+    for asset in args.assets:
+        print(resolve(asset))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What fields demand of each other. Each finding names the fields, says what is wrong and how to put it right.
+
+Two sorts of findings: plans that cannot work (the arithmetic of batches, a wire without a GPU), and choices that
+another choice would silently ignore: a value that would change nothing is rejected. What belongs to a switch that is
+off (`tracking.project` while wandb is off) may stay in the file, so that one field turns it on again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.config.algorithm import BUILT_IN
+from rlhf.config.base import Section
+from rlhf.config.settings import Settings
+
+
+def problems(settings: Settings) -> list[str]:
+    """All findings, each a sentence or two; empty for a plan that can run."""
+    rules = (_names, _batches, _tokens, _steps, _sampling, _preferences, _zero, _devices, _reward, _evaluation)
+    return [problem for rule in rules for problem in rule(settings)]
+
+
+def optimizer_steps(settings: Settings) -> int:
+    """Optimizer steps of the whole run."""
+    return settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
+
+
+def largest_assignment(settings: Settings) -> int:
+    """Most tokens that one prompt and its two used responses can have: what must fit into a micro-batch."""
+    return settings.data.max_prompt_tokens + 2 * settings.rollout.max_tokens
+
+
+def _changed(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _names(settings: Settings) -> Iterator[str]:
+    name = settings.algorithm.name
+    if ":" not in name and name not in BUILT_IN:
+        yield (
+            f"`algorithm.name`: there is no built-in algorithm `{name}`. Choose one of {', '.join(BUILT_IN)}, or name "
+            "your own by its import path, `module:function`"
+        )
+
+
+def _batches(settings: Settings) -> Iterator[str]:
+    prompts, ranks, updates = settings.loop.prompts_per_step, settings.policy.ranks, settings.loop.updates_per_step
+    if prompts < ranks * updates:
+        yield (
+            f"`loop.prompts_per_step`: {prompts} prompts per step are divided over {updates} optimizer step(s) "
+            f"(`loop.updates_per_step`) on {ranks} rank(s) (`policy.ranks`), which needs at least {updates} x {ranks} "
+            f"= {updates * ranks} prompts, because a prompt with its responses is never split. Raise "
+            f"`loop.prompts_per_step` to {updates * ranks} or more, or lower `loop.updates_per_step` or `policy.ranks`"
+        )
+
+
+def _tokens(settings: Settings) -> Iterator[str]:
+    prompt, response = settings.data.max_prompt_tokens, settings.rollout.max_tokens
+    budget, needed = settings.policy.micro_batch_tokens, largest_assignment(settings)
+    if budget < needed:
+        yield (
+            f"`policy.micro_batch_tokens`: a budget of {budget} tokens does not hold the largest possible pair: a "
+            f"prompt of {prompt} tokens (`data.max_prompt_tokens`) and two responses of {response} "
+            f"(`rollout.max_tokens`) make {prompt} + 2 x {response} = {needed}. Raise `policy.micro_batch_tokens` to "
+            f"{needed} or more, or lower `data.max_prompt_tokens` or `rollout.max_tokens`"
+        )
+
+
+def _steps(settings: Settings) -> Iterator[str]:
+    loop, policy, total = settings.loop, settings.policy, optimizer_steps(settings)
+    if policy.warmup_steps > total:
+        yield (
+            f"`policy.warmup_steps`: a warm-up of {policy.warmup_steps} optimizer steps never ends, because the run "
+            f"has {loop.steps} steps x {loop.updates_per_step} updates x {loop.epochs_per_step} epochs = {total} "
+            f"optimizer steps. Lower `policy.warmup_steps` to {total} or less, or raise `loop.steps`"
+        )
+    if policy.schedule == "constant" and _changed(policy, "min_learning_rate_ratio"):
+        yield (
+            "`policy.min_learning_rate_ratio` is where `linear` and `cosine` end, but `policy.schedule` is constant. "
+            "Remove it, or choose another `policy.schedule`"
+        )
+
+
+def _sampling(settings: Settings) -> Iterator[str]:
+    rollout, n = settings.rollout, settings.algorithm.samples_per_prompt
+    if rollout.temperature == 0:
+        yield (
+            f"`rollout.temperature`: 0 is greedy, so all {n} responses to a prompt (`algorithm.samples_per_prompt`) "
+            "would be identical and there would be nothing to compare. Set `rollout.temperature` above 0, for example"
+            " to 1.0"
+        )
+
+
+def _preferences(settings: Settings) -> Iterator[str]:
+    algorithm = settings.algorithm
+    if algorithm.labels == "hard" and _changed(algorithm, "label_temperature"):
+        yield (
+            "`algorithm.label_temperature` shapes soft labels, but `algorithm.labels` is hard. Remove it, or set "
+            "`algorithm.labels: soft`"
+        )
+    if algorithm.labels == "soft" and algorithm.label_smoothing > 0:
+        yield (
+            "`algorithm.label_smoothing`: a soft label already says how uncertain it is. Set "
+            "`algorithm.label_smoothing: 0` (and raise `algorithm.label_temperature` for softer labels), or set "
+            "`algorithm.labels: hard`"
+        )
+    if algorithm.loss == "robust" and algorithm.label_smoothing == 0:
+        yield (
+            "`algorithm.loss`: robust corrects for labels flipped at the rate `algorithm.label_smoothing`, which is "
+            "0, so it would equal logistic. Set `algorithm.label_smoothing` above 0 (below 0.5) with "
+            "`algorithm.labels: hard`, or set `algorithm.loss: logistic`"
+        )
+
+
+def _zero(settings: Settings) -> Iterator[str]:
+    policy = settings.policy
+    if policy.offload_parameters != "none" and policy.zero_stage != 3:
+        yield (
+            "`policy.offload_parameters`: weights can be kept in host memory only when they are sharded, and "
+            f"`policy.zero_stage` is {policy.zero_stage}. Set `policy.zero_stage: 3`, or `policy.offload_parameters: "
+            "none`"
+        )
+    if policy.offload_optimizer != "none" and policy.zero_stage == 0:
+        yield (
+            "`policy.offload_optimizer`: optimizer states can be kept in host memory only when they are sharded, and "
+            "`policy.zero_stage` is 0. Set `policy.zero_stage` to 1, 2 or 3, or `policy.offload_optimizer: none`"
+        )
+
+
+def _devices(settings: Settings) -> Iterator[str]:
+    policy, rollout, device = settings.policy, settings.rollout, settings.cluster.device
+    if device == "cpu":
+        if rollout.transfer in ("nccl", "ipc"):
+            yield (
+                f"`rollout.transfer`: {rollout.transfer} moves weights between GPUs, but `cluster.device` is cpu. Set "
+                "`rollout.transfer` to gloo or auto"
+            )
+        for name in ("offload_optimizer", "offload_parameters"):
+            if getattr(policy, name) != "none":
+                yield (
+                    f"`policy.{name}`: with `cluster.device: cpu` everything is in host memory already. Set "
+                    f"`policy.{name}: none`"
+                )
+        if _changed(rollout, "gpu_memory_utilization"):
+            yield "`rollout.gpu_memory_utilization` is unused with `cluster.device: cpu`. Set `rollout.cpu_kv_cache_gb`"
+    if device == "cuda" and _changed(rollout, "cpu_kv_cache_gb"):
+        yield "`rollout.cpu_kv_cache_gb` is unused with `cluster.device: cuda`. Set `rollout.gpu_memory_utilization`"
+    workers = rollout.engines * rollout.tensor_parallel_size
+    if rollout.transfer == "ipc" and (workers > 1 or policy.ranks > 1):
+        yield (
+            "`rollout.transfer`: ipc hands weights over inside one GPU that one policy rank and one engine share, but"
+            f" there are {policy.ranks} rank(s) (`policy.ranks`) and {rollout.engines} x "
+            f"{rollout.tensor_parallel_size} = {workers} engine worker(s) (`rollout.engines` x "
+            "`rollout.tensor_parallel_size`). Set `rollout.transfer` to nccl or auto, or bring both to 1"
+        )
+
+
+def _reward(settings: Settings) -> Iterator[str]:
+    reward = settings.reward
+    is_import_path = ":" in reward.path and not reward.path.startswith("asset:") and "/" not in reward.path
+    if reward.kind == "function":
+        if not is_import_path:
+            yield (
+                f"`reward.path`: a function is named by its import path, `module:name`, not `{reward.path}`. Correct "
+                "`reward.path`, or set `reward.kind: model`"
+            )
+        if _changed(reward, "input"):
+            yield (
+                "`reward.input` is what a model reads, but `reward.kind` is function, and a function is given both "
+                "prompt and response. Remove it, or set `reward.kind: model`"
+            )
+    elif is_import_path:
+        yield (
+            f"`reward.path`: `{reward.path}` looks like the import path of a function, but `reward.kind` is model. Set "
+            "`reward.kind: function`, or give a model's folder"
+        )
+
+
+def _evaluation(settings: Settings) -> Iterator[str]:
+    if settings.loop.eval_every > 0 and settings.data.eval_prompts is None:
+        yield (
+            f"`loop.eval_every`: an evaluation every {settings.loop.eval_every} steps needs held-out prompts. Set "
+            "`data.eval_prompts`, or `loop.eval_every: 0`"
+        )

@@ -1,0 +1,42 @@
+"""`data`: the prompts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.config.base import Section
+
+
+class DataSettings(Section):
+    prompts: str = Field(
+        description="JSONL file of training prompts; each line an object with a `prompt` (text) or `messages` (chat) "
+        "field, all other fields become the payload that reward functions see.",
+    )
+    eval_prompts: str | None = Field(
+        None,
+        description="JSONL file of held-out prompts in the same format. None: no evaluation.",
+    )
+    max_prompt_tokens: int = Field(
+        512,
+        ge=1,
+        description="Prompts longer than this many tokens, after the chat template, are handled as `too_long` says.",
+    )
+    too_long: Literal["error", "drop"] = Field(
+        "error",
+        description="What to do with a prompt over `max_prompt_tokens`: stop before any model is loaded, or drop it "
+        "and count it.",
+    )
+    chat_template: bool = Field(
+        True,
+        description="Render prompts through the tokenizer's chat template. False: the text is tokenised as it is.",
+    )
+    system_prompt: str | None = Field(
+        None,
+        description="System message put before every prompt. None: what the chat template does by default.",
+    )
+    shuffle: bool = Field(
+        True,
+        description="Draw the prompts in an order given by `run.seed`, a new one each epoch. False: file order.",
+    )

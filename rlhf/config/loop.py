@@ -1,0 +1,21 @@
+"""`loop`: how many steps, and how large."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from rlhf.config.base import Section
+
+
+class LoopSettings(Section):
+    steps: int = Field(100, ge=1, description="Steps of the online loop: sample, judge, learn, publish.")
+    prompts_per_step: int = Field(64, ge=1, description="Prompts drawn in each step.")
+    updates_per_step: int = Field(1, ge=1, description="Optimizer steps that one step's prompts are divided over.")
+    epochs_per_step: int = Field(1, ge=1, description="Times that each step's data is learned from.")
+    eval_every: int = Field(
+        0,
+        ge=0,
+        description="Evaluate on the held-out prompts every so many steps, besides before and after the run. 0: only "
+        "before and after.",
+    )
+    eval_limit: int = Field(64, ge=1, description="Held-out prompts used for an evaluation, at most.")

@@ -1,0 +1,78 @@
+"""`policy`: the model that learns, its optimiser and how DeepSpeed spreads it over ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf.config.base import Section
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class PolicySettings(Section):
+    model: str = Field(
+        description="Folder or hub name of a causal language model in Hugging Face format; also the fixed reference.",
+    )
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="Precision of weights and activations. bf16 keeps fp32 master weights in the optimizer.",
+    )
+    ranks: int = Field(1, ge=1, description="DeepSpeed ranks, one per device.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="ZeRO stage: 0 shards nothing, 1 optimizer states, 2 also gradients, 3 also the weights of policy "
+        "and reference. With bf16, stage 0 also accumulates gradients in bf16; the others in fp32.",
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none",
+        description="Keep optimizer states in host memory (stages 1 to 3).",
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none",
+        description="Keep sharded weights in host memory (stage 3).",
+    )
+    learning_rate: float = Field(
+        1e-6,
+        ge=0,
+        description="Peak learning rate of AdamW. 0 is allowed and must leave the policy unchanged.",
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="Shape of the learning rate after warm-up, over all optimizer steps of the run.",
+    )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps over which the learning rate rises linearly from 0.",
+    )
+    min_learning_rate_ratio: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Where `linear` and `cosine` end, as a fraction of the peak.",
+    )
+    adam_betas: tuple[DecayRate, DecayRate] = Field(
+        (0.9, 0.95),
+        strict=False,
+        description="AdamW's decay rates of the first and second moment.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    micro_batch_tokens: int = Field(
+        4096,
+        ge=1,
+        description="Token budget of one packed forward and backward on one rank. Memory grows with it; results do not "
+        "depend on it.",
+    )
+    logprob_chunk_tokens: int = Field(
+        1024,
+        ge=1,
+        description="Tokens projected to the vocabulary at a time, so that [tokens, vocabulary] never exists whole. "
+        "Results do not depend on it.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: about a third slower, far less memory.",
+    )

@@ -1,0 +1,43 @@
+"""`reward`: the servers that judge responses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.config.base import Section
+
+
+class RewardSettings(Section):
+    kind: Literal["function", "model"] = Field(
+        "model",
+        description="`function`: a Python function; `model`: a reward model.",
+    )
+    path: str = Field(
+        description="For a function its import path, `module:name`; for a model its folder (a transformers sequence "
+        "classifier, or what `rlhf reward train` writes).",
+    )
+    input: Literal["response", "conversation"] = Field(
+        "response",
+        description="What a model reads: the response alone, or prompt and response.",
+    )
+    servers: int = Field(1, ge=1, description="Number of reward servers.")
+    batch_size: int = Field(32, ge=1, description="Most responses a server judges in one batch.")
+    max_wait_ms: float = Field(10.0, ge=0, description="How long a server waits for a batch to fill, in milliseconds.")
+    deadline_s: float = Field(
+        60.0,
+        gt=0,
+        description="Longest wait for a verdict, in seconds; after it the outcome is `TimedOut`.",
+    )
+    missing_eos_penalty: float = Field(
+        0.0,
+        ge=0,
+        description="Subtracted from the reward of a response that was cut at `rollout.max_tokens`.",
+    )
+    max_failed_fraction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="A step in which more than this fraction of the outcomes failed or timed out stops the run.",
+    )

@@ -1,0 +1,63 @@
+"""`rollout`: the vLLM engines that write the responses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.config.base import Section
+
+
+class RolloutSettings(Section):
+    engines: int = Field(
+        1,
+        ge=1,
+        description="Number of vLLM engines; prompts go to the one with the fewest outstanding tokens.",
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="Devices per engine.")
+    dtype: Literal["policy", "bf16", "fp32"] = Field(
+        "policy",
+        description="Precision of the engines' weights; `policy` follows `policy.dtype`.",
+    )
+    max_tokens: int = Field(
+        256,
+        ge=1,
+        description="Longest response, in tokens. A response cut here has finish reason `length`.",
+    )
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        description="Sampling temperature of training responses. Log-probs are of the tempered distribution. "
+        "0 is greedy.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling. Below 1 the log-probs are of the truncated distribution.",
+    )
+    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0: all.")
+    max_num_seqs: int = Field(64, ge=1, description="Sequences an engine decodes at the same time.")
+    enforce_eager: bool = Field(
+        False,
+        description="Do not compile or capture graphs: a quicker start, slower decoding on a GPU. CPUs are always "
+        "eager.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.6,
+        gt=0,
+        le=1,
+        description="Fraction of a GPU's memory for an engine (weights and key-value cache). Unused on CPU.",
+    )
+    cpu_kv_cache_gb: float = Field(
+        1.0,
+        gt=0,
+        description="Size of an engine's key-value cache on CPU, in GiB. Unused on a GPU.",
+    )
+    transfer: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto",
+        description="How new weights reach the engines: gloo (CPU), nccl (GPU to GPU), ipc (same GPU). auto: nccl on "
+        "GPUs, gloo on CPUs.",
+    )
+    request_deadline_s: float = Field(600.0, gt=0, description="Longest wait for one prompt's responses, in seconds.")

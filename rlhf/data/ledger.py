@@ -1,0 +1,88 @@
+"""The prompt ledger: which prompt comes next, and what became of each. A pure state machine; it owns no task and no file.
+
+Prompts are drawn epoch by epoch, each epoch in an order of its own that depends on the seed alone. A leased prompt ends `trained` or
+`dropped` (with a reason). The state is three numbers and the open leases, so a run resumes with exactly the prompts that
+the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.types import Prompt
+
+
+class LedgerError(RuntimeError):
+    """A prompt was settled that was not leased, or leased twice."""
+
+
+class Ledger:
+    """Hands out prompts and keeps the books.
+
+    Args:
+        prompts: all training prompts; their order is the file order.
+        shuffle: a new order each epoch, given by `seed`; otherwise file order.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool):
+        self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
+        self._order: tuple[int, list[int]] | None = None
+        self._drawn = 0
+        self._open: set[str] = set()
+        self.settled: Counter[str] = Counter()
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the prompts so far."""
+        return self._drawn / len(self._prompts)
+
+    def lease(self, count: int) -> list[Prompt]:
+        """The next `count` prompts, all different.
+
+        Raises:
+            LedgerError: more prompts than there are, or one is still out.
+        """
+        if count > len(self._prompts):
+            raise LedgerError(f"{count} prompts per step, but there are only {len(self._prompts)} prompts")
+        leased: dict[str, Prompt] = {}
+        while len(leased) < count:
+            prompt = self._at(self._drawn)
+            self._drawn += 1
+            if prompt.id in leased:  # the border of two epochs can bring one back too early
+                self.settled["repeated"] += 1
+                continue
+            if prompt.id in self._open:
+                raise LedgerError(f"prompt {prompt.id} was leased twice")
+            leased[prompt.id] = prompt
+        self._open |= leased.keys()
+        return list(leased.values())
+
+    def settle(self, prompt_id: str, outcome: str) -> None:
+        """A leased prompt ended: `trained`, or the reason why it was dropped."""
+        if prompt_id not in self._open:
+            raise LedgerError(f"prompt {prompt_id} was settled as {outcome!r} but is not leased")
+        self._open.remove(prompt_id)
+        self.settled[outcome] += 1
+
+    def state(self) -> dict[str, Any]:
+        """JSON state between steps; only valid when no prompt is out."""
+        if self._open:
+            raise LedgerError(f"{len(self._open)} prompts are still out")
+        return {"drawn": self._drawn, "settled": dict(self.settled)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self._drawn, self.settled, self._open = state["drawn"], Counter(state["settled"]), set()
+
+    def _at(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._prompts))
+        if not self._shuffle:
+            return self._prompts[place]
+        if self._order is None or self._order[0] != epoch:
+            order = list(range(len(self._prompts)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._prompts[self._order[1][place]]

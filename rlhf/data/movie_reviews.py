@@ -1,0 +1,74 @@
+"""The demo's data: sentences of film reviews, each rated by 15 to 20 people, divided so that nothing leaks.
+
+The data is C. J. Hutto's and E. Gilbert's (VADER, ICWSM 2014; MIT licence), inside the sdist of vaderSentiment 2.5. A hash of
+each text sends it to the reward model (train, test) or to the prompts (train, held out), the same on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf.data.packages import AssetError
+
+INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+RATINGS = "movieReviewSnippets_GroundTruth.txt"
+OPENING_WORDS = 5
+
+
+class Snippet(NamedTuple):
+    """One sentence and the mean of its human ratings, in [-4, 4]."""
+
+    text: str
+    rating: float
+
+
+def read_snippets(sdist: Path) -> list[Snippet]:
+    """The distinct snippets in the sdist of vaderSentiment, in file order; of equal texts the first one counts."""
+    with tarfile.open(sdist) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER_ARCHIVE))) as inner:
+        lines = _member(inner, RATINGS).decode("latin-1").splitlines()
+    snippets: dict[str, Snippet] = {}
+    for line in lines:
+        _, rating, text = line.split("\t")
+        snippets.setdefault(_key(text), Snippet(" ".join(text.split()), float(rating)))
+    return list(snippets.values())
+
+
+def split(snippets: list[Snippet]) -> dict[str, list[dict]]:
+    """File name -> rows. Half of the texts for the reward model (a fifth of them for testing it), half for prompts (a tenth held out)."""
+    files: dict[str, list[dict]] = {
+        name: [] for name in ("reward_train.jsonl", "reward_test.jsonl", "train_prompts.jsonl", "eval_prompts.jsonl")
+    }
+    openings: set[str] = set()
+    for text, rating in snippets:
+        draw = int(hashlib.sha256(_key(text).encode()).hexdigest()[:12], 16)
+        half, draw = draw % 2, draw // 2
+        if half == 0:
+            name = "reward_test.jsonl" if draw % 5 == 0 else "reward_train.jsonl"
+            files[name].append({"text": text, "rating": rating})
+            continue
+        words = text.replace('"', "").split()
+        opening = " ".join(words[:OPENING_WORDS])
+        # The opening makes the prompt, so a second snippet with the same one would leak from training to evaluation.
+        if len(words) < OPENING_WORDS or opening.casefold() in openings:
+            continue
+        openings.add(opening.casefold())
+        name = "eval_prompts.jsonl" if draw % 10 == 0 else "train_prompts.jsonl"
+        prompt = f'Write a short movie review that begins with these words: "{opening}"'
+        files[name].append({"prompt": prompt, "snippet": text})
+    return files
+
+
+def _key(text: str) -> str:
+    """Equal for texts that differ in case or spacing only."""
+    return " ".join(text.split()).casefold()
+
+
+def _member(archive: tarfile.TarFile, suffix: str) -> bytes:
+    for member in archive.getmembers():
+        if member.isfile() and member.name.endswith(suffix):
+            return archive.extractfile(member).read()
+    raise AssetError(f"{archive.name} has no file {suffix}: it is not the archive this version of rlhf was made for.")

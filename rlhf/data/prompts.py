@@ -1,0 +1,126 @@
+"""Prompt files: JSON lines to `Prompt`s, with every mistake reported by file, line and field."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.data import DataSettings
+from rlhf.config.loader import UserError
+from rlhf.types import Prompt, content_id
+
+
+class DataError(UserError):
+    """A prompt file cannot be used; the message names the file, the line and the remedy."""
+
+
+def load_prompts(path: str, tokenizer: Any, settings: DataSettings) -> list[Prompt]:
+    """Read, check, render and tokenise the prompts of one file, in file order.
+
+    A line is an object with `prompt` (text) or `messages` (a chat: list of {role, content}, ending with the user's turn); its other
+    fields become the payload. Equal prompts with equal payloads count once.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+
+    Raises:
+        DataError: unreadable file, bad line, empty set, or a prompt over `data.max_prompt_tokens`.
+    """
+    prompts: dict[str, Prompt] = {}
+    counts: Counter[str] = Counter()
+    for where, row in _rows(Path(path)):
+        prompt = make_prompt(where, row, tokenizer, settings)
+        if prompt.id in prompts:
+            counts["duplicate"] += 1
+        elif len(prompt.token_ids) <= settings.max_prompt_tokens:
+            prompts[prompt.id] = prompt
+        elif settings.too_long == "drop":
+            counts["too_long"] += 1
+        else:
+            raise DataError(
+                f"{where}: the prompt has {len(prompt.token_ids)} tokens, more than data.max_prompt_tokens="
+                f"{settings.max_prompt_tokens}. Raise it, shorten the prompt, or set data.too_long=drop."
+            )
+    if not prompts:
+        raise DataError(f"{path}: no prompt is left to use ({dict(counts) or 'the file is empty'})")
+    return list(prompts.values())
+
+
+def make_prompt(where: str, row: dict[str, Any], tokenizer: Any, settings: DataSettings) -> Prompt:
+    """One row as a prompt, of any length.
+
+    Args:
+        where: the row's place, for messages.
+
+    Raises:
+        DataError: the row cannot be used.
+    """
+    messages, payload = _messages(where, row)
+    identity = content_id({"messages": messages, "payload": payload, "system": settings.system_prompt})
+    return Prompt(identity, tuple(_tokenise(where, messages, tokenizer, settings)), messages[-1]["content"], payload)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a model folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"policy.model: no tokenizer can be loaded from {path!r}: {error}") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Set data.prompts (or data.eval_prompts) to a JSONL file of prompts.")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not JSON: {error}. Each line must be one JSON object.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: a {type(row).__name__}, not an object with a `prompt` or `messages` field")
+            yield where, row
+
+
+def _messages(where: str, row: dict[str, Any]) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    if ("prompt" in row) == ("messages" in row):
+        raise DataError(f"{where}: needs exactly one of the fields `prompt` and `messages`; it has {sorted(row)}")
+    payload = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            raise DataError(f"{where}: field `prompt` must be a text that is not empty")
+        return [{"role": "user", "content": row["prompt"]}], payload
+    messages = row["messages"]
+    good = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not good or not messages or messages[-1]["role"] != "user":
+        raise DataError(f"{where}: field `messages` must be a list of {{role, content}} that ends with the user's turn")
+    return messages, payload
+
+
+def _tokenise(where: str, messages: list[dict[str, str]], tokenizer: Any, settings: DataSettings) -> list[int]:
+    if settings.chat_template:
+        if tokenizer.chat_template is None:
+            raise DataError("the tokenizer has no chat template. Set data.chat_template=false, or use a chat model.")
+        system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
+        token_ids = tokenizer.apply_chat_template(system + messages, add_generation_prompt=True, return_dict=False)
+    elif len(messages) > 1 or settings.system_prompt:
+        raise DataError(f"{where}: a chat of several messages needs data.chat_template=true")
+    else:
+        token_ids = tokenizer(messages[0]["content"]).input_ids
+    if not token_ids:
+        raise DataError(f"{where}: the prompt has no tokens")
+    return token_ids

@@ -1,0 +1,151 @@
+"""`rlhf generate` and `rlhf eval`: a finished model answers prompts with the same engines that wrote the training responses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.cluster import LocalRuntime, RayRuntime
+from rlhf.config import Settings
+from rlhf.config.loader import UserError
+from rlhf.data.assets import resolve
+from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
+from rlhf.loop.evaluation import evaluation_sampling, held_out
+from rlhf.loop.online import Judged
+from rlhf.reward.pool import RewardPool
+from rlhf.rollout.pool import RolloutPool
+from rlhf.rollout.sampling import Sampling
+from rlhf.tracking.report import HeldOut, win_rate
+from rlhf.types import Prompt
+
+
+def generate(
+    model: str,
+    prompts_file: str | None,
+    prompts: Sequence[str] | None,
+    max_tokens: int,
+    temperature: float,
+    n: int,
+    out: str | None,
+) -> None:
+    """Print, or write to `out` as JSON lines, `n` responses to each prompt. One engine, in this process.
+
+    Raises:
+        UserError: a model or prompt that cannot be used, or `n` > 1 at temperature 0.
+    """
+    if n > 1 and temperature == 0:
+        raise UserError("--n: at temperature 0 all responses are the same. Use --n 1, or a temperature above 0.")
+    tokenizer = load_tokenizer(resolve(model))
+    chat = tokenizer.chat_template is not None
+    data = {"prompts": prompts_file or "", "chat_template": chat, "max_prompt_tokens": 2**20}
+    settings = Settings.model_validate(
+        {
+            "data": data,
+            "policy": {"model": model},
+            "rollout": {"max_tokens": max_tokens},
+            "reward": {"kind": "function", "path": ""},
+        }
+    )
+    if prompts_file is not None:
+        asked = load_prompts(resolve(prompts_file), tokenizer, settings.data)
+    else:
+        asked = [make_prompt("--prompt", {"prompt": text}, tokenizer, settings.data) for text in prompts or ()]
+    longest = max(len(prompt.token_ids) for prompt in asked)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"max_prompt_tokens": longest})})
+    sampling = Sampling(n=n, max_tokens=max_tokens, temperature=temperature)
+    rows = asyncio.run(_answer(settings, asked, sampling, tokenizer))
+    if out is None:
+        for row in rows:
+            sys.stdout.write(f"> {row['prompt']}\n{row['response']}\n\n")
+    else:
+        Path(out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+async def _answer(
+    settings: Settings, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any
+) -> list[dict[str, Any]]:
+    runtime = LocalRuntime()
+    try:
+        pool = await RolloutPool.start(runtime, settings)
+        rollouts = await asyncio.gather(*(pool.sample(prompt, sampling) for prompt in prompts))
+        return [
+            {
+                "prompt": rollout.prompt.text,
+                "response": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                "length": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+            }
+            for rollout in rollouts
+            for completion in rollout.completions.value
+        ]
+    finally:
+        runtime.stop()
+
+
+def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: str | None) -> None:
+    """Answer the held-out prompts with `policy` and with `baseline`, judge both, print means and the win rate.
+
+    Args:
+        baseline: the model to win against; None: `policy.model` of the settings.
+        json_path: file for the figures.
+
+    Raises:
+        UserError: no held-out prompts, or a model that cannot be used.
+    """
+    if settings.data.eval_prompts is None:
+        raise UserError("data.eval_prompts: not set, so there are no held-out prompts to evaluate on")
+    baseline = baseline or settings.policy.model
+    tokenizer = load_tokenizer(resolve(settings.policy.model))
+    prompts = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)[: settings.loop.eval_limit]
+    ours, theirs = asyncio.run(_compare(settings, prompts, (policy, baseline), tokenizer))
+    rate, (low, high) = win_rate(theirs.rewards, ours.rewards, seed=settings.run.seed)
+    figures = {
+        "prompts": len(prompts),
+        "policy": _means(policy, ours),
+        "baseline": _means(baseline, theirs),
+        "win_rate": rate,
+        "win_rate_interval": [low, high],
+    }
+    for role in ("policy", "baseline"):
+        means = figures[role]
+        sys.stdout.write(f"{role:9} reward {means['reward']:+.3f}  length {means['length']:.1f}  ({means['model']})\n")
+    sys.stdout.write(f"win rate  {rate:.3f}  95% interval [{low:.3f}, {high:.3f}] over {len(prompts)} prompts\n")
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+async def _compare(
+    settings: Settings, prompts: Sequence[Prompt], models: Sequence[str], tokenizer: Any
+) -> list[HeldOut]:
+    """The judged answers of each model, one model after the other."""
+    runtime = RayRuntime(settings.cluster, settings.rollout.engines + settings.reward.servers)
+    try:
+        rewards = await RewardPool.start(runtime, settings)
+        answers = []
+        for model in models:
+            served = settings.model_copy(update={"policy": settings.policy.model_copy(update={"model": model})})
+            pool = await RolloutPool.start(runtime, served)
+            rollouts = await asyncio.gather(*(pool.sample(p, evaluation_sampling(settings)) for p in prompts))
+            feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
+            judged = [Judged(rollout, feedback) for rollout, feedback in zip(rollouts, feedbacks, strict=True)]
+            answers.append(held_out(judged, tokenizer))
+            await pool.close()
+        await rewards.close()
+        return answers
+    finally:
+        runtime.stop()
+
+
+def _means(model: str, answers: HeldOut) -> dict[str, Any]:
+    return {
+        "model": model,
+        "reward": float(np.nanmean(answers.rewards)),
+        "length": float(np.mean(answers.lengths)),
+        "unjudged": int(np.isnan(answers.rewards).sum()),
+    }

@@ -1,0 +1,103 @@
+"""What a run reads, opened and checked without loading weights: model configuration, tokenizer, prompts and reward.
+
+Each check raises a `UserError` whose message names the field, what is wrong with its value, and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig
+
+from rlhf.config import Settings, UserError
+from rlhf.data.assets import resolve
+from rlhf.data.prompts import load_prompts, load_tokenizer
+from rlhf.preflight.memory import ModelShape, model_shape
+from rlhf.reward.functions import load_function
+from rlhf.types import Prompt
+
+
+class PlanError(UserError):
+    """The run cannot work as configured; the message names the field and the remedy."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found.
+
+    Attributes:
+        reward: what judges, in words.
+    """
+
+    model_path: str
+    model_type: str
+    shape: ModelShape
+    prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    reward: str
+
+
+def read_inputs(settings: Settings) -> Inputs:
+    """Open everything the run reads. Raises UserError for the first thing that does not fit."""
+    path = resolve(settings.policy.model)
+    config, tokenizer = _model(settings, path)
+    shape = _shape(settings, config, path)
+    prompts = load_prompts(resolve(settings.data.prompts), tokenizer, settings.data)
+    if len(prompts) < settings.loop.prompts_per_step:
+        raise PlanError(
+            f"`loop.prompts_per_step`: a step draws {settings.loop.prompts_per_step} prompts, but `data.prompts` "
+            f"({settings.data.prompts}) holds {len(prompts)}. Lower `loop.prompts_per_step` or add prompts"
+        )
+    held_out: Sequence[Prompt] = ()
+    if settings.data.eval_prompts is not None:
+        held_out = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)
+    return Inputs(path, config.model_type, shape, prompts, held_out, _reward(settings))
+
+
+def _model(settings: Settings, path: str) -> tuple[Any, Any]:
+    name = settings.policy.model
+    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise PlanError(f"`policy.model`: there is no folder `{path}`. Give a model folder, a hub name or an `asset:`")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"`policy.model`: `{name}` has no readable model configuration: {error}") from None
+    tokenizer = load_tokenizer(path)
+    if settings.data.chat_template and not tokenizer.chat_template:
+        raise PlanError(
+            f"`data.chat_template`: the tokenizer of `{name}` has no chat template. Set `data.chat_template: false`, "
+            "or use a model that was tuned for chat"
+        )
+    return config, tokenizer
+
+
+def _shape(settings: Settings, config: Any, path: str) -> ModelShape:
+    try:
+        shape = model_shape(config)
+    except ValueError as error:
+        raise PlanError(f"`policy.model`: `{path}` is not a causal language model: {error}") from None
+    longest = settings.data.max_prompt_tokens + settings.rollout.max_tokens
+    if shape.context is not None and longest > shape.context:
+        raise PlanError(
+            f"`rollout.max_tokens`: a prompt of {settings.data.max_prompt_tokens} tokens (`data.max_prompt_tokens`) "
+            f"and a response of {settings.rollout.max_tokens} make {longest}, but the model's context holds "
+            f"{shape.context}. Lower one of the two"
+        )
+    return shape
+
+
+def _reward(settings: Settings) -> str:
+    reward = settings.reward
+    if reward.kind == "model":
+        folder = resolve(reward.path)
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise PlanError(
+                f"`reward.path`: there is no reward model in `{folder}` (no config.json). Train one with `rlhf reward "
+                "train`, or give the folder of a transformers sequence classifier"
+            )
+        return f"the reward model in {folder}"
+    load_function(reward.path)
+    return f"the function {reward.path}"

@@ -1,0 +1,171 @@
+"""The plan of a run in words, for `rlhf train ... --dry-run`: what will run where, how large, and with what memory.
+
+Reads configuration, tokenizer and prompts (through `inputs`); loads no weights and starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from rlhf.algorithms import make
+from rlhf.cluster import uses_gpu
+from rlhf.config import Settings
+from rlhf.config.checks import largest_assignment, optimizer_steps
+from rlhf.config.settings import single_process
+from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
+from rlhf.preflight.memory import GIB, engine_weights, policy_memory
+from rlhf.types import Prompt
+
+
+def describe(settings: Settings, debug: bool = False) -> str:
+    """The plan, after everything that can be validated without weights has been.
+
+    Args:
+        debug: plan for `--debug`: all roles in one process.
+
+    Raises:
+        UserError: the run cannot work as configured.
+    """
+    if debug:
+        settings = single_process(settings)
+    make(settings.algorithm)
+    inputs = read_inputs(settings)
+    device = "cuda" if uses_gpu(settings.cluster) else "cpu"
+    if device == "cuda" and settings.cluster.address is None:
+        _check_gpus(settings, 1 if debug else _devices(settings))
+    parts = {
+        "Run": _run(settings),
+        "Inputs": _inputs(settings, inputs),
+        "Roles": _roles(settings, inputs, device, debug),
+        "Batches": _batches(settings, inputs),
+        "Tokens": _tokens(settings, inputs),
+        "Memory (estimates)": _memory(settings, inputs, device),
+    }
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts.items())
+
+
+def _devices(settings: Settings) -> int:
+    """Devices of all engines and policy ranks together."""
+    return settings.rollout.engines * settings.rollout.tensor_parallel_size + settings.policy.ranks
+
+
+def _check_gpus(settings: Settings, needed: int) -> None:
+    visible = torch.cuda.device_count()
+    if visible < needed:
+        raise PlanError(
+            f"the run needs {needed} GPU(s): {settings.rollout.engines} x {settings.rollout.tensor_parallel_size} for "
+            f"`rollout.engines` x `rollout.tensor_parallel_size` and {settings.policy.ranks} for `policy.ranks`, but "
+            f"this machine shows {visible}. Lower them, join a cluster with `cluster.address`, use `--debug` (all "
+            "roles on one GPU), or set `cluster.device: cpu`"
+        )
+
+
+def _run(settings: Settings) -> Iterator[str]:
+    checkpoint, tracking = settings.checkpoint, settings.tracking
+    folder = os.path.abspath(settings.run.dir)
+    held = os.path.exists(os.path.join(folder, "manifest.json"))
+    state = ", which holds a run: continue it with --resume, or choose another `run.dir`" if held else ""
+    yield f"folder {folder}{state}; seed {settings.run.seed}"
+    every = f"every {checkpoint.every} steps, the last {checkpoint.keep} kept" if checkpoint.every else "never"
+    yield f"checkpoints: {every}; export of the final policy: {'yes' if checkpoint.export else 'no'}"
+    project = "" if tracking.wandb == "off" else f", project {tracking.project}"
+    yield f"wandb: {tracking.wandb}{project}; console: {tracking.console}"
+
+
+def _inputs(settings: Settings, inputs: Inputs) -> Iterator[str]:
+    millions = inputs.shape.parameters / 1e6
+    yield f"policy and reference: {settings.policy.model}, {inputs.model_type}, {millions:,.1f} M parameters"
+    yield f"prompts: {_count(inputs.prompts)} from {settings.data.prompts}"
+    if inputs.eval_prompts:
+        used = min(len(inputs.eval_prompts), settings.loop.eval_limit)
+        every = f"every {settings.loop.eval_every} steps, and " if settings.loop.eval_every else ""
+        yield f"held-out prompts: {_count(inputs.eval_prompts)}; {used} are used {every}before and after the run"
+    else:
+        yield "held-out prompts: none, so nothing is evaluated"
+    yield f"reward: {inputs.reward}"
+
+
+def _count(prompts: Sequence[Prompt]) -> str:
+    return f"{len(prompts):,} prompts of up to {max(len(prompt.token_ids) for prompt in prompts)} tokens"
+
+
+def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool) -> Iterator[str]:
+    rollout, policy, reward = settings.rollout, settings.policy, settings.reward
+    where = "Ray actor" if not debug else "object in this process"
+    shards = f" over {rollout.tensor_parallel_size} devices" if rollout.tensor_parallel_size > 1 else ""
+    yield f"rollout: {rollout.engines} x vLLM engine{shards}, each a {where}, on {device}"
+    kind = f"{policy.dtype}, ZeRO {policy.zero_stage}"
+    yield f"policy: {policy.ranks} x DeepSpeed rank ({kind}), each a {where}, on {device}"
+    yield f"reward: {reward.servers} x server, each a {where}: {inputs.reward}"
+    if debug:
+        yield "debug mode: the roles take turns on one device, by the same code path"
+        return
+    transfer = rollout.transfer if rollout.transfer != "auto" else {"cuda": "nccl", "cpu": "gloo"}[device]
+    yield f"new weights reach the engines by {transfer} after every step, and each engine attests them"
+    cluster = "a Ray cluster started for this run" if settings.cluster.address is None else settings.cluster.address
+    actors = rollout.engines + policy.ranks + reward.servers
+    yield f"cluster: {cluster}; {actors} actors; this machine has {os.cpu_count()} cores"
+
+
+def _batches(settings: Settings, inputs: Inputs) -> Iterator[str]:
+    loop, k = settings.loop, settings.algorithm.samples_per_prompt
+    ranks, prompts = settings.policy.ranks, settings.loop.prompts_per_step
+    yield f"a step: {prompts} prompts x {k} responses = {prompts * k:,} responses, at most {prompts} pairs"
+    share = prompts / (loop.updates_per_step * ranks)
+    yield (
+        f"an optimizer step: {prompts} prompts / ({_n(loop.updates_per_step, 'update')} x {_n(ranks, 'rank')}) = about "
+        f"{share:.3g} prompts per rank"
+    )
+    yield (
+        f"the run: {_n(loop.steps, 'step')} x {_n(loop.updates_per_step, 'update')} x "
+        f"{_n(loop.epochs_per_step, 'epoch')} = {_n(optimizer_steps(settings), 'optimizer step')}"
+    )
+    drawn = loop.steps * prompts
+    yield f"prompts drawn: {drawn:,} = {drawn / len(inputs.prompts):.2f} times the file"
+
+
+def _tokens(settings: Settings, inputs: Inputs) -> Iterator[str]:
+    prompts, response = settings.loop.prompts_per_step, settings.rollout.max_tokens
+    sampled = prompts * settings.algorithm.samples_per_prompt * response
+    yield f"sampled in a step: at most {sampled:,} response tokens, {sampled // settings.rollout.engines:,} per engine"
+    longest = max(len(prompt.token_ids) for prompt in inputs.prompts)
+    pair, limit = longest + 2 * response, largest_assignment(settings)
+    yield f"the largest pair: a prompt of {longest} + 2 x {response} = {pair} tokens; at the limits {limit}"
+    yield f"learned from in a step: at most {prompts} x {pair} = {prompts * pair:,} tokens"
+    fit = settings.policy.micro_batch_tokens // pair
+    share = -(-prompts // (settings.loop.updates_per_step * settings.policy.ranks))
+    yield (
+        f"a micro-batch of {settings.policy.micro_batch_tokens:,} tokens holds {fit} such pairs, so an optimizer step "
+        f"is at most {_n(-(-share // fit), 'micro-batch', 'es')} on each rank"
+    )
+
+
+def _memory(settings: Settings, inputs: Inputs, device: str) -> Iterator[str]:
+    need = policy_memory(inputs.shape, settings.policy)
+    parts = ("policy", "reference", "gradients", "optimizer", "activations")
+    words = ", ".join(f"{name} {_size(getattr(need, name))}" for name in parts)
+    yield f"each policy rank: {_size(need.device)} ({words})"
+    if need.host:
+        yield f"offloaded by each policy rank: {_size(need.host)} of host memory"
+    weights = engine_weights(inputs.shape, settings.rollout, settings.policy)
+    if device == "cpu":
+        cache = settings.rollout.cpu_kv_cache_gb * GIB
+        yield f"each engine: {_size(weights + cache)} (weights {_size(weights)}, key-value cache {_size(cache)})"
+        yield f"this machine has {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
+        return
+    fraction = settings.rollout.gpu_memory_utilization
+    yield f"each engine worker: {fraction:.0%} of its GPU: weights {_size(weights)}, the rest key-value cache"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"GPU {index}: {properties.name}, {_size(properties.total_memory)}"
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _n(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else plural}"

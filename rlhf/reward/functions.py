@@ -1,0 +1,63 @@
+"""Reward functions: loading one by its import path, and a few built-in ones for smoke runs.
+
+A reward function is `def reward(prompt: str, response: str, payload: Mapping) -> float`, or the same with `async def`. It may
+return None for "this response has no reward", and raise for "I could not judge it".
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf.reward.errors import RewardError
+
+
+def load_function(path: str) -> Callable[[str, str, Mapping[str, Any]], Any]:
+    """The function named `module:name`. The folder that the run was started in is searched as well.
+
+    Raises:
+        RewardError: the path is malformed, or the module, the name or the right parameters are missing.
+    """
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise RewardError(f"`reward.path`: `{path}` is not an import path. Write `module:name`, e.g. `my_rewards:correctness`.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RewardError(
+            f"`reward.path`: cannot import the module `{module_name}` of `{path}`: {error}. Start the run in the folder that holds it, "
+            "or install it on every machine of the cluster."
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
+        raise RewardError(f"`reward.path`: `{module_name}` has no function `{name}`. It has: {names or 'no functions'}.")
+    try:
+        inspect.signature(function).bind("prompt", "response", {})
+    except TypeError:
+        raise RewardError(
+            f"`reward.path`: `{path}` must take three arguments, (prompt, response, payload); it takes {inspect.signature(function)}."
+        ) from None
+    return function
+
+
+def share_of_letter_a(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
+    """Share of the characters that are the letter a, in [0, 1]. Even a model with random weights can learn it."""
+    return response.lower().count("a") / max(len(response), 1)
+
+
+def negative_length(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
+    """Minus the number of words: the shorter the better."""
+    return -float(len(response.split()))
+
+
+def exact_match(prompt: str, response: str, payload: Mapping[str, Any]) -> float | None:
+    """1 if the response holds the payload's `answer`, else 0; None (no reward) if the prompt came without an answer."""
+    answer = payload.get("answer")
+    return None if answer is None else float(str(answer).strip().lower() in response.lower())

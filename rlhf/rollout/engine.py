@@ -1,0 +1,231 @@
+"""One rollout engine: a vLLM engine and the rules under which its answers count.
+
+Runs as a Ray actor, or in the driver's process in debug mode. Owns one vLLM engine, the version of its weights and whether
+they are whole. Knows nothing of other engines, of the loop, or of who sends the weights. Called by `RolloutPool`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf.config.settings import Settings
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.vllm_adapter import InProcessEngine, Sampled, VllmEngine, engine_arguments, start_engine
+from rlhf.transfer import Backend, TransferFailed, TransferSession, WeightSpec
+from rlhf.types import Completion, CompletionInfo, Prompt
+
+
+class BadResponse(RuntimeError):
+    """An engine returned a response that must not be trained on."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine says of itself when it is ready.
+
+    Attributes:
+        workers: vLLM worker processes, each of which receives weights.
+        pid: of the engine's process on `host`.
+        log: file that the process writes to, on its own host; None when it is the driver's process.
+    """
+
+    index: int
+    workers: int
+    host: str
+    pid: int
+    log: str | None
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """An engine's word for the weights it now holds.
+
+    Attributes:
+        fingerprint: of the bytes as its workers received them (`rlhf.transfer.fingerprint`).
+    """
+
+    engine: int
+    version: int
+    fingerprint: str
+
+
+class RolloutEngine:
+    """A vLLM engine behind the pool's questions. Constructing it costs nothing; `ready` loads the model.
+
+    Weights loaded from the model's folder count as version 0.
+    """
+
+    def __init__(self, settings: Settings, index: int, local: bool, backend: Backend, gpu: bool):
+        """
+        Args:
+            local: run vLLM inside this process (debug mode).
+            backend: how weights will arrive.
+            gpu: whether the engine runs on GPUs.
+        """
+        self._settings = settings
+        self._index = index
+        self._local = local
+        self._backend = backend
+        self._gpu = gpu
+        self._engine: VllmEngine | None = None
+        self._whole = True
+        self._session: TransferSession | None = None
+        self._delivered = asyncio.Event()
+        self._delivery: str | None = None
+
+    async def ready(self) -> EngineInfo:
+        """Load the model. Returns when the engine can answer.
+
+        Raises:
+            ValueError: vLLM refuses the model or the settings.
+        """
+        from rlhf.data.assets import resolve
+        from rlhf.transfer.plugin import ENGINE_NAMES
+
+        model = resolve(self._settings.policy.model)
+        name = ENGINE_NAMES[self._backend]
+        arguments = engine_arguments(self._settings, model, name, self._gpu, self._local)
+        self._engine = start_engine(arguments, in_process=self._local)
+        await self._engine.set_version(0)
+        log = None if self._local else os.readlink("/proc/self/fd/2")
+        workers = self._settings.rollout.tensor_parallel_size
+        return EngineInfo(self._index, workers, socket.gethostname(), os.getpid(), log)
+
+    async def sample(
+        self, prompt: Prompt, sampling: Sampling
+    ) -> tuple[tuple[CompletionInfo, ...], list[Completion]]:
+        """Draw `sampling.n` responses to one prompt.
+
+        Returns:
+            What the driver plans with, and the completions themselves, in the same order.
+
+        Raises:
+            ValueError: the prompt is empty, or too long for the engine.
+            BadResponse: the engine returned an empty or aborted response, or a log-prob that is not a number.
+            EngineDied: vLLM's core process ended.
+        """
+        if not self._whole:
+            raise BadResponse(f"engine {self._index} holds half-loaded weights; publish again before sampling")
+        self._check_length(prompt, sampling)
+        answers = await self._engine.generate(prompt, sampling)
+        completions = [self._completion(prompt, position, answer) for position, answer in enumerate(answers)]
+        return tuple(completion.info() for completion in completions), completions
+
+    def _check_length(self, prompt: Prompt, sampling: Sampling) -> None:
+        data, rollout = self._settings.data, self._settings.rollout
+        limit = data.max_prompt_tokens + rollout.max_tokens
+        n = len(prompt.token_ids)
+        if n == 0:
+            raise ValueError(f"prompt {prompt.id} has no tokens")
+        if n + sampling.max_tokens > limit:
+            raise ValueError(
+                f"prompt {prompt.id} has {n} tokens and asks for up to {sampling.max_tokens} more, but the engines hold "
+                f"{limit} (data.max_prompt_tokens = {data.max_prompt_tokens} plus rollout.max_tokens = {rollout.max_tokens}): "
+                "raise data.max_prompt_tokens, or set data.too_long to drop"
+            )
+
+    def _completion(self, prompt: Prompt, position: int, answer: Sampled) -> Completion:
+        where = f"response {position} of prompt {prompt.id} from engine {self._index}"
+        if answer.finish_reason not in ("stop", "length"):
+            raise BadResponse(f"{where} ended with '{answer.finish_reason}' instead of 'stop' or 'length'")
+        if len(answer.token_ids) == 0:
+            raise BadResponse(f"{where} is empty: not even an end-of-sequence token was sampled")
+        if len(answer.logprobs) != len(answer.token_ids):
+            raise BadResponse(f"{where} has {len(answer.token_ids)} tokens but {len(answer.logprobs)} log-probs")
+        if not np.isfinite(answer.logprobs).all():
+            first = int(np.flatnonzero(~np.isfinite(answer.logprobs))[0])
+            raise BadResponse(
+                f"{where}: the log-prob of token {first} is {answer.logprobs[first]}. The policy's weights or the engine's "
+                "precision are broken: look for a loss or gradient norm that is not finite, or try rollout.dtype=fp32"
+            )
+        return Completion(prompt.id, answer.token_ids, answer.logprobs, answer.weight_version, answer.finish_reason)
+
+    async def join_transfer(self, session: TransferSession, rank_offset: int) -> None:
+        """Join the session with ranks `rank_offset` and following; blocks until all ranks have joined.
+
+        Raises:
+            ValueError: the session's back end is not the one this engine was started with.
+        """
+        from rlhf.transfer import local
+
+        if session.backend != self._backend:
+            raise ValueError(
+                f"engine {self._index} was started for weights by {self._backend}, the session is {session.backend}"
+            )
+        if session.backend == "local":
+            local.register(session, self._deliver)
+            self._session = session
+            return
+        await self._engine.workers(
+            "init_weight_transfer_engine", init_info={"session": asdict(session), "rank_offset": rank_offset}
+        )
+
+    async def receive_weights(self, specs: Sequence[WeightSpec], version: int) -> Attestation:
+        """Take the weights that the session's sender sends meanwhile. Running requests finish first, under the old ones.
+
+        Cached prefixes are forgotten. If the transfer fails, the engine refuses to sample until one succeeds.
+
+        Raises:
+            TransferFailed: the transfer broke off, or the weights do not fill the model.
+        """
+        self._whole = False
+        await self._engine.pause()
+        try:
+            if self._backend == "local":
+                await self._delivered.wait()
+                self._delivered.clear()
+                fingerprint = self._delivery
+            else:
+                fingerprint = await self._receive_through_workers(specs)
+            await self._engine.set_version(version)
+        finally:
+            await self._engine.resume()
+        self._whole = True
+        return Attestation(self._index, version, fingerprint)
+
+    async def _receive_through_workers(self, specs: Sequence[WeightSpec]) -> str:
+        announcement = {
+            "names": [spec.name for spec in specs],
+            "dtypes": [spec.dtype for spec in specs],
+            "shapes": [list(spec.shape) for spec in specs],
+        }
+        await self._engine.workers("start_weight_update")
+        await self._engine.workers("update_weights", update_info=announcement)
+        await self._engine.workers("finish_weight_update")
+        fingerprints = set(await self._engine.workers("attest"))
+        if len(fingerprints) != 1:
+            raise TransferFailed(f"the workers of engine {self._index} received different weights: {sorted(fingerprints)}")
+        return fingerprints.pop()
+
+    def _deliver(self, weights: Iterable[tuple[str, Any]]) -> str:
+        """Called by the sender, in its own stack (back end `local`)."""
+        assert isinstance(self._engine, InProcessEngine)
+        self._whole = False
+        self._delivery = self._engine.load(weights)
+        self._delivered.set()
+        return self._delivery
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory to others until `wake`."""
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        """Take the memory back. The weights are as they were; cached prefixes are gone."""
+        await self._engine.wake()
+
+    def close(self) -> None:
+        """End vLLM and its processes. Calling it again does nothing."""
+        from rlhf.transfer import local
+
+        if self._session is not None:
+            local.unregister(self._session)
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None

@@ -1,0 +1,221 @@
+"""The rollout pool: all engines as one, from which the loop asks for responses.
+
+Owns the engines' handles, the routing, and the question whether they hold the weights they should. Does not know the policy:
+the loop tells it which version and fingerprint to expect. A request whose engine dies is asked once more of another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+
+from rlhf.cluster import ActorDied, Handle, Runtime
+from rlhf.config.settings import Settings
+from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
+from rlhf.rollout.router import Router
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.vllm_adapter import EngineDied
+from rlhf.transfer import Backend, TransferSession, WeightSpec
+from rlhf.types import Prompt, Rollout
+
+
+class StaleWeights(RuntimeError):
+    """Some engine does not hold the weights that the policy published."""
+
+
+class NoEngines(RuntimeError):
+    """Every engine has died."""
+
+
+class RolloutPool:
+    """Engines that answer as one. Make it with `start`."""
+
+    def __init__(self, settings: Settings, backend: Backend, handles: list[Handle], infos: list[EngineInfo]):
+        self.backend = backend
+        self._settings = settings
+        self._handles = dict(enumerate(handles))
+        self._infos = infos
+        self._router = Router(len(handles))
+        self._joined: tuple[int, ...] = ()
+        self._attested: tuple[Attestation, ...] = ()
+        self._accepted: int | None = 0  # the model's own files
+        self._deaths: list[str] = []
+
+    @classmethod
+    async def start(cls, runtime: Runtime, settings: Settings) -> RolloutPool:
+        """Start the engines and wait until each can answer. In debug mode there is one, whatever `rollout.engines` says.
+
+        Raises:
+            DeadlineExpired: an engine was not ready within `cluster.startup_deadline_s`.
+            ActorDied: an engine's process ended while starting.
+        """
+        gpu = uses_gpu(settings)
+        backend = choose_backend(settings, gpu, runtime.local)
+        count = 1 if runtime.local else settings.rollout.engines
+        gpus = settings.rollout.tensor_parallel_size if gpu and not runtime.local else 0
+        env = engine_environment(settings, runtime.local)
+        handles = [
+            runtime.start(
+                f"rollout-{index}", RolloutEngine, settings, index, runtime.local, backend, gpu, gpus=gpus, env=env
+            )
+            for index in range(count)
+        ]
+        deadline = settings.cluster.startup_deadline_s
+        infos = await asyncio.gather(*(handle.call("ready", deadline=deadline) for handle in handles))
+        return cls(settings, backend, handles, list(infos))
+
+    @property
+    def workers(self) -> int:
+        """vLLM worker processes of all living engines: the receivers of a weight transfer."""
+        return sum(self._infos[index].workers for index in self._handles)
+
+    async def sample(self, prompt: Prompt, sampling: Sampling) -> Rollout:
+        """Responses to one prompt, from the engine with the fewest outstanding tokens. Call it for many prompts at once.
+
+        Raises:
+            StaleWeights: new weights were sent and not yet accepted.
+            NoEngines: no engine is left, or the second one died as well.
+            DeadlineExpired: no answer within `rollout.request_deadline_s`.
+            ValueError: the prompt is too long.
+        """
+        if self._accepted is None:
+            raise StaleWeights("new weights were sent, and pool.accept has not yet confirmed that every engine holds them")
+        for _ in range(2):
+            rollout = await self._try_sample(prompt, sampling)
+            if rollout is not None:
+                return rollout
+        raise NoEngines(f"prompt {prompt.id} lost two engines in a row. " + " ".join(self._deaths))
+
+    async def _try_sample(self, prompt: Prompt, sampling: Sampling) -> Rollout | None:
+        if not self._handles:
+            raise NoEngines("no rollout engine is left. " + " ".join(self._deaths))
+        tokens = len(prompt.token_ids) + sampling.n * sampling.max_tokens
+        index = self._router.acquire(tokens)
+        deadline = self._settings.rollout.request_deadline_s
+        try:
+            infos, completions = await self._handles[index].call_keep("sample", prompt, sampling, deadline=deadline)
+        except (ActorDied, EngineDied) as error:
+            self._bury(index, error)
+            return None
+        finally:
+            self._router.release(index, tokens)
+        stale = {info.weight_version for info in infos} - {self._accepted}
+        if stale:
+            raise StaleWeights(f"engine {index} wrote with version {sorted(stale)}, the policy is at {self._accepted}")
+        return Rollout(prompt, infos, completions)
+
+    def _bury(self, index: int, error: Exception) -> None:
+        self._router.remove(index)
+        handle = self._handles.pop(index, None)
+        if handle is not None:  # several requests may bring the same news
+            info = self._infos[index]
+            where = f"process {info.pid} on {info.host}"
+            self._deaths.append(f"{handle.name} ({where}) died: {error}; its log there is {info.log}.")
+
+    async def connect(self, session: TransferSession) -> None:
+        """Let every living engine join the session; must run while the sender opens it.
+
+        Raises:
+            DeadlineExpired: not all had joined within `cluster.publish_deadline_s`.
+        """
+        offset, calls = 1, []  # rank 0 is the sender
+        deadline = self._settings.cluster.publish_deadline_s
+        for index, handle in self._handles.items():
+            calls.append(handle.call("join_transfer", session, offset, deadline=deadline))
+            offset += self._infos[index].workers
+        await asyncio.gather(*calls)
+        self._joined = tuple(self._handles)
+
+    async def receive(self, specs: Sequence[WeightSpec], version: int) -> None:
+        """Let every engine take the weights that the session's sender sends meanwhile. Then call `accept`.
+
+        Raises:
+            StaleWeights: an engine has died since `connect`, so the session is broken: connect anew.
+            DeadlineExpired: an engine had not received all within `cluster.publish_deadline_s`.
+            TransferFailed: the transfer failed at an engine.
+        """
+        self._accepted, self._attested = None, ()
+        if self._joined != tuple(self._handles):
+            raise StaleWeights(
+                f"the weight-transfer session joins engines {list(self._joined)}, but {list(self._handles)} are alive: "
+                "open a new session and call pool.connect. " + " ".join(self._deaths)
+            )
+        deadline = self._settings.cluster.publish_deadline_s
+        handles = self._handles.values()
+        calls = (handle.call("receive_weights", list(specs), version, deadline=deadline) for handle in handles)
+        self._attested = tuple(await asyncio.gather(*calls))
+
+    def accept(self, version: int, fingerprint: str) -> None:
+        """Compare what the engines attested with what the sender sent; only then does the pool sample again.
+
+        Raises:
+            StaleWeights: an engine holds other weights, or has not attested.
+        """
+        wrong = [a for a in self._attested if (a.version, a.fingerprint) != (version, fingerprint)]
+        if wrong or {a.engine for a in self._attested} != set(self._handles):
+            seen = ", ".join(f"engine {a.engine}: version {a.version}, {a.fingerprint}" for a in self._attested)
+            raise StaleWeights(
+                f"the policy sent version {version} with fingerprint {fingerprint}, but the engines attest {seen or 'nothing'}"
+            )
+        self._accepted = version
+
+    async def sleep(self) -> None:
+        """Let all engines give back their GPU memory."""
+        await self._all("sleep")
+
+    async def wake(self) -> None:
+        """Undo `sleep`; needed before sampling and before receiving weights."""
+        await self._all("wake")
+
+    async def close(self) -> None:
+        """End all engines and their processes."""
+        await self._all("close")
+
+    async def _all(self, method: str) -> None:
+        deadline = self._settings.cluster.publish_deadline_s
+        await asyncio.gather(*(handle.call(method, deadline=deadline) for handle in self._handles.values()))
+
+
+def uses_gpu(settings: Settings) -> bool:
+    """Whether engines run on GPUs: as `cluster.device` says, or, for `auto`, whether this process sees one."""
+    if settings.cluster.device != "auto":
+        return settings.cluster.device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def choose_backend(settings: Settings, gpu: bool, local: bool) -> Backend:
+    """The back end for weights: always `local` within one process, else as `rollout.transfer` says."""
+    if local:
+        return "local"
+    if settings.rollout.transfer != "auto":
+        return settings.rollout.transfer
+    return "nccl" if gpu else "gloo"
+
+
+def engine_environment(settings: Settings, local: bool) -> dict[str, str]:
+    """Environment variables that an engine's processes need before their first import.
+
+    In debug mode they go into the driver's own environment, so only those that concern vLLM alone are set.
+    """
+    quiet = "ERROR" if local else "WARNING"  # in debug mode vLLM writes between the lines of a debugger
+    env = {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", quiet),
+        "VLLM_NO_USAGE_STATS": "1",
+        # By default each engine pins its threads to the first cores, so that two engines would share one core.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    if local:
+        return env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    cores = len(os.sched_getaffinity(0))
+    threads = settings.cluster.threads or max(1, cores // settings.rollout.engines)
+    env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if not _is_hub_name(settings.policy.model):
+        env["HF_HUB_OFFLINE"] = "1"
+    return env
+
+
+def _is_hub_name(model: str) -> bool:
+    return not model.startswith("asset:") and not os.path.isdir(model)

@@ -1,0 +1,33 @@
+"""How a response is drawn from the policy's distribution."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters of one prompt's responses.
+
+    Attributes:
+        n: number of responses.
+        max_tokens: longest response, in tokens.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling; 1 is off.
+        top_k: sample among the k likeliest tokens; 0 is off.
+        seed: with the same seed, prompt and weights, the same responses are drawn. Change it with every step, or a prompt
+            that comes back draws the same random numbers again.
+    """
+
+    n: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def request_seed(self, prompt_id: str) -> int:
+        """The engine's seed for this prompt. vLLM adds the response's index to it, so neighbouring seeds must not occur."""
+        digest = hashlib.sha256(f"{self.seed}:{prompt_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 2  # 62 bits: index included, it stays a signed 64-bit integer

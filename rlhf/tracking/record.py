@@ -1,0 +1,204 @@
+"""The run folder: created once, appended to line by line, cut back on resume.
+
+Disk first: a line is in its file before anybody else hears of it. Whoever wants to show or send it (console, Weights &
+Biases) is a `Listener` and gets the line as it was written; a listener that fails is warned about once and dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf.config import Settings, show
+from rlhf.config.loader import UserError
+from rlhf.tracking import manifest
+from rlhf.tracking.console import make_console
+from rlhf.tracking.jsonl import JsonLines
+from rlhf.tracking.wandb import Wandb
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Somebody who is told of each line after it was written. Whatever it raises cannot stop the run."""
+
+    def step(self, line: Mapping[str, Any]) -> None: ...
+
+    def evaluation(self, line: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Record:
+    """Writes the run folder. After construction no method raises because of a disk, a terminal or a network.
+
+    Attributes:
+        folder: the run folder.
+        run_id: 8 hexadecimal digits made when the folder was created; a resumed run keeps them.
+    """
+
+    def __init__(self, settings: Settings, resume: bool, resolve: Callable[[str], str] = str):
+        """Create the run folder, or open it again.
+
+        Args:
+            resume: continue the run that the folder holds; call `rewind` next.
+            resolve: turns a data path of the settings into a file (for the data hashes of the manifest).
+
+        Raises:
+            UserError: the folder holds a run and `resume` is False, or holds none and it is True, or cannot be written.
+        """
+        self.folder = Path(settings.run.dir)
+        self._check(resume)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.run_id = self._describe(settings, resume, resolve)
+            self._files = {
+                name: JsonLines(self.folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "samples")
+            }
+            for file in self._files.values():
+                file.path.touch()
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.folder}: the run folder cannot be written ({error.strerror or error}). "
+                "Set run.dir to a folder on a disk with free space that you may write to."
+            ) from error
+        self._failed_files: set[str] = set()
+        self._listeners: dict[str, Listener] = {}
+        self._listen("console", lambda: make_console(settings))
+        self._listen(
+            "wandb", lambda: Wandb(settings, self.folder, self.run_id) if settings.tracking.wandb != "off" else None
+        )
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a training step (1-based)."""
+        line = _line(step, metrics)
+        self._append("metrics", line)
+        self._tell("step", line)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics on held-out prompts, measured after `step` steps (0: before training)."""
+        line = _line(step, metrics)
+        self._append("evaluations", line)
+        self._tell("evaluation", line)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record what the policy wrote in a step: one line per row, with `step` put before the row's own fields."""
+        for row in rows:
+            self._append("samples", {"step": step} | dict(row))
+
+    def rewind(self, step: int) -> None:
+        """Forget everything recorded of steps after `step`: they will be done again.
+
+        Raises:
+            UserError: the files cannot be rewritten. Continuing would leave two lines for one step.
+        """
+        try:
+            for file in self._files.values():
+                file.keep(step)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.folder}: the record cannot be cut back to step {step} ({error.strerror or error}). "
+                "Free some disk space, or make the folder writable, and use --resume again."
+            ) from error
+
+    def close(self) -> None:
+        """Let the console and Weights & Biases finish. The files need no closing. Safe to call twice."""
+        self._tell("close")
+        self._listeners.clear()
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self, resume: bool) -> None:
+        holds_run = (self.folder / "manifest.json").exists()
+        if holds_run and not resume:
+            raise UserError(
+                f"run.dir={self.folder}: this folder already holds a run. "
+                "Choose another run.dir, continue that run with --resume, or delete the folder."
+            )
+        if resume and not holds_run:
+            raise UserError(
+                f"run.dir={self.folder}: --resume found no run in this folder. "
+                "Set run.dir to the folder of the run to continue, or leave out --resume to start a new one."
+            )
+
+    def _describe(self, settings: Settings, resume: bool, resolve: Callable[[str], str]) -> str:
+        """Write config.yaml, then manifest.json: last, because it marks the folder as holding a run."""
+        facts = manifest.describe(settings, resolve)
+        config, manifest_file = self.folder / "config.yaml", self.folder / "manifest.json"
+        text = show(settings)
+        if resume:
+            described = json.loads(manifest_file.read_text())
+            described["resumed"].append(facts)
+            if config.exists() and config.read_text() != text:
+                shutil.copyfile(config, self.folder / f"config.before-resume-{len(described['resumed'])}.yaml")
+        else:
+            described = {"run_id": uuid.uuid4().hex[:8]} | facts | {"resumed": []}
+        _write_whole(config, text)
+        _write_whole(manifest_file, json.dumps(described, indent=2) + "\n")
+        return described["run_id"]
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        try:
+            self._files[name].append(line)
+        except OSError as error:
+            if name not in self._failed_files:
+                self._failed_files.add(name)
+                log.warning(
+                    "%s: a line was lost (%s); training goes on", self._files[name].path, error.strerror or error
+                )
+
+    def _listen(self, name: str, make: Callable[[], Listener | None]) -> None:
+        listener = self._guard(name, make)
+        if listener is not None:
+            self._listeners[name] = listener
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for name, listener in list(self._listeners.items()):
+            self._guard(name, lambda: getattr(listener, event)(*arguments))  # noqa: B023 (called at once)
+
+    def _guard(self, name: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001 - whatever a logger's library raises, training must not stop for it
+            self._listeners.pop(name, None)
+            log.warning(
+                "%s failed and is off for the rest of this run (the files in %s go on): %r", name, self.folder, error
+            )
+            return None
+
+
+def _line(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """One line of a metrics file. JSON has no NaN: such a value becomes null, and `warnings` says so."""
+    values: dict[str, float | None] = {}
+    warnings = []
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        values[name] = number if math.isfinite(number) else None
+        if values[name] is None:
+            warnings.append(f"{name} is {value}")
+    return {"step": step, "time": round(time.time(), 3)} | values | ({"warnings": warnings} if warnings else {})
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: a reader, or a crash, sees the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,98 @@
+"""Attention inside a packed row: every group attends to itself only, and its responses do not see each other.
+
+A row is a concatenation of groups; a group is one prompt followed by its responses (see packing.py). Attention runs group by
+group, so no [row, row] mask ever exists and its cost is the sum of the groups' squares. It is registered with
+transformers under the name "packed" and receives the groups through the model's keyword arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+NAME = "packed"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One group's place in the row.
+
+    Attributes:
+        start, stop: positions in the row.
+        mask: bool [stop - start, stop - start], True where a query may see a key; None for plain causal attention.
+        positions: position of each token in its sequence, [stop - start] (for sliding windows).
+    """
+
+    start: int
+    stop: int
+    mask: torch.Tensor | None
+    positions: torch.Tensor
+
+
+def group_mask(prompt: int, responses: Sequence[int], device: torch.device) -> torch.Tensor | None:
+    """Mask of a group: causal, and response tokens see the prompt and their own response only.
+
+    Args:
+        prompt: tokens of the prompt.
+        responses: tokens of each response.
+    """
+    if len(responses) < 2:
+        return None
+    branch = torch.repeat_interleave(
+        torch.arange(len(responses) + 1, device=device), torch.tensor([prompt, *responses], device=device)
+    )
+    same = branch[:, None] == branch[None, :]
+    return (same | (branch == 0)[None, :]).tril()
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    segments: Sequence[Segment] = (),
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface; query [1, heads, row, head_dim] -> output [1, row, heads, head_dim].
+
+    Raises:
+        ValueError: the model asks for something this function does not compute (soft-capped scores, attention sinks).
+    """
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unsupported:
+        raise ValueError(
+            f"{type(module).__name__} needs {', '.join(unsupported)}, which packed attention does not support"
+        )
+    shared_heads = key.shape[1] != query.shape[1]
+    outputs = []
+    for segment in segments:
+        part = slice(segment.start, segment.stop)
+        mask = segment.mask
+        if sliding_window is not None and segment.stop - segment.start > sliding_window:
+            distance = segment.positions[:, None] - segment.positions[None, :]
+            causal = torch.ones_like(distance, dtype=torch.bool).tril() if mask is None else mask
+            mask = causal & (distance < sliding_window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, part],
+                key[:, :, part],
+                value[:, :, part],
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=shared_heads,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,164 @@
+"""DeepSpeed set-up: the one place that knows its configuration.
+
+The caller owns the accumulation boundary: any number of `backward` calls, then one `step`. DeepSpeed averages gradients over
+ranks; `Trainer.backward` undoes that, so that a loss that is a sum over ranks stays a sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from rlhf.config.policy import PolicySettings
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient is not finite; nothing was applied."""
+
+
+def deepspeed_config(settings: PolicySettings, learn: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for the learning engine, or for a frozen model that is only sharded (`learn=False`)."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer != "none" and learn:
+        zero["offload_optimizer"] = {"device": settings.offload_optimizer, "pin_memory": torch.cuda.is_available()}
+    if settings.offload_parameters != "none":
+        zero["offload_param"] = {"device": settings.offload_parameters, "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": settings.dtype == "bf16"},
+        "wall_clock_breakdown": False,
+        "steps_per_print": None,
+    }
+    if learn:
+        config |= {
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": settings.max_grad_norm,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        if settings.zero_stage > 0:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def learning_rate_factor(settings: PolicySettings, total_updates: int) -> Callable[[int], float]:
+    """Learning rate as a fraction of the peak, as a function of the optimizer step (from 0)."""
+
+    def factor(update: int) -> float:
+        if update < settings.warmup_steps:
+            return (update + 1) / settings.warmup_steps
+        if settings.schedule == "constant":
+            return 1.0
+        span = max(1, total_updates - settings.warmup_steps)
+        done = min(1.0, (update - settings.warmup_steps) / span)
+        shape = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return settings.min_learning_rate_ratio + (1.0 - settings.min_learning_rate_ratio) * shape
+
+    return factor
+
+
+class Trainer:
+    """A module with its optimizer and schedule under DeepSpeed.
+
+    Args:
+        total_updates: optimizer steps of the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(self, model: nn.Module, settings: PolicySettings, total_updates: int):
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.adam_betas,
+            weight_decay=settings.weight_decay,
+            fused=settings.offload_optimizer == "none",
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, total_updates))
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(settings, learn=True)
+        )
+        self.ranks = torch.distributed.get_world_size()
+        self._norm = 0.0
+        self._max_grad_norm = settings.max_grad_norm
+        # Without ZeRO in fp32 DeepSpeed clips but does not keep the norm.
+        self.engine.clip_fp32_gradients = self._clip
+
+    def _clip(self) -> None:
+        parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def forward(self, *args: Any) -> Any:
+        """The module's forward, through DeepSpeed's hooks."""
+        return self.engine(*args)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of a loss that is to be summed over ranks and calls.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+        """
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss.item()}; no update was made. Lower policy.learning_rate or look at the rewards."
+            )
+        self.engine.backward(loss * self.ranks)
+
+    def step(self) -> tuple[float, float]:
+        """Apply the accumulated gradient; returns (gradient norm before clipping, learning rate used).
+
+        Raises:
+            TrainingDiverged: the gradient norm is not finite.
+        """
+        rate = self.engine.get_lr()[0]
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        norm = float(norm) if norm is not None else self._norm
+        if not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"the gradient norm is {norm}. Lower policy.learning_rate or look at the last samples."
+            )
+        return norm, rate
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write weights, optimizer and schedule to `folder/tag`; collective."""
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore what `save` wrote; collective.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+        """
+        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise FileNotFoundError(f"no DeepSpeed checkpoint {tag!r} in {folder}")
+
+
+def shard_frozen(model: nn.Module, settings: PolicySettings, device: torch.device) -> nn.Module:
+    """A frozen model ready for forward calls: sharded over the ranks at ZeRO stage 3, else whole on the device."""
+    model.requires_grad_(False)
+    model.eval()
+    if settings.zero_stage < 3:
+        return model.to(device)
+    engine, _, _, _ = deepspeed.initialize(model=model, config=deepspeed_config(settings, learn=False))
+    return engine
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters sharded by ZeRO-3 are whole (read-only) on every rank; a no-op for others. Collective."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+        yield

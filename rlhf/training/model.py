@@ -1,0 +1,194 @@
+"""The model that learns, as a module whose forward takes an `Experience` and returns log-probs.
+
+The vocabulary is projected in chunks of response tokens only, in the forward and again in the backward pass, so that
+[tokens, vocabulary] never exists whole. Everything else is transformers' model, untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf.config.loader import UserError
+from rlhf.training import attention
+from rlhf.training.packing import Experience, pack
+from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ModelError(UserError):
+    """The model cannot be used for training; the message says why."""
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden W^T + b)[target], chunk by chunk.
+
+    forward(hidden [N, H], weight [V, H], bias [V] or None, targets [N], chunk, temperature) -> fp32 ([N] at temperature 1,
+    [N] at `temperature`). Only the first has a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        chunk: int,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normaliser = hidden.new_empty(len(targets), dtype=torch.float32)
+        logprobs, tempered = torch.empty_like(normaliser), torch.empty_like(normaliser)
+        for part in _parts(len(targets), chunk):
+            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            chosen = logits.gather(1, targets[part, None])[:, 0]
+            normaliser[part] = logits.logsumexp(1)
+            logprobs[part] = chosen - normaliser[part]
+            if temperature == 1:
+                tempered[part] = logprobs[part]
+            else:
+                tempered[part] = chosen / temperature - logits.div_(temperature).logsumexp(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        ctx.chunk = chunk
+        ctx.mark_non_differentiable(tempered)
+        return logprobs, tempered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        )
+        for part in _parts(len(targets), ctx.chunk):
+            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            grad_logits = logits.sub_(normaliser[part, None]).exp_().neg_()
+            grad_logits[torch.arange(len(grad_logits), device=logits.device), targets[part]] += 1
+            grad_logits.mul_(gradient[part, None])
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[part]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _parts(total: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+
+
+class LogProbHead(nn.Module):
+    """The output projection as a module of its own, so that ZeRO-3 gathers its weight once per call, however many chunks."""
+
+    def __init__(self, projection: nn.Linear, chunk_tokens: int, temperature: float):
+        super().__init__()
+        self.weight, self.bias = projection.weight, projection.bias
+        self.chunk_tokens, self.temperature = chunk_tokens, temperature
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ChunkedLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk_tokens, self.temperature)
+
+
+class LogProbModel(nn.Module):
+    """A causal language model whose forward returns log-probs of an experience's response tokens.
+
+    Args:
+        causal_lm: transformers model with the attention implementation of `rlhf.training.attention`.
+        temperature: the sampling temperature; its log-probs are returned beside those of the model itself.
+    """
+
+    def __init__(self, causal_lm: nn.Module, chunk_tokens: int, temperature: float = 1.0):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.head = LogProbHead(causal_lm.get_output_embeddings(), chunk_tokens, temperature)
+
+    def forward(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 [N] log-probs of the model, with gradient, and fp32 [N] of the tempered distribution, without."""
+        output = self.causal_lm.base_model(
+            input_ids=experience.input_ids,
+            position_ids=experience.position_ids,
+            segments=experience.segments,
+            use_cache=False,
+        )
+        return self.head(output.last_hidden_state[0, experience.source], experience.targets)
+
+
+def load_causal_lm(path: str, dtype: str) -> nn.Module:
+    """The transformers model at `path`, in `dtype`, with packed attention and no dropout.
+
+    Raises:
+        ModelError: not a causal language model of a kind this project can train.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=DTYPES[dtype], attn_implementation=attention.NAME
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"policy.model: cannot load a causal language model from {path!r}: {error}") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ModelError(
+            f"policy.model: {type(model).__name__} has no linear output projection; it cannot be trained here"
+        )
+    return model
+
+
+@torch.no_grad()
+def check_forward(model: LogProbModel, vocabulary: int, device: torch.device, tolerance: float) -> float:
+    """Compare the packed, chunked forward with transformers' own logits, on random tokens; returns the largest gap in nats.
+
+    Guards against models that ignore packed attention, scale or cap their logits, or have another head than we think.
+    Collective under ZeRO-3: every rank makes the same calls.
+
+    Raises:
+        ModelError: the gap exceeds `tolerance`.
+    """
+    experience, sequences = _probe(vocabulary, device)
+    ours, _ = model(experience)
+    expected = []
+    for prompt, answer in sequences:
+        ids = torch.cat([prompt, answer])[None]
+        positions = torch.arange(ids.shape[1], device=device)
+        segment = attention.Segment(0, ids.shape[1], None, positions)
+        logits = model.causal_lm(input_ids=ids, segments=(segment,), use_cache=False).logits[0].float()
+        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected.append(logprobs.gather(1, answer[:, None])[:, 0])
+    gap = (ours - torch.cat(expected)).abs().max().item()
+    if not gap <= tolerance:
+        raise ModelError(
+            f"policy.model: log-probs of the packed forward differ from the model's own by {gap:.3g} nats (allowed: "
+            f"{tolerance:g}). {type(model.causal_lm).__name__} does something to attention or logits that this project does not know."
+        )
+    return gap
+
+
+def _probe(vocabulary: int, device: torch.device) -> tuple[Experience, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Two groups of random tokens, the first with two responses; and the same as (prompt, response) sequences."""
+    generator = np.random.default_rng(0)
+    assignments, completions, sequences = [], [], []
+    for group, (n_prompt, lengths) in enumerate([(7, (5, 3)), (4, (6,))]):
+        prompt = generator.integers(vocabulary, size=n_prompt)
+        answers = [generator.integers(vocabulary, size=n).astype(np.int32) for n in lengths]
+        made = [Completion(str(group), a, np.zeros(len(a), np.float32), 0, "length") for a in answers]
+        rollout = Rollout(Prompt(str(group), tuple(prompt.tolist()), ""), tuple(c.info() for c in made), None)
+        assignments.append(Assignment(rollout, tuple(TrainingItem((i,), (1.0,)) for i in range(len(made)))))
+        completions.append(made)
+        for answer in answers:
+            sequences.append(
+                tuple(torch.as_tensor(part, dtype=torch.int64, device=device) for part in (prompt, answer))
+            )
+    return pack(assignments, completions, device), sequences

@@ -1,0 +1,111 @@
+"""From assignments to the tensors of one micro-batch: one row without padding, each prompt once for all its responses.
+
+Layout of a group: prompt tokens, then each used response without its last token (nothing is predicted from it). Positions of every
+response continue the prompt's. The log-prob of a response's first token comes from the prompt's last position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rlhf.training.attention import Segment, group_mask
+from rlhf.types import Assignment, Completion
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one rank forwards and learns from at once. T row tokens, N response tokens, R responses, I items.
+
+    Attributes:
+        input_ids, position_ids: int64 [1, T].
+        segments: the groups in the row.
+        source: int64 [N], row position whose hidden state predicts each response token.
+        targets: int64 [N], the response tokens.
+        response: int64 [N], response index of each token, 0..R-1.
+        behaviour: fp32 [N], log-probs recorded when the tokens were sampled (nats).
+        coefficients: fp32 [I, R]; target, weight: fp32 [I] (see algorithms/contrast.py).
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: tuple[Segment, ...]
+    source: torch.Tensor
+    targets: torch.Tensor
+    response: torch.Tensor
+    behaviour: torch.Tensor
+    coefficients: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+
+
+def pack(
+    assignments: Sequence[Assignment], completions: Sequence[Sequence[Completion]], device: torch.device
+) -> Experience:
+    """Pack assignments with their completions (one list per assignment) into one row."""
+    ids, positions, source, targets, response, behaviour = [], [], [], [], [], []
+    segments, members, start, n_responses = [], [], 0, 0
+    for assignment, answers in zip(assignments, completions, strict=True):
+        prompt = np.asarray(assignment.rollout.prompt.token_ids, dtype=np.int64)
+        used = assignment.members()
+        bodies = []
+        at = start + len(prompt)
+        ids.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        for member in used:
+            tokens = answers[member].token_ids.astype(np.int64)
+            body = len(tokens) - 1
+            ids.append(tokens[:-1])
+            positions.append(np.arange(len(prompt), len(prompt) + body))
+            source.append(np.concatenate(([start + len(prompt) - 1], np.arange(at, at + body))))
+            targets.append(tokens)
+            response.append(np.full(len(tokens), n_responses))
+            behaviour.append(answers[member].logprobs)
+            bodies.append(body)
+            at += body
+            n_responses += 1
+        members.append({member: n_responses - len(used) + place for place, member in enumerate(used)})
+        where = torch.from_numpy(np.concatenate(positions[-1 - len(used) :])).to(device)
+        segments.append(Segment(start, at, group_mask(len(prompt), bodies, device), where))
+        start = at
+    items = [(item, places) for a, places in zip(assignments, members, strict=True) for item in a.items]
+    coefficients = torch.zeros(len(items), n_responses)
+    for row, (item, places) in enumerate(items):
+        for member, coefficient in zip(item.members, item.coefficients, strict=True):
+            coefficients[row, places[member]] += coefficient
+
+    def tensor(parts: list[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device=device, dtype=dtype)
+
+    return Experience(
+        input_ids=tensor(ids)[None],
+        position_ids=tensor(positions)[None],
+        segments=tuple(segments),
+        source=tensor(source),
+        targets=tensor(targets),
+        response=tensor(response),
+        behaviour=tensor(behaviour, torch.float32),
+        coefficients=coefficients.to(device),
+        target=torch.tensor([item.target for item, _ in items], dtype=torch.float32, device=device),
+        weight=torch.tensor([item.weight for item, _ in items], dtype=torch.float32, device=device),
+    )
+
+
+def idle(device: torch.device) -> Experience:
+    """The smallest row: for a rank without work, which must still take part in every collective call. It has no items."""
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    return Experience(
+        input_ids=zero[None],
+        position_ids=zero[None],
+        segments=(Segment(0, 1, None, zero),),
+        source=zero,
+        targets=zero,
+        response=zero,
+        behaviour=torch.zeros(1, device=device),
+        coefficients=torch.zeros(0, 1, device=device),
+        target=torch.zeros(0, device=device),
+        weight=torch.zeros(0, device=device),
+    )

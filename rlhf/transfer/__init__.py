@@ -1,0 +1,34 @@
+"""How new weights get from the policy to the rollout engines, and how one knows that they did.
+
+Owns: the back ends (`gloo`, `nccl`, `ipc`, `local`), the session in which one sender serves all workers, and fingerprints.
+Does not know: what a policy or a pool is. The sender (`WeightSender`) lives in policy rank 0; the receivers live inside vLLM's
+workers, where vLLM itself loads them (`plugin.register`); the rollout engine commands them.
+"""
+
+from rlhf.transfer.session import (
+    Backend,
+    TransferFailed,
+    TransferSession,
+    WeightSpec,
+    free_port,
+    host_address,
+)
+
+__all__ = [
+    "Backend",
+    "TransferFailed",
+    "TransferSession",
+    "WeightSender",
+    "WeightSpec",
+    "free_port",
+    "host_address",
+]
+
+
+def __getattr__(name: str):
+    # The sender needs torch; a driver that only plans does not.
+    if name == "WeightSender":
+        from rlhf.transfer.sender import WeightSender
+
+        return WeightSender
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,230 @@
+"""The engine's end of a weight transfer: runs inside each vLLM worker, through vLLM's weight-transfer interface.
+
+All back ends load through vLLM's layerwise reload (on CPU vLLM repacks weights after loading, so they must never be written
+in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter unloaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
+
+from rlhf.transfer import gloo
+from rlhf.transfer.fingerprint import Fingerprint
+from rlhf.transfer.gpu import ipc_store
+from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
+
+# It warns of every layer without tensors of its own (rotary embeddings, tied output layers); `update_weights` checks better.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
+@dataclass
+class JoinInfo(WeightTransferInitInfo):
+    """The session, and the rank of this engine's first worker in it."""
+
+    session: dict[str, Any]
+    rank_offset: int
+
+
+@dataclass
+class Announcement(WeightTransferUpdateInfo):
+    """The tensors to come, as parallel lists: vLLM carries plain values between its processes."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+
+    def specs(self) -> list[WeightSpec]:
+        return [WeightSpec(n, d, tuple(s)) for n, d, s in zip(self.names, self.dtypes, self.shapes, strict=True)]
+
+
+@dataclass
+class Delivery(WeightTransferUpdateInfo):
+    """The tensors themselves (only within one process)."""
+
+    weights: Iterable[tuple[str, torch.Tensor]]
+
+
+class _WatchedModel:
+    """Stands in for the model while weights arrive, so that every byte that is loaded was also fingerprinted."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = model
+        self.fingerprint = Fingerprint()
+        self.loaded: set[str] = set()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        names = self._model.load_weights(self.fingerprint.watch(weights)) or set()
+        self.loaded |= names
+        return names
+
+
+class _Attesting(WeightTransferEngine):
+    """What all back ends share. Subclasses load through `self._watched`."""
+
+    init_info_cls = JoinInfo
+    update_info_cls = Announcement
+    supports_draft_weight_update = False
+    _watched: _WatchedModel
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        # Asked once, while the model is whole: during a reload tied parameters are no longer one.
+        self._expected = {name for name, _ in model.named_parameters()}
+        self._tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - self._expected
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+        # A transfer that broke off leaves layers waiting with half of their tensors; they must not mix with the new ones.
+        for layer in self.model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                info.load_numel = 0
+                info.loaded_weights.clear()
+        self._watched = _WatchedModel(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        missing = sorted(self._expected - self._watched.loaded)
+        if missing:
+            raise TransferFailed(
+                f"{len(missing)} of the engine's parameters were not in the update and would have kept their old "
+                f"values, for example {missing[0]}: the policy must send every tensor of its checkpoint"
+            )
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        # On CPU each linear layer holds a packed copy of its weight. A tied output layer loads no tensor of its own, so the
+        # reload does not repack it, and it would go on answering with the old embedding.
+        for name in self._tied:
+            layer = self.model.get_submodule(name.rpartition(".")[0])
+            layer.quant_method.process_weights_after_loading(layer)
+
+    def attested(self) -> str:
+        """Fingerprint of the last update, over the bytes as they arrived."""
+        return self._watched.fingerprint.hexdigest()
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+
+class GlooReceiver(_Attesting):
+    """The worker's end of `gloo`."""
+
+    _group: torch.distributed.ProcessGroup | None = None
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        self.shutdown()
+        rank = init_info.rank_offset + self.parallel_config.rank
+        self._group = gloo.join(TransferSession(**init_info.session), rank)
+
+    def receive_weights(self, update_info: Announcement) -> None:
+        if self._group is None:
+            raise TransferFailed("weights were announced before this engine joined a transfer session")
+        for tensors in gloo.receive(self._group, update_info.specs()):
+            self._watched.load_weights(tensors)
+
+    def shutdown(self) -> None:
+        if self._group is not None:
+            self._group.shutdown()
+            self._group = None
+
+
+class LocalReceiver(_Attesting):
+    """The engine's end of `local`: the tensors are here already."""
+
+    update_info_cls = Delivery
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        """Nothing to join."""
+
+    def receive_weights(self, update_info: Delivery) -> None:
+        self._watched.load_weights(update_info.weights)
+
+
+class NcclReceiver(_Attesting, NCCLWeightTransferEngine):
+    """vLLM's `nccl`, with our join message and a fingerprint."""
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        session = TransferSession(**init_info.session)
+        info = NCCLWeightTransferInitInfo(
+            master_address=session.host,
+            master_port=session.port,
+            rank_offset=init_info.rank_offset,
+            world_size=session.world_size,
+            packed=True,
+        )
+        NCCLWeightTransferEngine.init_transfer_engine(self, info)
+
+    def receive_weights(self, update_info: Announcement) -> None:
+        info = NCCLWeightTransferUpdateInfo(update_info.names, update_info.dtypes, update_info.shapes)
+        model, self.model = self.model, self._watched
+        try:
+            NCCLWeightTransferEngine.receive_weights(self, info)
+        finally:
+            self.model = model
+
+    def shutdown(self) -> None:
+        NCCLWeightTransferEngine.shutdown(self)
+
+
+class IpcReceiver(_Attesting, IPCWeightTransferEngine):
+    """vLLM's `ipc`, with handles from the session's store (see `rlhf.transfer.gpu`) and a fingerprint."""
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        session = TransferSession(**init_info.session)
+        self._store = ipc_store(session, is_sender=False)
+        self._rank = init_info.rank_offset + self.parallel_config.rank
+        self._round = 0
+        self.packed = False
+
+    def receive_weights(self, update_info: Announcement) -> None:
+        handles = pickle.loads(self._store.get(f"handles/{self._round}"))
+        info = IPCWeightTransferUpdateInfo(
+            update_info.names, update_info.dtypes, update_info.shapes, ipc_handles=handles
+        )
+        model, self.model = self.model, self._watched
+        try:
+            IPCWeightTransferEngine.receive_weights(self, info)
+        finally:
+            self.model = model
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()  # until here layers may still refer to the sender's memory
+        torch.cuda.synchronize()
+        self._store.set(f"read/{self._round}/{self._rank}", b"")
+        self._round += 1
+
+    def shutdown(self) -> None:
+        IPCWeightTransferEngine.shutdown(self)
+
+
+class AttestingWorker:
+    """Mixed into vLLM's worker class (`worker_extension_cls`): what the rollout engine may ask of a worker."""
+
+    def attest(self) -> str:
+        """Fingerprint of the weights this worker received last."""
+        return self.weight_transfer_engine.attested()

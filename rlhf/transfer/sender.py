@@ -1,0 +1,63 @@
+"""The trainer's end of a weight transfer, whatever the back end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from rlhf.transfer.session import TransferSession
+
+
+class WeightSender:
+    """Sends whole tensors, under Hugging Face names, to every worker of a session. Policy rank 0 holds one.
+
+    The receivers must be told to receive at the same time (`RolloutPool.receive`), with specs that name the same tensors in
+    the same order. Under ZeRO-3 the other policy ranks only iterate the gathered parameters.
+    """
+
+    def __init__(self, end: _End):
+        self._end = end
+
+    @classmethod
+    def open(cls, session: TransferSession) -> WeightSender:
+        """Join the session as its sender. Blocks until all workers have joined (they do in `RolloutPool.connect`).
+
+        Raises:
+            TransferFailed: some worker did not come within the session's timeout.
+        """
+        return cls(_open(session))
+
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+        """Send one version of the weights; blocks until the last byte has left. Returns the fingerprint of what was sent.
+
+        Raises:
+            TransferFailed: the transfer broke off. The engines then hold a mixture and the pool refuses to sample.
+        """
+        return self._end.send(named_tensors)
+
+    def close(self) -> None:
+        """Leave the session."""
+        self._end.close()
+
+
+class _End(Protocol):
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str: ...
+
+    def close(self) -> None: ...
+
+
+def _open(session: TransferSession) -> _End:
+    # Imported here because each back end needs what others lack: vLLM and a GPU, sockets, or nothing.
+    if session.backend == "gloo":
+        from rlhf.transfer.gloo import GlooSender
+
+        return GlooSender(session)
+    if session.backend == "local":
+        from rlhf.transfer.local import LocalSender
+
+        return LocalSender(session)
+    from rlhf.transfer.gpu import IpcSender, NcclSender
+
+    return NcclSender(session) if session.backend == "nccl" else IpcSender(session)

@@ -1,0 +1,70 @@
+"""What the two ends of a weight transfer agree on before the first byte moves."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Literal
+
+Backend = Literal["gloo", "nccl", "ipc", "local"]
+
+
+class TransferFailed(RuntimeError):
+    """A weight transfer broke off, or its two ends did not agree on what is sent."""
+
+
+@dataclass(frozen=True)
+class TransferSession:
+    """One group of one sender (rank 0) and all vLLM workers (ranks 1 and up). It lives until an end is lost.
+
+    Attributes:
+        backend: `gloo` (CPU), `nccl` (GPU to GPU), `ipc` (same GPU) or `local` (same process).
+        host: address of the sender's host, as the workers reach it (see `host_address`).
+        port: a free port there (see `free_port`); with `local`, any number that no other open session uses.
+        world_size: the sender and all workers.
+        timeout_s: longest wait for the other end, at joining and in each exchange, in seconds.
+    """
+
+    backend: Backend
+    host: str
+    port: int
+    world_size: int
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One tensor to come, under its Hugging Face name.
+
+    Attributes:
+        dtype: torch's name without the prefix, for example "bfloat16".
+        shape: of the whole tensor, never of a shard.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now, on the host of the caller."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def host_address() -> str:
+    """The address under which other hosts of the cluster reach this one.
+
+    In a Ray process it is the address that Ray itself uses; elsewhere the loopback, because there is no other host.
+    """
+    import ray
+
+    return ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+
+
+def local_address_towards(host: str, port: int) -> str:
+    """Which of this machine's own addresses lies on the way to `host`. No packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return probe.getsockname()[0]

@@ -1,0 +1,173 @@
+"""The nouns that rooms exchange: frozen, typed, and free of torch.
+
+A room hands another room these objects or references to them, never a dict of tensors. Token ids and log-probs are numpy
+arrays, so that an object can cross a process border without copying and be read without a deep-learning library.
+
+Walk: `Prompt` -> `Rollout` (K `Completion`s behind a reference) -> `Feedback` -> `TrainingItem`s inside an `Assignment`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready for the engine.
+
+    Attributes:
+        id: stable across runs: a hash of the content (see `content_id`).
+        token_ids: the prompt after the chat template, [n_prompt_tokens].
+        text: what a person wrote, before the chat template (for records and reward functions).
+        payload: whatever a verifiable reward needs (reference answer, test cases, ...).
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+def content_id(value: Any) -> str:
+    """A 16-digit hexadecimal hash of any JSON value; equal content gives an equal id on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response, exactly as it was sampled. Its tokens are never decoded and tokenised again.
+
+    Attributes:
+        token_ids: int32 [n_tokens], including the end-of-sequence token if, and only if, it was generated.
+        logprobs: float32 [n_tokens], log-probability (nats) under the distribution really sampled from (temperature
+            included).
+        weight_version: the version of the policy's weights that wrote it.
+        finish_reason: "stop" (end of sequence) or "length" (truncated at the token limit).
+    """
+
+    prompt_id: str
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    weight_version: int
+    finish_reason: FinishReason
+
+    def info(self) -> CompletionInfo:
+        """What the driver needs to know of this completion."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.token_ids, dtype=np.int32).tobytes()).hexdigest()[:16]
+        mean = float(self.logprobs.mean()) if len(self.logprobs) else 0.0
+        return CompletionInfo(len(self.token_ids), digest, mean, self.weight_version, self.finish_reason)
+
+
+@dataclass(frozen=True)
+class CompletionInfo:
+    """The facts about a completion that the driver plans with; the tokens stay behind the rollout's reference.
+
+    Attributes:
+        n_tokens: response length in tokens.
+        digest: equal for completions with equal token ids.
+        mean_logprob: mean behaviour log-prob per token (nats).
+    """
+
+    n_tokens: int
+    digest: str
+    mean_logprob: float
+    weight_version: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The K completions of one prompt, as the driver sees them.
+
+    Attributes:
+        infos: one per completion, in order.
+        completions: reference to a `list[Completion]` of the same length (see `rlhf.cluster.handles`).
+    """
+
+    prompt: Prompt
+    infos: tuple[CompletionInfo, ...]
+    completions: Any
+
+
+@dataclass(frozen=True)
+class Score:
+    """A finite scalar reward."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """The reward source judged that this response has no reward (not a number, unparsable, ...)."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The reward source itself broke; the response may be fine."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class TimedOut:
+    """No answer within the deadline, in seconds."""
+
+    seconds: float
+
+
+Outcome = Score | Invalid | Failed | TimedOut
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the reward side says about one rollout. A failure is an outcome of its own, never a reward of zero.
+
+    Attributes:
+        outcomes: one per completion, in the rollout's order.
+    """
+
+    prompt_id: str
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class TrainingItem:
+    """A linear contrast of response scores, passed through the algorithm's link (algorithms/contrast.py).
+
+    Attributes:
+        members: indices into the rollout's completions.
+        coefficients: one per member; (+1, -1) is a chosen/rejected pair.
+        target: what the link aims at: for the logistic link, the probability that the contrast is positive.
+        weight: factor on this item's loss; an item of weight 0 is never built.
+    """
+
+    members: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    target: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A rollout with the items to learn from it: the unit that is assigned to a rank (never split)."""
+
+    rollout: Rollout
+    items: tuple[TrainingItem, ...]
+
+    def members(self) -> tuple[int, ...]:
+        """Completions that some item uses, ascending; the others are not forwarded."""
+        return tuple(sorted({m for item in self.items for m in item.members}))
+
+    def n_tokens(self) -> int:
+        """Tokens in the packed forward: the prompt once, and each used response."""
+        return len(self.rollout.prompt.token_ids) + sum(self.rollout.infos[m].n_tokens for m in self.members())

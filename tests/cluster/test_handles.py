@@ -1,0 +1,90 @@
+"""Handles: the same answers from a Ray actor and from an object here, and words when a wait goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, Runtime, compute_env, fetch
+from rlhf.config.cluster import ClusterSettings
+
+
+class Worker:
+    """An actor to try things on."""
+
+    def __init__(self, base: int):
+        self.base = base
+
+    def add(self, *values: int) -> int:
+        return self.base + sum(values)
+
+    def both(self, value: int) -> tuple[int, list[int]]:
+        return value, [self.base, value]
+
+    def last(self, values: list[int]) -> int:
+        return values[-1]
+
+    def sum_behind(self, references: list[Any]) -> int:
+        return sum(sum(value) for value in fetch(references))
+
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def die(self) -> None:
+        os._exit(1)
+
+
+class Slow:
+    """Never answers."""
+
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.engine)])
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    return LocalRuntime() if request.param == "local" else request.getfixturevalue("ray_runtime")
+
+
+def test_calls_and_references(runtime: Runtime, run: Callable) -> None:
+    worker = runtime.start("worker", Worker, 10)
+
+    async def use() -> None:
+        assert await worker.call("add", 1, 2, deadline=60) == 13
+        head, kept = await worker.call_keep("both", 5, deadline=60)
+        assert head == 5
+        assert fetch([kept]) == [[10, 5]]
+        assert await worker.call("last", kept, deadline=60) == 5, "a reference as an argument arrives as its value"
+        assert await worker.call("sum_behind", [kept, kept], deadline=60) == 30
+
+    run(use())
+
+
+def test_a_deadline_says_who_waited_for_whom(runtime: Runtime, run: Callable) -> None:
+    slow = runtime.start("slow-server", Slow)
+    with pytest.raises(DeadlineExpired, match=r"the driver waited 0\.2 s for slow-server\.wait"):
+        run(slow.call("wait", deadline=0.2))
+
+
+@pytest.mark.engine
+def test_a_dead_actor_is_reported_at_once(ray_runtime: Runtime, run: Callable) -> None:
+    worker = ray_runtime.start("mortal", Worker, 0)
+    assert run(worker.call("add", 1, deadline=60)) == 1
+    with pytest.raises(ActorDied, match="mortal died while the driver waited for its die"):
+        run(worker.call("die", deadline=60))
+
+
+@pytest.mark.engine
+def test_the_environment_reaches_the_actor(ray_runtime: Runtime, run: Callable) -> None:
+    worker = ray_runtime.start("env", Worker, 0, env=compute_env(ClusterSettings(threads=3), 1))
+    assert run(worker.call("environment", "OMP_NUM_THREADS", deadline=60)) == "3"
+
+
+def test_threads_are_shared_by_the_actors_of_a_role() -> None:
+    cores = os.cpu_count() or 1
+    assert compute_env(ClusterSettings(), 1)["OMP_NUM_THREADS"] == str(cores)
+    assert compute_env(ClusterSettings(), 2 * cores)["OMP_NUM_THREADS"] == "1"

@@ -1,0 +1,142 @@
+"""Each cross-field check fires on its mistake, names the field, offers a remedy, and the remedy works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.algorithms import make
+from rlhf.config import ConfigError, Settings
+from rlhf.config.algorithm import BUILT_IN, AlgorithmSettings
+from rlhf.config.checks import largest_assignment, optimizer_steps, problems
+from rlhf.config.data import DataSettings
+from rlhf.config.loop import LoopSettings
+from rlhf.config.policy import PolicySettings
+from rlhf.config.reward import RewardSettings
+
+# (overrides that are wrong, what the message must say, overrides that put it right)
+CASES = [
+    (
+        ["algorithm.name=onlin_dpo"],
+        ["`algorithm.name`", "online_dpo", "module:function"],
+        ["algorithm.name=online_dpo"],
+    ),
+    (
+        ["loop.prompts_per_step=3", "policy.ranks=2", "loop.updates_per_step=2"],
+        ["`loop.prompts_per_step`", "2 x 2 = 4", "`policy.ranks`"],
+        ["loop.prompts_per_step=4"],
+    ),
+    (
+        ["policy.micro_batch_tokens=1023"],
+        ["`policy.micro_batch_tokens`", "512 + 2 x 256 = 1024", "`data.max_prompt_tokens`", "`rollout.max_tokens`"],
+        ["policy.micro_batch_tokens=1024"],
+    ),
+    (
+        ["policy.warmup_steps=7", "loop.steps=3", "loop.updates_per_step=2"],
+        ["`policy.warmup_steps`", "3 steps x 2 updates x 1 epochs = 6", "`loop.steps`"],
+        ["policy.warmup_steps=6"],
+    ),
+    (
+        ["policy.min_learning_rate_ratio=0.2"],
+        ["`policy.min_learning_rate_ratio`", "`policy.schedule`"],
+        ["policy.schedule=cosine"],
+    ),
+    (["rollout.temperature=0"], ["`rollout.temperature`", "identical"], ["rollout.temperature=1.0"]),
+    (["algorithm.label_temperature=2"], ["`algorithm.label_temperature`", "soft"], ["algorithm.labels=soft"]),
+    (
+        ["algorithm.labels=soft", "algorithm.label_smoothing=0.1"],
+        ["`algorithm.label_smoothing`", "`algorithm.labels: hard`"],
+        ["algorithm.labels=hard"],
+    ),
+    (
+        ["algorithm.loss=robust"],
+        ["`algorithm.loss`", "`algorithm.label_smoothing`"],
+        ["algorithm.label_smoothing=0.1"],
+    ),
+    (
+        ["policy.offload_parameters=cpu", "policy.zero_stage=2"],
+        ["`policy.offload_parameters`", "`policy.zero_stage: 3`"],
+        ["policy.zero_stage=3"],
+    ),
+    (
+        ["policy.offload_optimizer=cpu", "policy.zero_stage=0"],
+        ["`policy.offload_optimizer`", "1, 2 or 3"],
+        ["policy.zero_stage=1"],
+    ),
+    (
+        ["cluster.device=cpu", "rollout.transfer=nccl"],
+        ["`rollout.transfer`", "`cluster.device` is cpu", "gloo"],
+        ["rollout.transfer=gloo"],
+    ),
+    (
+        ["cluster.device=cpu", "policy.zero_stage=1", "policy.offload_optimizer=cpu"],
+        ["`policy.offload_optimizer: none`"],
+        ["policy.offload_optimizer=none"],
+    ),
+    (
+        ["cluster.device=cpu", "rollout.gpu_memory_utilization=0.5"],
+        ["`rollout.gpu_memory_utilization`", "`rollout.cpu_kv_cache_gb`"],
+        ["rollout.gpu_memory_utilization=0.6"],
+    ),
+    (
+        ["cluster.device=cuda", "rollout.cpu_kv_cache_gb=2"],
+        ["`rollout.cpu_kv_cache_gb`", "`rollout.gpu_memory_utilization`"],
+        ["rollout.cpu_kv_cache_gb=1"],
+    ),
+    (
+        ["rollout.transfer=ipc", "rollout.engines=2"],
+        ["`rollout.transfer`", "`policy.ranks`", "2 x 1 = 2", "nccl"],
+        ["rollout.engines=1"],
+    ),
+    (["reward.path=some/folder"], ["`reward.path`", "module:name", "`reward.kind: model`"], ["reward.kind=model"]),
+    (["reward.kind=model"], ["`reward.path`", "`reward.kind: function`"], ["reward.kind=function"]),
+    (["reward.input=conversation"], ["`reward.input`", "`reward.kind: model`"], ["reward.input=response"]),
+    (["loop.eval_every=5"], ["`loop.eval_every`", "`data.eval_prompts`"], ["data.eval_prompts=held_out.jsonl"]),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words", "remedy"), CASES, ids=[case[0][0] for case in CASES])
+def test_check(load_with: Callable[..., Settings], wrong: list[str], words: list[str], remedy: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_with(*wrong)
+    assert "problems" not in str(caught.value), "one mistake, one message"
+    for word in words:
+        assert word in str(caught.value)
+    load_with(*wrong, *remedy)
+
+
+def test_an_asset_is_not_an_import_path(load_with: Callable[..., Settings]) -> None:
+    load_with("reward.kind=model", "reward.path=asset:minilm-l6-v2")
+
+
+def test_built_in_names_are_the_algorithms_that_exist() -> None:
+    for name in BUILT_IN:
+        assert make(AlgorithmSettings(name=name)).name == name
+
+
+@given(
+    prompts=st.integers(1, 40),
+    ranks=st.integers(1, 8),
+    updates=st.integers(1, 8),
+    steps=st.integers(1, 9),
+    warmup=st.integers(0, 99),
+    budget=st.integers(1, 2000),
+)
+def test_a_plan_without_problems_fits(**sizes: int) -> None:
+    settings = Settings(
+        data=DataSettings(prompts="p"),
+        reward=RewardSettings(kind="function", path="m:f"),
+        policy=PolicySettings(
+            model="m", ranks=sizes["ranks"], warmup_steps=sizes["warmup"], micro_batch_tokens=sizes["budget"]
+        ),
+        loop=LoopSettings(steps=sizes["steps"], prompts_per_step=sizes["prompts"], updates_per_step=sizes["updates"]),
+    )
+    fits = (
+        sizes["prompts"] // (sizes["ranks"] * sizes["updates"]) >= 1
+        and sizes["warmup"] <= optimizer_steps(settings)
+        and sizes["budget"] >= largest_assignment(settings)
+    )
+    assert fits == (not problems(settings))

@@ -1,0 +1,64 @@
+"""Fixtures that several rooms share. The expensive ones live as long as the session."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.settings import Settings
+
+# Every test process shares two cores with the engines that it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny Llama with its tokenizer."""
+    from rlhf.data.tiny import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    build_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_model: Path) -> Callable[..., Settings]:
+    """Settings for the tiny model in fp32 on CPU: `tiny_settings(rollout={"engines": 2}, ...)`, one dict per section."""
+
+    def make(**sections: dict[str, Any]) -> Settings:
+        base: dict[str, dict[str, Any]] = {
+            "data": {"prompts": "unused.jsonl", "max_prompt_tokens": 64},
+            "policy": {"model": str(tiny_model), "dtype": "fp32"},
+            "rollout": {"max_tokens": 48, "cpu_kv_cache_gb": 0.1},
+            "reward": {"path": "unused:reward", "kind": "function"},
+            "cluster": {"device": "cpu", "threads": 1, "startup_deadline_s": 300, "publish_deadline_s": 120},
+        }
+        for section, values in sections.items():
+            base[section] = base.get(section, {}) | values
+        return Settings(**base)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_runtime() -> Iterator[Any]:
+    """A Ray cluster of this session's own, ended with all its processes at the end."""
+    from rlhf.cluster import RayRuntime
+    from rlhf.config.cluster import ClusterSettings
+
+    runtime = RayRuntime(ClusterSettings(), actors=8)
+    yield runtime
+    runtime.stop()
+
+
+@pytest.fixture(scope="session")
+def run() -> Iterator[Callable[[Coroutine], Any]]:
+    """Runs a coroutine to its end, always in the same event loop."""
+    loop = asyncio.new_event_loop()
+    yield loop.run_until_complete
+    loop.close()

@@ -1,0 +1,22 @@
+"""Small rollouts and feedback for tests of pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf.types import Completion, Feedback, Outcome, Prompt, Rollout, Score
+
+
+def make_rollout(tokens: Sequence[Sequence[int]], prompt: Sequence[int] = (1, 2, 3), name: str = "p") -> Rollout:
+    """A rollout whose completions have these token ids (and log-probs of zero), held by value."""
+    from rlhf.cluster import LocalRef
+
+    made = [Completion(name, np.array(t, np.int32), np.zeros(len(t), np.float32), 0, "stop") for t in tokens]
+    return Rollout(Prompt(name, tuple(prompt), name), tuple(c.info() for c in made), LocalRef(made))
+
+
+def make_feedback(outcomes: Sequence[float | Outcome], name: str = "p") -> Feedback:
+    """Numbers become scores."""
+    return Feedback(name, tuple(Score(float(o)) if isinstance(o, int | float) else o for o in outcomes))

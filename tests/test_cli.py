@@ -1,0 +1,100 @@
+"""The command line: every command reaches its function with what was typed, and a user's mistake ends with status 2."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlhf.loop.answers
+import rlhf.loop.run
+from rlhf.cli import main
+from rlhf.config import Settings
+
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the loop's three entry points were called with."""
+    made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    places = {"train": rlhf.loop.run, "generate": rlhf.loop.answers, "evaluate": rlhf.loop.answers}
+    for name, module in places.items():
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, **k: made.append((bound(real, a, k), k)))
+    return made
+
+
+def bound(real: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The positional arguments, once the real function's signature has accepted the call."""
+    inspect.signature(real).bind(*args, **kwargs)
+    return args
+
+
+def test_train_takes_overrides_before_and_after_options(calls: list) -> None:
+    assert main(["train", TINY, "loop.steps=3", "--debug", "loop.steps=4", "run.seed=9"]) == 0
+    ((settings,), options) = calls[0]
+    assert isinstance(settings, Settings)
+    assert (settings.loop.steps, settings.run.seed) == (4, 9)
+    assert options == {"debug": True, "resume": False}
+
+
+def test_eval_and_generate_reach_the_loop(calls: list) -> None:
+    assert main(["eval", TINY, "--policy", "export", "loop.eval_limit=3", "--json", "out.json"]) == 0
+    assert main(["generate", "m", "--prompt", "a", "--prompt", "b", "--n", "2", "--temperature", "0"]) == 0
+    assert calls[0][0][0].loop.eval_limit == 3
+    assert calls[0][1] == {"policy": "export", "baseline": None, "json_path": "out.json"}
+    assert calls[1][1]["model"] == "m" and calls[1][1]["prompts"] == ["a", "b"] and calls[1][1]["n"] == 2
+
+
+def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], calls: list) -> None:
+    assert main(["train", TINY, "--dry-run", "loop.steps=3"]) == 0
+    assert "3 steps" in capsys.readouterr().out
+    assert not calls
+
+
+def test_config_show_prints_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", TINY, "algorithm.beta=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "beta: 0.5" in out and "publish_deadline_s" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "none.yaml"],
+        ["train", TINY, "loop.stepz=3"],
+        ["train", TINY, "policy.model=./none", "--dry-run"],
+        ["fetch", "asset:none"],
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("rlhf: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", TINY, "--bogus"], ["fetch", "a", "--b"]])
+def test_a_command_that_does_not_parse_ends_with_status_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_fetch_prints_the_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "asset:tiny-prompts.jsonl"]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+
+
+def test_help_needs_no_heavy_library() -> None:
+    code = (
+        "import sys\nfrom rlhf.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")

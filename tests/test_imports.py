@@ -1,0 +1,63 @@
+"""Imports point downwards only, and rooms of one storey do not know each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "rlhf"
+STOREYS = (
+    ("types", "config"),
+    ("tracking", "cluster", "data", "algorithms"),
+    ("training", "transfer"),
+    ("rollout", "policy", "reward"),
+    ("loop", "preflight"),
+    ("cli",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[tuple[str, int]]:
+    """(room, line) of every import of the package in this file, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the whole path"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for parts in (name.split(".") for name in names):
+            if parts[0] == "rlhf" and len(parts) > 1 and parts[1] in FLOOR:
+                found.add((parts[1], node.lineno))
+    return found
+
+
+def test_every_room_has_a_storey() -> None:
+    assert {room_of(path) for path in FILES} <= FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    room = room_of(path)
+    wrong = [
+        f"{path}:{line}: `{room}` must not import `{other}`"
+        for other, line in imported_rooms(path)
+        if other != room and FLOOR[other] >= FLOOR[room]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_types_stand_alone() -> None:
+    """The nouns know nothing, not even the settings; the settings know nothing of the nouns."""
+    assert not imported_rooms(PACKAGE / "types.py")
+    for path in (PACKAGE / "config").glob("*.py"):
+        assert {room for room, _ in imported_rooms(path)} <= {"config"}

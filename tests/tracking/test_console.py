@@ -1,0 +1,105 @@
+"""What a person sees of a run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rlhf.config import Settings
+from rlhf.tracking import Record
+from rlhf.tracking.console import LiveConsole, PlainConsole, make_console, split_bar, step_text, time_split
+
+LINE = {
+    "step": 3,
+    "reward/mean": 1.25,
+    "policy/kl": 0.0125,
+    "policy/loss": 0.69,
+    "throughput/tokens_per_s": 321.4,
+    "time/generate": 4.0,
+    "time/reward": 1.0,
+    "time/train": 3.0,
+    "time/sync": 1.0,
+    "time/step": 10.0,
+}
+
+
+def test_the_time_split_sums_to_one() -> None:
+    assert time_split(LINE) == pytest.approx({"generate": 0.4, "reward": 0.1, "train": 0.3, "sync": 0.1, "other": 0.1})
+    assert time_split({"step": 1}) == {}
+    overlapping = time_split({"time/generate": 3.0, "time/train": 3.0, "time/step": 4.0})
+    assert overlapping == pytest.approx({"generate": 0.5, "reward": 0.0, "train": 0.5, "sync": 0.0, "other": 0.0})
+
+
+def test_a_step_in_one_line() -> None:
+    assert step_text(LINE, 10) == (
+        "step 3/10  reward +1.250  kl 0.0125  loss 0.6900  321 tokens/s  "
+        "10.0 s (generate 40% reward 10% train 30% sync 10% other 10%)"
+    )
+    assert "kl -" in step_text({"step": 1, "policy/kl": None, "warnings": ["policy/kl is nan"]}, 10)
+    assert "! policy/kl is nan" in step_text({"step": 1, "warnings": ["policy/kl is nan"]}, 10)
+
+
+def test_the_bar_is_as_long_as_the_shares() -> None:
+    bar = split_bar(LINE)
+    assert bar.plain.splitlines()[0].count("█") == pytest.approx(48, abs=2)
+    assert "generate 40%" in bar.plain
+    assert split_bar({"step": 1}).plain.strip() == ""
+
+
+def test_the_choice_of_console(
+    folder: Path, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_console(settings(folder, tracking={"console": "off"})) is None
+    assert isinstance(make_console(settings(folder, tracking={"console": "plain"})), PlainConsole)
+    assert isinstance(make_console(settings(folder, tracking={"console": "rich"})), PlainConsole)  # no terminal here
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    live = make_console(settings(folder, tracking={"console": "rich"}))
+    assert isinstance(live, LiveConsole)
+    live.close()
+
+
+def test_the_live_picture_shows_the_run() -> None:
+    screen = io.StringIO()
+    live = LiveConsole(10, "runs/[demo]", Console(file=screen, force_terminal=True, width=100))
+    live.evaluation({"step": 0, "reward/mean": -0.5})
+    live.step(LINE | {"step": 1, "reward/mean": 0.25})
+    live.step(LINE | {"warnings": ["policy/loss is nan"]})
+    live.close()
+    text = screen.getvalue()
+    for part in ("runs/[demo]", "3/10", "+1.250", "first step +0.250", "0.0125", "321", "generate 40%", "loss is nan"):
+        assert part in text
+    assert "held-out reward" in text
+
+
+def test_plain_lines_come_from_the_record(
+    folder: Path, settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Record(settings(folder, tracking={"console": "plain"}), resume=False) as record:
+        record.evaluation(0, {"reward/mean": 0.5, "rollout/length": 20.0})
+        record.step(1, {"reward/mean": 0.5})
+    out = capsys.readouterr().out
+    assert "held-out, after step 0:  reward +0.500" in out
+    assert "step 1/100  reward +0.500  kl -" in out
+
+
+def test_a_terminal_that_went_away_does_not_stop_the_run(
+    folder: Path,
+    settings: Callable[..., Settings],
+    lines: Callable[[Path], list[dict]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = Record(settings(folder, tracking={"console": "plain"}), resume=False)
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Gone())
+        record.step(1, {"reward/mean": 0.5})
+    record.step(2, {"reward/mean": 0.5})
+    assert len(lines(folder / "metrics.jsonl")) == 2

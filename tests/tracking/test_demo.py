@@ -1,0 +1,69 @@
+"""The last part of the demo: from a run folder to table, figures and curve. (Its first parts are the whole system.)"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+DEMO = Path(__file__).parents[2] / "examples" / "movie_reviews" / "demo.py"
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """demo.py with a judge that counts exclamation marks, and nothing to prepare."""
+    judge, prepare = ModuleType("judge"), ModuleType("prepare")
+    judge.scores = lambda texts: [float(text.count("!")) for text in texts]
+    prepare.main = lambda: None
+    monkeypatch.setitem(sys.modules, "judge", judge)
+    monkeypatch.setitem(sys.modules, "prepare", prepare)
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_result_is_shown_and_written(demo: ModuleType, tmp_path: Path) -> None:
+    prompts = [f"prompt {i}" for i in range(4)]
+    for moment, reward, text in (("before", -0.1, "bad"), ("after", 1.8, "good!")):
+        write(
+            tmp_path / f"heldout_{moment}.jsonl",
+            [{"prompt": prompt, "response": text, "reward": reward, "length": 30} for prompt in prompts],
+        )
+    write(
+        tmp_path / "metrics.jsonl", [{"step": step, "reward/mean": step / 10, "policy/kl": 0.0} for step in (1, 2, 3)]
+    )
+    write(tmp_path / "evaluations.jsonl", [{"step": 0, "policy/kl": 0.0}, {"step": 3, "policy/kl": 0.17}])
+    console = Console(file=io.StringIO(), width=120)
+    demo.show_result(tmp_path, 324.0, console)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["before"] == {"reward": -0.1, "judge": 0.0, "length": 30.0}
+    assert summary["after"] == {"reward": 1.8, "judge": 1.0, "length": 30.0}
+    assert (summary["kl_per_token"], summary["win_rate"], summary["steps"]) == (0.17, 1.0, 3)
+    assert summary["seconds"] == 324.0
+    text = console.file.getvalue()
+    for part in ("+1.900", "VADER", "prompt 2", "curve.png", "summary.json", "5.4 minutes"):
+        assert part in text.replace("\n", "")
+    assert (tmp_path / "curve.png").exists()
+
+
+def test_an_earlier_demo_is_set_aside_but_its_reward_model_stays(demo: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    for name in ("first", "second"):
+        (folder / "reward_model").mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").write_text(name)
+        demo.set_aside(folder)
+    assert [entry.name for entry in folder.iterdir()] == ["reward_model"]
+    assert (tmp_path / "demo-previous" / "manifest.json").read_text() == "second"
+    demo.set_aside(folder)  # no run: nothing to do
+    assert (tmp_path / "demo-previous" / "manifest.json").exists()

@@ -1,0 +1,170 @@
+"""The gloo wire: what arrives is what was sent, and broken transfers end soon, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.transfer import TransferFailed, TransferSession, WeightSpec, free_port
+from rlhf.transfer.buckets import Placement, plan, spec_bytes
+from rlhf.transfer.fingerprint import fingerprint
+from rlhf.transfer.gloo import GlooSender, join, receive
+
+CAPACITY = 1000
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> WeightSpec:
+    return WeightSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def weights() -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (7, 11), (5,), (40, 40), (2, 2), (250,), (1,)]  # 40 x 40 is larger than a bucket
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    return [
+        (f"w{i}", torch.randn(shape, generator=generator).to(dtype))
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+
+
+def take(session: TransferSession, rank: int, specs: list[WeightSpec]) -> list[tuple[str, torch.Tensor]]:
+    group = join(session, rank)
+    return [item for bucket in receive(group, specs, CAPACITY) for item in bucket]
+
+
+@pytest.fixture
+def session() -> TransferSession:
+    return TransferSession("gloo", "127.0.0.1", free_port(), world_size=3, timeout_s=20)
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def start_receivers(pool: ThreadPoolExecutor, session: TransferSession, specs: list[WeightSpec]) -> list[Future]:
+    return [pool.submit(take, session, rank, specs) for rank in range(1, session.world_size)]
+
+
+def test_two_receivers_get_every_tensor(session: TransferSession, threads: ThreadPoolExecutor) -> None:
+    sent = weights()
+    receivers = start_receivers(threads, session, [spec_of(*item) for item in sent])
+    mark = GlooSender(session, CAPACITY).send(sent)
+    for receiver in receivers:
+        received = receiver.result(timeout=30)
+        assert fingerprint(received) == mark == fingerprint(sent)
+        for (name, tensor), (expected_name, expected) in zip(received, sent, strict=True):
+            assert name == expected_name
+            assert torch.equal(tensor, expected)
+
+
+def test_each_tensor_may_be_freed_after_it_was_handed_over(session: TransferSession, threads: ThreadPoolExecutor) -> None:
+    sent = weights()
+    receivers = start_receivers(threads, session, [spec_of(*item) for item in sent])
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in sent:
+            whole = tensor.clone()
+            yield name, whole
+            whole.zero_()  # what ZeRO-3 does to a gathered parameter
+
+    mark = GlooSender(session, CAPACITY).send(gathered())
+    assert [fingerprint(receiver.result(timeout=30)) for receiver in receivers] == [mark, mark] == [fingerprint(sent)] * 2
+
+
+def test_specs_that_do_not_fit_what_is_sent(session: TransferSession, threads: ThreadPoolExecutor) -> None:
+    sent = weights()
+    specs = [spec_of(*item) for item in sent]
+    specs[2] = WeightSpec("w2", "float16", (6,))
+    receivers = start_receivers(threads, session, specs)
+    sender = threads.submit(lambda: GlooSender(session, CAPACITY).send(sent))
+    for receiver in receivers:
+        with pytest.raises(TransferFailed, match="differ in number, shape or dtype"):
+            receiver.result(timeout=30)
+    sender.exception(timeout=60)
+
+
+@pytest.mark.parametrize("missing_end", ["specs", "tensors"])
+def test_more_or_fewer_tensors_than_announced(
+    session: TransferSession, threads: ThreadPoolExecutor, missing_end: str
+) -> None:
+    sent = weights()
+    specs = [spec_of(*item) for item in sent]
+    specs, sent = (specs[:-1], sent) if missing_end == "specs" else (specs, sent[:-1])
+    receivers = start_receivers(threads, session, specs)
+    sender = threads.submit(lambda: GlooSender(session, CAPACITY).send(sent))
+    for receiver in receivers:
+        with pytest.raises(TransferFailed):
+            receiver.result(timeout=30)
+    sender.exception(timeout=60)
+
+
+def test_a_sender_that_cannot_make_its_tensors_tells_the_receivers(
+    session: TransferSession, threads: ThreadPoolExecutor
+) -> None:
+    sent = weights()
+    receivers = start_receivers(threads, session, [spec_of(*item) for item in sent])
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield sent[0]
+        raise ValueError("the gather failed")
+
+    with pytest.raises(ValueError, match="the gather failed"):
+        GlooSender(session, CAPACITY).send(broken())
+    for receiver in receivers:
+        with pytest.raises(TransferFailed, match="gave up"):
+            receiver.result(timeout=30)
+
+
+def test_a_lost_receiver_ends_the_transfer(session: TransferSession, threads: ThreadPoolExecutor) -> None:
+    sent = weights() * 50
+    specs = [spec_of(*item) for item in sent]
+
+    def leave_early() -> None:
+        group = join(session, 1)
+        next(iter(receive(group, specs, CAPACITY)))
+        group.abort()
+
+    left = threads.submit(leave_early)
+    stayed = threads.submit(take, session, 2, specs)
+    with pytest.raises(TransferFailed, match="broke off"):
+        GlooSender(session, CAPACITY).send(sent)
+    left.result(timeout=30)
+    with pytest.raises(TransferFailed):
+        stayed.result(timeout=60)
+
+
+def test_joining_alone_times_out() -> None:
+    session = TransferSession("gloo", "127.0.0.1", free_port(), world_size=2, timeout_s=1)
+    with pytest.raises(TransferFailed, match="could not join"):
+        GlooSender(session)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=60))
+def test_buckets_hold_every_tensor_once_in_order(sizes: list[int]) -> None:
+    specs = [WeightSpec(str(i), "int8", (size,)) for i, size in enumerate(sizes)]
+    buckets = plan(specs, capacity=200)
+    assert [spec for bucket in buckets for spec, _ in bucket.parts] == specs
+    for bucket in buckets:
+        assert bucket.size <= 200 or len(bucket.parts) == 1 or all(spec_bytes(s) == 0 for s, _ in bucket.parts[:-1])
+        end = 0
+        for spec, start in bucket.parts:
+            assert start >= end
+            assert start % 16 == 0
+            end = start + spec_bytes(spec)
+        assert end == bucket.size
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+def test_the_sender_places_as_the_receiver_plans(sizes: list[int]) -> None:
+    placement = Placement(200)
+    placed = [placement.place(size) for size in sizes]
+    specs = [WeightSpec(str(i), "int8", (size,)) for i, size in enumerate(sizes)]
+    planned = [(number, start) for number, bucket in enumerate(plan(specs, 200)) for _, start in bucket.parts]
+    assert placed == planned
