@@ -1,8 +1,8 @@
 """The work that one step cannot do without, each part alone: a child of `online_dpo_vs_trl.py`, prints one result.
 
-vLLM generates a step's responses; plain transformers forwards them once without gradients (the reference), and once with
-forward and backward (the policy); AdamW takes one step on fp32 master weights. The responses are padded on the right, each
-row holding its own copy of the prompt, and all logits are made: what one writes without thinking of speed. Of one whole
+vLLM generates a step's responses; plain transformers forwards them once without gradients (the reference), and once
+with forward and backward (the policy); AdamW takes one step on fp32 master weights. Rows are padded on the right, each
+holding its own copy of the prompt, and all logits are made: what one writes without thinking of speed. Of one whole
 batch and eight rows at a time the quicker one counts.
 """
 

@@ -1,8 +1,8 @@
 """Online DPO in `rlhf` and in TRL 1.16, side by side: the same model, prompts, reward and step on this machine.
 
-A step is 16 prompts x 2 responses x at most 48 tokens, SmolLM2-135M-Instruct, bf16. Each round runs one process of either
-side, in turns, and then the bare parts of a step (`bare_parts.py`); ratios are taken within a round, because a machine's
-speed drifts. benchmarks/README.md says what is equal, what is not, and how to run it.
+A step is 16 prompts x 2 responses x at most 48 tokens, SmolLM2-135M-Instruct, bf16. Each round runs one process of
+either side, in turns, and then the bare parts of a step (`bare_parts.py`); ratios are taken within a round, because a
+machine's speed drifts. benchmarks/README.md says what is equal, what is not, and how to run it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def run_rlhf(args: argparse.Namespace, model: str, prompts: Path, folder: Path) 
     """Our steps, counted ones only, from the run folder's metrics."""
     settings = {
         "run": {"dir": str(folder)},
-        "data": {"prompts": str(prompts), "shuffle": False},
+        "data": {"prompts": str(prompts), "shuffle": False, "max_prompt_tokens": 256},
         "policy": {"model": model, "dtype": "bf16", "learning_rate": workload.LEARNING_RATE, "max_grad_norm": 1.0},
         "rollout": {"max_tokens": workload.MAX_TOKENS, "temperature": 1.0},
         "reward": {"kind": "function", "path": "workload:reward"},
@@ -137,11 +137,10 @@ def child(command: list[str]) -> str:
     }
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_S, check=False)
     if result.returncode:
-        hint = "\nInstall TRL with `pip install trl==1.16.0`, or name a Python that has it with --trl-python."
-        missing = "No module named 'trl'" in result.stderr
-        sys.exit(
-            f"{' '.join(command)}\nended with status {result.returncode}:\n{result.stderr[-3000:]}{hint if missing else ''}"
-        )
+        message = f"{' '.join(command)}\nended with status {result.returncode}:\n{result.stderr[-3000:]}"
+        if "No module named 'trl'" in result.stderr:
+            message += "\nInstall TRL with `pip install trl==1.16.0`, or name a Python that has it with --trl-python."
+        sys.exit(message)
     return result.stdout
 
 

@@ -1,4 +1,4 @@
-"""One run of TRL's OnlineDPOTrainer on the workload. A child of `online_dpo_vs_trl.py`; prints one result per counted step."""
+"""One run of TRL's OnlineDPOTrainer on the workload: a child of `online_dpo_vs_trl.py`, prints a result per step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         now = time.perf_counter()
         if state.global_step > workload.WARMUP_STEPS:
-            workload.report(seconds=now - self.last, tokens=self.tokens)
+            workload.report(seconds=now - self.last, tokens=self.tokens, trl=version("trl"))
         self.last, self.tokens = now, 0
 
 

@@ -1,4 +1,4 @@
-"""What both sides of a comparison work on, so that only the framework differs. Imports nothing heavy: reward actors load it."""
+"""What both sides of a comparison work on, so that only the framework differs. Light: reward actors import it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,16 @@ class Step:
 
 
 def write_prompts(source: Path, target: Path, steps: int) -> None:
-    """Copy as many prompts as `steps` steps need; a short source is repeated."""
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    wanted = [rows[i % len(rows)] for i in range(steps * PROMPTS_PER_STEP)]
-    target.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in wanted), encoding="utf-8")
+    """Copy the prompts that `steps` steps need, each one once.
+
+    Raises:
+        ValueError: the source has too few different prompts.
+    """
+    texts = dict.fromkeys(json.loads(line)["prompt"] for line in source.read_text(encoding="utf-8").splitlines())
+    wanted = list(texts)[: steps * PROMPTS_PER_STEP]
+    if len(wanted) < steps * PROMPTS_PER_STEP:
+        raise ValueError(f"{source} has {len(wanted)} different prompts, {steps} steps need {steps * PROMPTS_PER_STEP}")
+    target.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in wanted), encoding="utf-8")
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -111,7 +111,9 @@ def _train(args: argparse.Namespace) -> None:
         print(describe(settings, debug=args.debug))
         return
     from rlhf.loop.run import train
+    from rlhf.preflight.inputs import read_inputs
 
+    read_inputs(settings)  # what cannot work is said before anything starts
     train(settings, debug=args.debug, resume=args.resume)
 
 

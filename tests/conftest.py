@@ -28,7 +28,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_model: Path) -> Callable[..., Settings]:
-    """Settings for the tiny model in fp32 on CPU: `tiny_settings(rollout={"engines": 2}, ...)`, one dict per section."""
+    """Settings for the tiny model in fp32 on CPU: `tiny_settings(rollout={"engines": 2}, ...)`, one dict per
+    section."""
 
     def make(**sections: dict[str, Any]) -> Settings:
         base: dict[str, dict[str, Any]] = {

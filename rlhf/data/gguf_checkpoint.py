@@ -1,7 +1,8 @@
-"""`python -m rlhf.data.gguf_checkpoint SOURCE.gguf TARGET`: a quantised GGUF file as an ordinary bf16 Hugging Face checkpoint.
+"""`python -m rlhf.data.gguf_checkpoint SOURCE.gguf TARGET`: GGUF to an ordinary bf16 checkpoint.
 
-A program of its own, because the conversion is slow and large and its caller may not want torch. Refuses a result without the
-chat template, or whose end of sequence is not the token that ends a turn: an engine would then never stop a response.
+A program of its own, because the conversion is slow and large and its caller may not want torch. Refuses a result
+without the chat template, or whose end of sequence is not the token that ends a turn: an engine would then never stop
+a response.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def convert(source: Path, target: Path) -> None:
     )
     turn = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     if tokenizer.eos_token is None or not turn.rstrip().endswith(tokenizer.eos_token):
-        raise ValueError(f"the chat template ends a turn with {turn[-20:]!r}, the tokenizer with {tokenizer.eos_token!r}")
+        raise ValueError(
+            f"the chat template ends a turn with {turn[-20:]!r}, the tokenizer with {tokenizer.eos_token!r}"
+        )
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = tokenizer.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id

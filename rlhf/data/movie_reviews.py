@@ -1,7 +1,8 @@
 """The demo's data: sentences of film reviews, each rated by 15 to 20 people, divided so that nothing leaks.
 
-The data is C. J. Hutto's and E. Gilbert's (VADER, ICWSM 2014; MIT licence), inside the sdist of vaderSentiment 2.5. A hash of
-each text sends it to the reward model (train, test) or to the prompts (train, held out), the same on every machine.
+The data is C. J. Hutto's and E. Gilbert's (VADER, ICWSM 2014; MIT licence), inside the sdist of vaderSentiment 2.5. A
+hash of each text sends it to the reward model (train, test) or to the prompts (train, held out), the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def read_snippets(sdist: Path) -> list[Snippet]:
 
 
 def split(snippets: list[Snippet]) -> dict[str, list[dict]]:
-    """File name -> rows. Half of the texts for the reward model (a fifth of them for testing it), half for prompts (a tenth held out)."""
+    """File -> rows: half of the texts for the reward model (a fifth as test), half for prompts (a tenth held out)."""
     files: dict[str, list[dict]] = {
         name: [] for name in ("reward_train.jsonl", "reward_test.jsonl", "train_prompts.jsonl", "eval_prompts.jsonl")
     }

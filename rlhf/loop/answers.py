@@ -103,7 +103,9 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     baseline = baseline or settings.policy.model
     tokenizer = load_tokenizer(resolve(settings.policy.model))
     prompts = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)[: settings.loop.eval_limit]
-    ours, theirs = asyncio.run(_compare(settings, prompts, (policy, baseline), tokenizer))
+    ours, theirs = (
+        asyncio.run(_judged_answers(settings, prompts, model, tokenizer)) for model in (policy, baseline)
+    )
     rate, (low, high) = win_rate(theirs.rewards, ours.rewards, seed=settings.run.seed)
     figures = {
         "prompts": len(prompts),
@@ -120,23 +122,16 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
         Path(json_path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-async def _compare(
-    settings: Settings, prompts: Sequence[Prompt], models: Sequence[str], tokenizer: Any
-) -> list[HeldOut]:
-    """The judged answers of each model, one model after the other."""
+async def _judged_answers(settings: Settings, prompts: Sequence[Prompt], model: str, tokenizer: Any) -> HeldOut:
+    """The judged answers of one model, from engines and servers of its own."""
+    settings = settings.model_copy(update={"policy": settings.policy.model_copy(update={"model": model})})
     runtime = RayRuntime(settings.cluster, settings.rollout.engines + settings.reward.servers)
     try:
-        rewards = await RewardPool.start(runtime, settings)
-        answers = []
-        for model in models:
-            served = settings.model_copy(update={"policy": settings.policy.model_copy(update={"model": model})})
-            pool = await RolloutPool.start(runtime, served)
-            rollouts = await asyncio.gather(*(pool.sample(p, evaluation_sampling(settings)) for p in prompts))
-            feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
-            judged = [Judged(rollout, feedback) for rollout, feedback in zip(rollouts, feedbacks, strict=True)]
-            answers.append(held_out(judged, tokenizer))
-            await pool.close()
-        await rewards.close()
+        pool, rewards = await asyncio.gather(RolloutPool.start(runtime, settings), RewardPool.start(runtime, settings))
+        rollouts = await asyncio.gather(*(pool.sample(prompt, evaluation_sampling(settings)) for prompt in prompts))
+        feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
+        answers = held_out([Judged(r, f) for r, f in zip(rollouts, feedbacks, strict=True)], tokenizer)
+        await asyncio.gather(pool.close(), rewards.close())
         return answers
     finally:
         runtime.stop()

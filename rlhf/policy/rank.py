@@ -237,8 +237,8 @@ class PolicyRank:
             AutoTokenizer.from_pretrained(resolve(self.settings.policy.model)).save_pretrained(folder)
 
     def close(self) -> None:
-        """Leave the group."""
-        if torch.distributed.is_initialized():
+        """Leave the group. A lone rank keeps its own for the process's life: DeepSpeed cannot join a second one."""
+        if torch.distributed.is_initialized() and self.settings.policy.ranks > 1:
             torch.distributed.destroy_process_group()
 
 

@@ -1,5 +1,5 @@
-"""Judging responses: servers that score them, the models and functions behind the servers, and the training of such models.
+"""Judging responses: servers that score them, the models and functions behind these, and the training of such models.
 
-Owns everything between a rollout and its `Feedback`. Does not know how responses are made or what is learned from them. Rule:
-a failure is an outcome of its own (`Invalid`, `Failed`, `TimedOut`), never a reward of zero.
+Owns everything between a rollout and its `Feedback`. Does not know how responses are made or what is learned from
+them. Rule: a failure is an outcome of its own (`Invalid`, `Failed`, `TimedOut`), never a reward of zero.
 """

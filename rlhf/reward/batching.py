@@ -34,7 +34,7 @@ class Batcher(Generic[Item, Result]):
         """Results of `items`, in order. Raises what `work` raised for a batch that one of them was in."""
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in items]
-        self._waiting += zip(items, futures)
+        self._waiting += zip(items, futures, strict=True)
         if self._runner is None or self._runner.done():
             self._full = asyncio.Event()
             self._runner = loop.create_task(self._run())
@@ -59,7 +59,7 @@ class Batcher(Generic[Item, Result]):
     async def _work_on(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:
             results = await self._work([item for item, _ in batch])
-        except Exception as error:  # nothing is swallowed: every caller of the batch gets it
+        except Exception as error:  # noqa: BLE001 - nothing is swallowed: every caller of the batch gets it
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)

@@ -1,6 +1,7 @@
 """Data for training a reward model: rated texts or preference pairs from JSONL, checked line by line.
 
-Rated rows have `text` and `rating`; paired rows have `chosen` and `rejected`; both may have a `prompt`. Knows nothing of models.
+Rated rows have `text` and `rating`; paired rows have `chosen` and `rejected`; both may have a `prompt`. Knows nothing
+of models.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class PreferenceData:
         return self.rows(np.flatnonzero(~mask)), self.rows(np.flatnonzero(mask))
 
     def pairs(self, margin: float, limit: int, rng: np.random.Generator) -> np.ndarray:
-        """[n_pairs, 2] indices of examples, winner first. From ratings: pairs more than `margin` apart, at most `limit` of them."""
+        """[n_pairs, 2] indices of examples, winner first. From ratings: `limit` pairs more than `margin` apart."""
         if self.ratings is None:
             return np.arange(len(self.examples)).reshape(-1, 2)
         winner, loser = np.nonzero(self.ratings[:, None] - self.ratings[None, :] > margin)
@@ -93,7 +94,9 @@ def read_data(path: str) -> PreferenceData:
             continue
         chosen, rejected = (_text(path, number, row, name) for name in KINDS["paired"])
         if chosen == rejected:
-            raise RewardError(f"{path}, line {number}, field `rejected`: equal to `chosen`. Remove the row; it says nothing.")
+            raise RewardError(
+                f"{path}, line {number}, field `rejected`: equal to `chosen`. Remove the row; it says nothing."
+            )
         examples += [Example(prompt, chosen), Example(prompt, rejected)]
     return PreferenceData(
         examples, np.array(ratings) if kind == "rated" else None, "conversation" if with_prompt else "response"
@@ -115,8 +118,8 @@ def _kind(path: str, number: int, row: dict[str, Any]) -> str:
         if any(name in row for name in fields):
             return kind
     raise RewardError(
-        f"{path}, line {number}: has the fields {', '.join(row) or '(none)'}. Rated rows need `text` and `rating`, paired rows `chosen` and "
-        "`rejected`."
+        f"{path}, line {number}: has the fields {', '.join(row) or '(none)'}. Rated rows need `text` and "
+        "`rating`, paired rows `chosen` and `rejected`."
     )
 
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning of a reward model: all weights, AdamW, a few epochs. Squared error on ratings, or Bradley-Terry on pairs."""
+"""Full fine-tuning of a reward model: all weights, AdamW. Squared error on ratings, or Bradley-Terry on pairs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FullSettings:
 
 
 def fine_tune(model: RewardModel, data: PreferenceData, settings: FullSettings) -> float:
-    """Train `model` in place; returns the mean loss of the last tenth of the steps. Repeatable by the seed on one device."""
+    """Train `model` in place; returns the mean loss of the last tenth of the steps. Repeatable by the seed."""
     module, rng = model.module, np.random.default_rng(settings.seed)
     torch.manual_seed(settings.seed)
     ids = model.encode(data.examples)
@@ -51,7 +51,7 @@ def fine_tune(model: RewardModel, data: PreferenceData, settings: FullSettings) 
     module.train()
     for step, batch in enumerate(plan):
         scale = min((step + 1) / WARMUP_STEPS, 1.0) * (1.0 - step / len(plan))
-        for group, peak in zip(optimizer.param_groups, peaks):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * scale
         rewards = module(**model.batch([ids[i] for i in batch]))
         loss = _loss(rewards, batch, data, settings)

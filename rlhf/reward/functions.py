@@ -1,7 +1,7 @@
 """Reward functions: loading one by its import path, and a few built-in ones for smoke runs.
 
-A reward function is `def reward(prompt: str, response: str, payload: Mapping) -> float`, or the same with `async def`. It may
-return None for "this response has no reward", and raise for "I could not judge it".
+A reward function is `def reward(prompt: str, response: str, payload: Mapping) -> float`, or the same with `async
+def`. It may return None for "this response has no reward", and raise for "I could not judge it".
 """
 
 from __future__ import annotations
@@ -24,25 +24,30 @@ def load_function(path: str) -> Callable[[str, str, Mapping[str, Any]], Any]:
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
-        raise RewardError(f"`reward.path`: `{path}` is not an import path. Write `module:name`, e.g. `my_rewards:correctness`.")
+        raise RewardError(
+            f"`reward.path`: `{path}` is not an import path. Write `module:name`, e.g. `my_rewards:correctness`."
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise RewardError(
-            f"`reward.path`: cannot import the module `{module_name}` of `{path}`: {error}. Start the run in the folder that holds it, "
-            "or install it on every machine of the cluster."
+            f"`reward.path`: cannot import the module `{module_name}` of `{path}`: {error}. Start the run in the "
+            "folder that holds it, or install it on every machine of the cluster."
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         names = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
-        raise RewardError(f"`reward.path`: `{module_name}` has no function `{name}`. It has: {names or 'no functions'}.")
+        raise RewardError(
+            f"`reward.path`: `{module_name}` has no function `{name}`. It has: {names or 'no functions'}."
+        )
     try:
         inspect.signature(function).bind("prompt", "response", {})
     except TypeError:
         raise RewardError(
-            f"`reward.path`: `{path}` must take three arguments, (prompt, response, payload); it takes {inspect.signature(function)}."
+            f"`reward.path`: `{path}` must take three arguments, (prompt, response, payload); it takes "
+            f"{inspect.signature(function)}."
         ) from None
     return function
 

@@ -31,7 +31,7 @@ def pair_probabilities(differences: np.ndarray, temperature: float) -> np.ndarra
 def fit_temperature(differences: np.ndarray) -> float:
     """The T that makes sigmoid(difference / T) likeliest, for differences winner minus loser, [n_pairs].
 
-    One-dimensional search on log T between 1e-3 and 1e3 times the differences' scale; the log-likelihood has one maximum.
+    One-dimensional search on log T between 1e-3 and 1e3 times the differences' scale; there is one maximum.
     """
     differences = np.asarray(differences, dtype=np.float64)
     scale = float(np.abs(differences).mean())

@@ -1,8 +1,8 @@
 """Reward models on disk and in memory: a transformers sequence classifier, or an encoder with a linear head.
 
-Owns the folder format that `rlhf reward train` writes: the encoder in Hugging Face format, `reward_head.safetensors` (weight
-and bias of the head, with the normalisation of its features folded in) and `reward_model.json` (how it reads text). Does not
-know of servers or of how a model was trained.
+Owns the folder format that `rlhf reward train` writes: the encoder in Hugging Face format, `reward_head.safetensors`
+(weight and bias of the head, with the normalisation of its features folded in) and `reward_model.json` (how it reads
+text). Does not know of servers or of how a model was trained.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class EncoderWithHead(torch.nn.Module):
 
 
 class Classifier(torch.nn.Module):
-    """A transformers sequence classifier with one label (its logit is the reward) or two (the log-odds of the second)."""
+    """A transformers sequence classifier of one label (its logit is the reward) or two (the second's log-odds)."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -109,7 +109,9 @@ class RewardModel:
         if self.tokenizer.chat_template is None:
             texts = [f"{example.prompt}\n\n{example.response}" for example in examples]
             return self.tokenizer(texts, **options)["input_ids"]
-        turns = [[{"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.response}] for e in examples]
+        turns = [
+            [{"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.response}] for e in examples
+        ]
         texts = [self.tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
         # The template has written the special tokens already.
         return self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
@@ -127,7 +129,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def run(self, function, examples: Sequence[Example]) -> np.ndarray:
-        """`function(input_ids, attention_mask)` over all examples, in batches of like lengths, back in their order. float64."""
+        """`function(input_ids, attention_mask)` of all examples, in batches of like lengths; float64, in order."""
         self.module.eval()
         ids = self.encode(examples)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -155,7 +157,9 @@ class RewardModel:
         if isinstance(self.module, EncoderWithHead):
             from safetensors.torch import save_file
 
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.module.head.state_dict().items()}, folder / HEAD)
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in self.module.head.state_dict().items()}, folder / HEAD
+            )
         (folder / DESCRIPTION).write_text(json.dumps(asdict(self.description), indent=2) + "\n")
 
 
@@ -183,11 +187,13 @@ def load_model(path: str, device: str = "cpu") -> RewardModel:
     else:
         if not is_classifier(config):
             raise RewardError(
-                f"{folder} holds a {'/'.join(config.architectures or ['model without an architecture'])}, which gives no reward. Name a "
-                "sequence classifier, or train a reward model on top of it with `rlhf reward train`."
+                f"{folder} holds a {'/'.join(config.architectures or ['model without an architecture'])}, which gives "
+                "no reward. Name a sequence classifier, or train a reward model on top of it with `rlhf reward train`."
             )
         if config.num_labels > 2:
-            raise RewardError(f"{folder} is a classifier with {config.num_labels} labels; a reward needs one label, or two.")
+            raise RewardError(
+                f"{folder} is a classifier with {config.num_labels} labels; a reward needs one label, or two."
+            )
         module = Classifier(AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", config=config))
     return RewardModel(module.requires_grad_(False).eval(), tokenizer, description, device)
 
@@ -202,13 +208,15 @@ def read_base(folder: Path):
 
     if not (folder / "config.json").is_file():
         raise RewardError(
-            f"there is no model in the folder {folder} (no config.json). Give the folder of a model in Hugging Face format, or an "
-            "`asset:` name."
+            f"there is no model in the folder {folder} (no config.json). Give the folder of a model in Hugging "
+            "Face format, or an `asset:` name."
         )
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise RewardError(f"the tokenizer in {folder} has neither a padding nor an end-of-sequence token; batches need one.")
+            raise RewardError(
+                f"the tokenizer in {folder} has neither a padding nor an end-of-sequence token; batches need one."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""All reward servers as one object: spreads rollouts over them, and turns what goes wrong on the way into typed outcomes.
+"""All reward servers as one object: spreads rollouts over them, turns what goes wrong on the way into typed outcomes.
 
 Does not know how a server judges. Talks to: the runtime (to start servers), the servers through their handles.
 """
@@ -14,8 +14,8 @@ from rlhf.reward.scoring import failure
 from rlhf.reward.server import RewardServer, ServerInfo
 from rlhf.types import Failed, Feedback, Outcome, Rollout, TimedOut
 
-# A server keeps the deadline itself, response by response. The pool waits a little longer, for the way there and back, so that
-# only a server that answers nothing at all loses a whole rollout.
+# A server keeps the deadline itself, response by response. The pool waits a little longer, for the way there and back,
+# so that only a server that answers nothing at all loses a whole rollout.
 GRACE_S = 5.0
 CLOSE_S = 5.0
 
@@ -82,7 +82,7 @@ class RewardPool:
         patience = self._settings.cluster.startup_deadline_s
         live = [self._handles[index] for index in self._outstanding]
         prints = await asyncio.gather(*(handle.call("fingerprint", deadline=patience) for handle in live))
-        return {handle.name: value for handle, value in zip(live, prints)}
+        return {handle.name: value for handle, value in zip(live, prints, strict=True)}
 
     async def close(self) -> None:
         """Let the servers finish. Their processes end with the runtime."""
@@ -96,8 +96,8 @@ class RewardPool:
         """The live server with the fewest outstanding responses, the first of equals."""
         if not self._outstanding:
             raise NoServerLeft(
-                f"all {len(self._handles)} reward servers have died: {'; '.join(self._deaths)}. Look for a crash or for memory in their "
-                "logs (ray logs), then continue the run with --resume."
+                f"all {len(self._handles)} reward servers have died: {'; '.join(self._deaths)}. Look for a crash or "
+                "for memory in their logs (ray logs), then continue the run with --resume."
             )
         return min(self._outstanding, key=lambda index: (self._outstanding[index], index))
 
@@ -107,7 +107,7 @@ class RewardPool:
 
 
 def _remote_errors(runtime: Runtime) -> tuple[type, ...]:
-    """What a remote call may raise besides the handle's own errors. In this process nothing is remote, and bugs surface."""
+    """What a remote call may raise besides the handle's own errors. In this process nothing is remote: bugs surface."""
     if runtime.local:
         return ()
     from ray.exceptions import RayError
@@ -117,5 +117,3 @@ def _remote_errors(runtime: Runtime) -> tuple[type, ...]:
 
 def _all(rollout: Rollout, outcome: Outcome) -> tuple[Outcome, ...]:
     return (outcome,) * len(rollout.infos)
-
-

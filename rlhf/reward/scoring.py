@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf.types import FinishReason, Failed, Invalid, Outcome, Score
+from rlhf.types import Failed, FinishReason, Invalid, Outcome, Score
 
 
 def outcome_of(value: Any, finish_reason: FinishReason, missing_eos_penalty: float) -> Outcome:
     """The outcome for a returned value.
 
-    A finite number is a `Score`, less the penalty if the response was cut at the token limit. NaN, an infinity and None (the
-    function's way to say that there is no reward) are `Invalid`. Anything else is a mistake in the function: `Failed`.
+    A finite number is a `Score`, less the penalty if the response was cut at the token limit. NaN, an infinity and None
+    (how a function says that there is no reward) are `Invalid`. Anything else is a mistake in the function: `Failed`.
     """
     if value is None:
         return Invalid("the reward function returned None")

@@ -1,7 +1,8 @@
 """One reward server: judges responses with a model or a user's function, in batches and within the deadline.
 
-A plain class; in Ray it is an async actor, in debug mode an object in the driver's process. The work runs in a thread (so that
-the actor keeps answering) or inline (so that a breakpoint works). Talks to: functions, models, scoring. Not to other servers.
+A plain class; in Ray it is an async actor, in debug mode an object in the driver's process. The work runs in a thread
+(so that the actor keeps answering) or inline (so that a breakpoint works). Talks to: functions, models, scoring. Not
+to other servers.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Workplace:
         self._free = asyncio.Lock()
 
     async def run(self, work: Callable[..., Any], *args: Any) -> Any:
-        """`work(*args)`. When the caller is cancelled, a running thread is left to itself and the next work gets a new one."""
+        """`work(*args)`. If the caller is cancelled, the thread is left to itself and the next work gets a new one."""
         if self._inline:
             return work(*args)
         async with self._free:
@@ -94,7 +95,7 @@ class FunctionJudge:
                 return await self._function(prompt.text, response, prompt.payload)
             value = await self._workplace.run(self._function, prompt.text, response, prompt.payload)
             return await value if inspect.isawaitable(value) else value
-        except (Exception, SystemExit) as error:  # code of the user: whatever it raises is its outcome for this response
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - code of the user: what it raises is its outcome
             return failure(error)
 
     def fingerprint(self) -> None:
@@ -113,7 +114,9 @@ class ModelJudge:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device == "cuda" and not torch.cuda.is_available():
-            raise RewardError("`cluster.device` is cuda, but the reward server sees no GPU. Set it to cpu or auto, or give it a GPU.")
+            raise RewardError(
+                "`cluster.device` is cuda, but the reward server sees no GPU. Set it to cpu or auto, or give it a GPU."
+            )
         if not local:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(settings.cluster.threads or max(1, cores // reward.servers))
@@ -121,8 +124,8 @@ class ModelJudge:
         trained_on = self._model.description.input
         if trained_on not in (None, reward.input):
             raise RewardError(
-                f"`reward.input` is {reward.input}, but the reward model {reward.path} was trained on the {trained_on}. Set "
-                f"`reward.input: {trained_on}`."
+                f"`reward.input` is {reward.input}, but the reward model {reward.path} was trained on the {trained_on}."
+                f" Set `reward.input: {trained_on}`."
             )
         if trained_on is None:
             self._model.read(reward.input)

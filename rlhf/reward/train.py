@@ -43,27 +43,40 @@ TEST_FRACTION = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `rlhf reward train`."""
-    parser.add_argument("--model", required=True, help="folder or asset: name of the encoder, language model or sequence classifier")
-    parser.add_argument("--train", required=True, help="JSONL with `text` and `rating`, or `chosen` and `rejected`, and perhaps `prompt`")
+    parser.add_argument(
+        "--model", required=True, help="folder or asset: name of the encoder, language model or sequence classifier"
+    )
+    parser.add_argument(
+        "--train",
+        required=True,
+        help="JSONL with `text` and `rating`, or `chosen` and `rejected`, and perhaps `prompt`",
+    )
     parser.add_argument("--test", help="held-out JSONL; default: a fifth of the training rows is held out")
     parser.add_argument("--output", required=True, help="folder to write; an older reward model there is replaced")
     parser.add_argument(
         "--method",
         choices=("ridge", "logistic", "full"),
         default="ridge",
-        help="ridge: least squares on ratings, frozen encoder; logistic: Bradley-Terry on pairs, frozen encoder; full: all weights",
+        help="frozen encoder with a ridge head (ratings) or a logistic head (pairs); full: all weights",
     )
     parser.add_argument(
         "--objective",
         choices=("auto", "squared", "bradley-terry"),
         default="auto",
-        help="loss of --method full; auto: squared error for ratings, Bradley-Terry for pairs",
+        help="loss of --method full; auto: squared error for ratings, Bradley-Terry for pairs and classifiers",
     )
     parser.add_argument("--margin", type=float, default=0.5, help="ratings further apart than this make a pair")
-    parser.add_argument("--validation", type=float, default=0.1, help="fraction of the training rows that choose strength and temperature")
+    parser.add_argument(
+        "--validation",
+        type=float,
+        default=0.1,
+        help="fraction of the training rows that choose strength and temperature",
+    )
     parser.add_argument("--max-tokens", type=int, default=256, help="texts are cut here")
     parser.add_argument("--epochs", type=int, default=1, help="of --method full")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="peak, of --method full; a large model wants 1e-5")
+    parser.add_argument(
+        "--learning-rate", type=float, default=2e-4, help="peak, of --method full; a large model wants 1e-5"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="texts per step of --method full")
     parser.add_argument("--seed", type=int, default=0, help="of the division into parts, of pairs and of training")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
@@ -117,11 +130,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def measure(rewards: np.ndarray, data: PreferenceData, pairs: np.ndarray, temperature: float) -> dict[str, float]:
-    """How good rewards are on held-out data: pair accuracy (ties count half), ECE, Brier score, and Pearson's r for ratings.
+    """How good rewards are on held-out data: pair accuracy (ties count half), ECE, Brier, and Pearson's r.
 
     Args:
         rewards: [n_examples].
-        pairs: [n_pairs, 2], winner first. Every second one is presented the other way round, so that P is not always of the winner.
+        pairs: [n_pairs, 2], winner first. Every second one is turned round, so that P is not always of the winner.
     """
     gaps = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
     won = np.arange(len(pairs)) % 2 == 0
@@ -146,9 +159,13 @@ def _check_output(folder: Path) -> None:
 
 def _check_method(args: argparse.Namespace, data: PreferenceData) -> None:
     if data.ratings is None and args.method == "ridge":
-        raise RewardError(f"--method ridge fits ratings, but {args.train} has pairs. Use --method logistic or --method full.")
+        raise RewardError(
+            f"--method ridge fits ratings, but {args.train} has pairs. Use --method logistic or --method full."
+        )
     if data.ratings is None and args.objective == "squared":
-        raise RewardError(f"--objective squared fits ratings, but {args.train} has pairs. Use --objective bradley-terry.")
+        raise RewardError(
+            f"--objective squared fits ratings, but {args.train} has pairs. Use --objective bradley-terry."
+        )
     if not 0 < args.validation < 1:
         raise RewardError(f"--validation must be between 0 and 1, not {args.validation}.")
     if data.n_rows < 20:
@@ -160,7 +177,9 @@ def _pairs(
 ) -> np.ndarray:
     pairs = data.pairs(args.margin, limit, rng)
     if not len(pairs):
-        raise RewardError(f"no two ratings of the {data.n_rows} {part} rows are more than --margin {args.margin} apart.")
+        raise RewardError(
+            f"no two ratings of the {data.n_rows} {part} rows are more than --margin {args.margin} apart."
+        )
     return pairs
 
 
@@ -171,7 +190,9 @@ def _in_rating_units(args: argparse.Namespace, data: PreferenceData) -> bool:
 def _objective(args: argparse.Namespace, data: PreferenceData) -> str:
     if args.objective != "auto":
         return args.objective
-    return "bradley-terry" if data.ratings is None else "squared"
+    # The head of a ready classifier has its own scale, far from that of the ratings; pairs do not ask for theirs.
+    ready_made = is_classifier(read_base(Path(resolve(args.model)))[0])
+    return "bradley-terry" if data.ratings is None or ready_made else "squared"
 
 
 def _new_model(args: argparse.Namespace, data: PreferenceData) -> RewardModel:
@@ -186,7 +207,9 @@ def _new_model(args: argparse.Namespace, data: PreferenceData) -> RewardModel:
     if is_classifier(config) and args.method == "full":
         classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, config=config)
         if classifier.config.num_labels > 2:
-            raise RewardError(f"{folder} is a classifier with {config.num_labels} labels; a reward needs one label, or two.")
+            raise RewardError(
+                f"{folder} is a classifier with {config.num_labels} labels; a reward needs one label, or two."
+            )
         return RewardModel(Classifier(classifier), tokenizer, Description("classifier", data.input, limit), device)
     encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
     last = encoder.config.num_hidden_layers
@@ -243,7 +266,7 @@ def _print(report: dict, output: str) -> None:
     test = report["test"]
     pearson = f", Pearson {test['pearson']:.3f}" if "pearson" in test else ""
     print(
-        f"held-out pair accuracy {test['pair_accuracy']:.3f} ({test['pairs']} pairs), ECE {test['ece']:.3f}, Brier {test['brier']:.3f}"
-        f"{pearson}; {report['seconds']:g} s; saved in {output}",
+        f"held-out pair accuracy {test['pair_accuracy']:.3f} ({test['pairs']} pairs), ECE {test['ece']:.3f}, "
+        f"Brier {test['brier']:.3f}{pearson}; {report['seconds']:g} s; saved in {output}",
         flush=True,
     )

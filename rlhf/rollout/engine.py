@@ -1,7 +1,8 @@
 """One rollout engine: a vLLM engine and the rules under which its answers count.
 
-Runs as a Ray actor, or in the driver's process in debug mode. Owns one vLLM engine, the version of its weights and whether
-they are whole. Knows nothing of other engines, of the loop, or of who sends the weights. Called by `RolloutPool`.
+Runs as a Ray actor, or in the driver's process in debug mode. Owns one vLLM engine, the version of its weights and
+whether they are whole. Knows nothing of other engines, of the loop, or of who sends the weights. Called by
+`RolloutPool`.
 """
 
 from __future__ import annotations
@@ -98,9 +99,7 @@ class RolloutEngine:
         workers = self._settings.rollout.tensor_parallel_size
         return EngineInfo(self._index, workers, socket.gethostname(), os.getpid(), log)
 
-    async def sample(
-        self, prompt: Prompt, sampling: Sampling
-    ) -> tuple[tuple[CompletionInfo, ...], list[Completion]]:
+    async def sample(self, prompt: Prompt, sampling: Sampling) -> tuple[tuple[CompletionInfo, ...], list[Completion]]:
         """Draw `sampling.n` responses to one prompt.
 
         Returns:
@@ -126,9 +125,9 @@ class RolloutEngine:
             raise ValueError(f"prompt {prompt.id} has no tokens")
         if n + sampling.max_tokens > limit:
             raise ValueError(
-                f"prompt {prompt.id} has {n} tokens and asks for up to {sampling.max_tokens} more, but the engines hold "
-                f"{limit} (data.max_prompt_tokens = {data.max_prompt_tokens} plus rollout.max_tokens = {rollout.max_tokens}): "
-                "raise data.max_prompt_tokens, or set data.too_long to drop"
+                f"prompt {prompt.id} has {n} tokens and asks for up to {sampling.max_tokens} more, but the engines "
+                f"hold {limit} (data.max_prompt_tokens = {data.max_prompt_tokens} plus rollout.max_tokens = "
+                f"{rollout.max_tokens}): raise data.max_prompt_tokens, or set data.too_long to drop"
             )
 
     def _completion(self, prompt: Prompt, position: int, answer: Sampled) -> Completion:
@@ -142,8 +141,9 @@ class RolloutEngine:
         if not np.isfinite(answer.logprobs).all():
             first = int(np.flatnonzero(~np.isfinite(answer.logprobs))[0])
             raise BadResponse(
-                f"{where}: the log-prob of token {first} is {answer.logprobs[first]}. The policy's weights or the engine's "
-                "precision are broken: look for a loss or gradient norm that is not finite, or try rollout.dtype=fp32"
+                f"{where}: the log-prob of token {first} is {answer.logprobs[first]}. The policy's weights or the "
+                "engine's precision are broken: look for a loss or gradient norm that is not finite, or try "
+                "rollout.dtype=fp32"
             )
         return Completion(prompt.id, answer.token_ids, answer.logprobs, answer.weight_version, answer.finish_reason)
 
@@ -168,7 +168,7 @@ class RolloutEngine:
         )
 
     async def receive_weights(self, specs: Sequence[WeightSpec], version: int) -> Attestation:
-        """Take the weights that the session's sender sends meanwhile. Running requests finish first, under the old ones.
+        """Take the weights that the session's sender sends meanwhile. Running requests finish first.
 
         Cached prefixes are forgotten. If the transfer fails, the engine refuses to sample until one succeeds.
 
@@ -181,6 +181,8 @@ class RolloutEngine:
             if self._backend == "local":
                 await self._delivered.wait()
                 self._delivered.clear()
+                if self._delivery is None:
+                    raise TransferFailed("the weights could not be loaded; the sender's own error says why")
                 fingerprint = self._delivery
             else:
                 fingerprint = await self._receive_through_workers(specs)
@@ -201,15 +203,20 @@ class RolloutEngine:
         await self._engine.workers("finish_weight_update")
         fingerprints = set(await self._engine.workers("attest"))
         if len(fingerprints) != 1:
-            raise TransferFailed(f"the workers of engine {self._index} received different weights: {sorted(fingerprints)}")
+            raise TransferFailed(
+                f"the workers of engine {self._index} received different weights: {sorted(fingerprints)}"
+            )
         return fingerprints.pop()
 
     def _deliver(self, weights: Iterable[tuple[str, Any]]) -> str:
         """Called by the sender, in its own stack (back end `local`)."""
         assert isinstance(self._engine, InProcessEngine)
         self._whole = False
-        self._delivery = self._engine.load(weights)
-        self._delivered.set()
+        self._delivery = None
+        try:
+            self._delivery = self._engine.load(weights)
+        finally:
+            self._delivered.set()  # also after an error: `receive_weights` must not wait for what will not come
         return self._delivery
 
     async def sleep(self) -> None:

@@ -1,7 +1,8 @@
 """The rollout pool: all engines as one, from which the loop asks for responses.
 
-Owns the engines' handles, the routing, and the question whether they hold the weights they should. Does not know the policy:
-the loop tells it which version and fingerprint to expect. A request whose engine dies is asked once more of another one.
+Owns the engines' handles, the routing, and the question whether they hold the weights they should. Does not know the
+policy: the loop tells it which version and fingerprint to expect. A request whose engine dies is asked once more of
+another one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 
-from rlhf.cluster import ActorDied, Handle, Runtime
+from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, uses_gpu
 from rlhf.config.settings import Settings
 from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
 from rlhf.rollout.router import Router
@@ -44,13 +45,13 @@ class RolloutPool:
 
     @classmethod
     async def start(cls, runtime: Runtime, settings: Settings) -> RolloutPool:
-        """Start the engines and wait until each can answer. In debug mode there is one, whatever `rollout.engines` says.
+        """Start the engines and wait until each can answer. In debug mode there is only one.
 
         Raises:
             DeadlineExpired: an engine was not ready within `cluster.startup_deadline_s`.
             ActorDied: an engine's process ended while starting.
         """
-        gpu = uses_gpu(settings)
+        gpu = uses_gpu(settings.cluster)
         backend = choose_backend(settings, gpu, runtime.local)
         count = 1 if runtime.local else settings.rollout.engines
         gpus = settings.rollout.tensor_parallel_size if gpu and not runtime.local else 0
@@ -71,7 +72,7 @@ class RolloutPool:
         return sum(self._infos[index].workers for index in self._handles)
 
     async def sample(self, prompt: Prompt, sampling: Sampling) -> Rollout:
-        """Responses to one prompt, from the engine with the fewest outstanding tokens. Call it for many prompts at once.
+        """Responses to one prompt, from the engine with the fewest outstanding tokens. Call it for many at once.
 
         Raises:
             StaleWeights: new weights were sent and not yet accepted.
@@ -80,7 +81,9 @@ class RolloutPool:
             ValueError: the prompt is too long.
         """
         if self._accepted is None:
-            raise StaleWeights("new weights were sent, and pool.accept has not yet confirmed that every engine holds them")
+            raise StaleWeights(
+                "new weights were sent, and pool.accept has not yet confirmed that every engine holds them"
+            )
         for _ in range(2):
             rollout = await self._try_sample(prompt, sampling)
             if rollout is not None:
@@ -131,20 +134,22 @@ class RolloutPool:
         """Let every engine take the weights that the session's sender sends meanwhile. Then call `accept`.
 
         Raises:
-            StaleWeights: an engine has died since `connect`, so the session is broken: connect anew.
+            StaleWeights: an engine has died, or a transfer has failed, since `connect`: connect anew.
             DeadlineExpired: an engine had not received all within `cluster.publish_deadline_s`.
             TransferFailed: the transfer failed at an engine.
         """
         self._accepted, self._attested = None, ()
-        if self._joined != tuple(self._handles):
+        joined, self._joined = self._joined, ()  # a transfer that fails costs the session
+        if joined != tuple(self._handles):
             raise StaleWeights(
-                f"the weight-transfer session joins engines {list(self._joined)}, but {list(self._handles)} are alive: "
-                "open a new session and call pool.connect. " + " ".join(self._deaths)
+                f"the weight-transfer session joins engines {list(joined)}, but {list(self._handles)} are alive: "
+                "open a new session and call pool.connect (also after a failed transfer). " + " ".join(self._deaths)
             )
         deadline = self._settings.cluster.publish_deadline_s
         handles = self._handles.values()
         calls = (handle.call("receive_weights", list(specs), version, deadline=deadline) for handle in handles)
         self._attested = tuple(await asyncio.gather(*calls))
+        self._joined = joined
 
     def accept(self, version: int, fingerprint: str) -> None:
         """Compare what the engines attested with what the sender sent; only then does the pool sample again.
@@ -156,7 +161,8 @@ class RolloutPool:
         if wrong or {a.engine for a in self._attested} != set(self._handles):
             seen = ", ".join(f"engine {a.engine}: version {a.version}, {a.fingerprint}" for a in self._attested)
             raise StaleWeights(
-                f"the policy sent version {version} with fingerprint {fingerprint}, but the engines attest {seen or 'nothing'}"
+                f"the policy sent version {version} with fingerprint {fingerprint}, "
+                f"but the engines attest {seen or 'nothing'}"
             )
         self._accepted = version
 
@@ -175,15 +181,6 @@ class RolloutPool:
     async def _all(self, method: str) -> None:
         deadline = self._settings.cluster.publish_deadline_s
         await asyncio.gather(*(handle.call(method, deadline=deadline) for handle in self._handles.values()))
-
-
-def uses_gpu(settings: Settings) -> bool:
-    """Whether engines run on GPUs: as `cluster.device` says, or, for `auto`, whether this process sees one."""
-    if settings.cluster.device != "auto":
-        return settings.cluster.device == "cuda"
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def choose_backend(settings: Settings, gpu: bool, local: bool) -> Backend:
@@ -209,9 +206,7 @@ def engine_environment(settings: Settings, local: bool) -> dict[str, str]:
     }
     if local:
         return env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    cores = len(os.sched_getaffinity(0))
-    threads = settings.cluster.threads or max(1, cores // settings.rollout.engines)
-    env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    env |= compute_env(settings.cluster, settings.rollout.engines)
     if not _is_hub_name(settings.policy.model):
         env["HF_HUB_OFFLINE"] = "1"
     return env

@@ -6,8 +6,8 @@ from __future__ import annotations
 class Router:
     """Keeps the load of each engine, in tokens that it may still have to read or write.
 
-    A request's load is an upper bound (its prompt once, and its longest response n times), because nobody knows how long a
-    response will be; the bound is taken back whole when the request ends.
+    A request's load is an upper bound (its prompt once, and its longest response n times), because nobody knows how
+    long a response will be; the bound is taken back whole when the request ends.
     """
 
     def __init__(self, engines: int):

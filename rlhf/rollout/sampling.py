@@ -16,8 +16,8 @@ class Sampling:
         temperature: 0 is greedy.
         top_p: nucleus sampling; 1 is off.
         top_k: sample among the k likeliest tokens; 0 is off.
-        seed: with the same seed, prompt and weights, the same responses are drawn. Change it with every step, or a prompt
-            that comes back draws the same random numbers again.
+        seed: with the same seed, prompt and weights, the same responses are drawn. Change it with every step, or a
+            prompt that comes back draws the same random numbers again.
     """
 
     n: int
@@ -28,6 +28,6 @@ class Sampling:
     seed: int = 0
 
     def request_seed(self, prompt_id: str) -> int:
-        """The engine's seed for this prompt. vLLM adds the response's index to it, so neighbouring seeds must not occur."""
+        """The engine's seed for this prompt. vLLM adds the response's index to it, so neighbours must not occur."""
         digest = hashlib.sha256(f"{self.seed}:{prompt_id}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 2  # 62 bits: index included, it stays a signed 64-bit integer

@@ -1,8 +1,8 @@
 """Every vLLM call of the rollout room. Written for vLLM 0.32; when vLLM changes, this file and `rlhf.transfer` change.
 
-Two engines behind one interface: `AsyncEngine` (vLLM's `AsyncLLM`, whose core and workers are child processes) for Ray actors,
-and `InProcessEngine` (vLLM's `LLMEngine` in this very process, stepped by a task of the event loop) for debug mode, where a
-breakpoint inside the model works. Both answer with the same tokens.
+Two engines behind one interface: `AsyncEngine` (vLLM's `AsyncLLM`, whose core and workers are child processes) for Ray
+actors, and `InProcessEngine` (vLLM's `LLMEngine` in this very process, stepped by a task of the event loop) for debug
+mode, where a breakpoint inside the model works. Both answer with the same tokens.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def engine_arguments(settings: Settings, model: str, engine_name: str, gpu: bool
         "kv_cache_memory_bytes": None if gpu else int(rollout.cpu_kv_cache_gb * 2**30),
         "enable_sleep_mode": gpu and local,
         "enable_prefix_caching": True,
+        # A prompt prefilled in parts makes vLLM rewind the request's own generator, which torch cannot do on CPU.
+        "enable_chunked_prefill": gpu,
         # Behaviour log-probs must be those of the distribution sampled from, temperature and truncation included.
         "logprobs_mode": "processed_logprobs",
         "seed": settings.run.seed,
@@ -162,7 +164,9 @@ def _read(output: Any) -> list[Sampled]:
 def _version(spans: Any) -> int:
     versions = {span.version for span in spans or ()}
     if len(versions) != 1:
-        raise RuntimeError(f"a response was written by the weight versions {sorted(versions)}, but exactly one is possible here")
+        raise RuntimeError(
+            f"a response was written by the weight versions {sorted(versions)}, but exactly one is possible here"
+        )
     return int(versions.pop())
 
 
@@ -270,7 +274,9 @@ class InProcessEngine:
     def load(self, weights: Iterable[tuple[str, Any]]) -> str:
         """Load new weights, now. Returns their fingerprint. Needs an idle engine: call it between requests."""
         if self._llm.has_unfinished_requests():
-            raise RuntimeError("weights were sent while requests were running: publish after all responses have arrived")
+            raise RuntimeError(
+                "weights were sent while requests were running: publish after all responses have arrived"
+            )
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not forget its cached prefixes, which belong to the old weights")
         self._llm.collective_rpc("start_weight_update")
@@ -324,7 +330,7 @@ def _torch_as_it_was() -> Iterator[None]:
 
 @contextmanager
 def _default_group_kept() -> Iterator[None]:
-    """Keep vLLM from destroying torch's default process group when it ends: DeepSpeed may be using it in this process."""
+    """Keep vLLM from destroying torch's default process group when it ends: DeepSpeed may be using it here."""
     import torch.distributed as dist
 
     destroy = dist.destroy_process_group

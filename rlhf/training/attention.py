@@ -71,28 +71,61 @@ def packed_attention(
         raise ValueError(
             f"{type(module).__name__} needs {', '.join(unsupported)}, which packed attention does not support"
         )
-    shared_heads = key.shape[1] != query.shape[1]
     outputs = []
     for segment in segments:
         part = slice(segment.start, segment.stop)
         mask = segment.mask
         if sliding_window is not None and segment.stop - segment.start > sliding_window:
             distance = segment.positions[:, None] - segment.positions[None, :]
-            causal = torch.ones_like(distance, dtype=torch.bool).tril() if mask is None else mask
-            mask = causal & (distance < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, part],
-                key[:, :, part],
-                value[:, :, part],
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=shared_heads,
-            )
-        )
+            mask = _causal(distance) if mask is None else mask
+            mask = mask & (distance < sliding_window)
+        attend = _attend_on_cpu if query.device.type == "cpu" else _attend
+        outputs.append(attend(query[:, :, part], key[:, :, part], value[:, :, part], mask, scaling, dropout))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+def _attend_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """The same by plain matrix products: for groups of some hundred tokens far faster than torch's fused CPU kernel."""
+    _, heads, length, size = query.shape
+    shared = heads // key.shape[1]  # query heads per key head
+    mask = _causal(query) if mask is None else mask
+    grouped = query.reshape(1, key.shape[1], shared * length, size)
+    scores = grouped @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+    scores = scores.view(1, key.shape[1], shared, length, length).masked_fill(~mask, float("-inf"))
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return (weights.view(1, key.shape[1], shared * length, length) @ value).view(1, heads, length, size)
+
+
+def _causal(like: torch.Tensor) -> torch.Tensor:
+    length = like.shape[-2]
+    return torch.ones(length, length, dtype=torch.bool, device=like.device).tril()
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -139,9 +139,9 @@ class Trainer:
         Raises:
             FileNotFoundError: no such checkpoint.
         """
-        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
+        if not (folder / tag).is_dir():
             raise FileNotFoundError(f"no DeepSpeed checkpoint {tag!r} in {folder}")
+        self.engine.load_checkpoint(str(folder), tag=tag)
 
 
 def shard_frozen(model: nn.Module, settings: PolicySettings, device: torch.device) -> nn.Module:

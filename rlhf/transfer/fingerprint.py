@@ -1,8 +1,9 @@
-"""A fingerprint of weights: cheap, the same on CPU and GPU, and different if any byte, name, type, shape or order differs.
+"""A fingerprint of weights: cheap, the same on CPU and GPU, different if any byte, name, type, shape or order is.
 
-It guards against mistakes (a lost bucket, a stale tensor, a wrong type), not against an adversary. Each tensor's bytes are
-read as 64-bit integers and multiplied with fixed odd random weights; the sums, modulo 2**64, go into a SHA-256 together with
-the names. On one core this reads about 4 GB/s, three times as fast as hashing the bytes, and it needs no copy from a GPU.
+It guards against mistakes (a lost bucket, a stale tensor, a wrong type), not against an adversary. Each tensor's bytes
+are read as 64-bit integers and multiplied with fixed odd random weights; the sums, modulo 2**64, go into a SHA-256
+together with the names. On one core this reads about 4 GB/s, three times as fast as hashing the bytes, and it needs no
+copy from a GPU.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Weights over sockets, for engines on CPU: a broadcast from the sender to all workers, bucket by bucket.
 
-Before each bucket goes a header, one integer: its length in bytes, 0 for the end, or -1 when the sender gives up. So ends
-that disagree fail at once and with words, instead of one waiting for the other until the timeout.
+Before each bucket all ends agree on its length, and any end may give up there. So ends that differ, or an end that
+fails, stop all others at once and with words, instead of leaving them to wait for the timeout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from rlhf.transfer.buckets import BUCKET_BYTES, Placement, plan
 from rlhf.transfer.fingerprint import Fingerprint, as_bytes
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec, local_address_towards
 
-_END, _GIVEN_UP = 0, -1
+_END = 0  # in place of a bucket's length
 
 
 def join(session: TransferSession, rank: int) -> dist.ProcessGroup:
@@ -57,44 +59,39 @@ class GlooSender:
         """Broadcast the tensors; each is copied before the next one is asked for. Returns their fingerprint.
 
         Raises:
-            TransferFailed: a worker was lost or did not follow within the session's timeout.
+            TransferFailed: a worker was lost, failed, expected something else, or was too slow for the session's
+            timeout.
         """
-        finished = False
-        try:
+        with _others_told(self._group):
             total = self._send_buckets(named_tensors)
-            _exchange(self._group, torch.tensor([_END]), "the end of the weights")
-            finished = True
-        except TransferFailed:
-            finished = True  # the group is lost: nobody is left to be told
-            raise
-        finally:
-            if not finished:  # the caller's tensors could not be produced
-                _exchange(self._group, torch.tensor([_GIVEN_UP]), "the sender's farewell")
+        _agree(self._group, _END, "the end")
         return total
 
     def _send_buckets(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         total = Fingerprint()
         placement = Placement(self._capacity)
         buffer = torch.empty(self._capacity, dtype=torch.uint8)
-        pending, current = buffer[:0], 0
+        pending, current, first = buffer[:0], 0, ""
         for name, tensor in total.watch(named_tensors):
             data = as_bytes(tensor)
             bucket, start = placement.place(data.numel())
             if bucket != current:
-                self._send(pending, before=name)
+                self._send(pending, first)
                 current = bucket
+            if start == 0:
+                first = name
             if data.numel() > self._capacity:
                 pending = data.to("cpu", copy=True)
             else:
                 buffer[start : start + data.numel()].copy_(data)
                 pending = buffer[: start + data.numel()]
         if pending.numel():
-            self._send(pending, before="the end")
+            self._send(pending, first)
         return total.hexdigest()
 
-    def _send(self, bucket: torch.Tensor, before: str) -> None:
-        _exchange(self._group, torch.tensor([bucket.numel()]), f"the header of the bucket before {before}")
-        _exchange(self._group, bucket, f"the bucket before {before}")
+    def _send(self, bucket: torch.Tensor, first: str) -> None:
+        _agree(self._group, bucket.numel(), first)
+        _finish(self._group.broadcast(bucket, 0), first)
 
     def close(self) -> None:
         """Leave the group."""
@@ -102,37 +99,60 @@ class GlooSender:
 
 
 def receive(
-    group: dist.ProcessGroup, specs: Sequence[WeightSpec], capacity: int = BUCKET_BYTES
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """A worker's end: the announced tensors, one bucket at a time, as views of a buffer that is not used again.
+    group: dist.ProcessGroup,
+    specs: Sequence[WeightSpec],
+    load: Callable[[list[tuple[str, torch.Tensor]]], Any],
+    capacity: int = BUCKET_BYTES,
+) -> None:
+    """A worker's end: gives the announced tensors to `load`, one bucket at a time, as views of a buffer of their own.
 
     Raises:
-        TransferFailed: the sender was lost, gave up, or sent something other than what was announced.
+        TransferFailed: another end was lost or gave up, or the sender sent something other than what was announced.
     """
-    header = torch.zeros(1, dtype=torch.int64)
     for bucket in plan(specs, capacity):
         first = bucket.parts[0][0].name
-        _exchange(group, header, f"the header of the bucket from {first}")
-        _expect(int(header), bucket.size, first)
+        _agree(group, bucket.size, first)
         buffer = torch.empty(bucket.size, dtype=torch.uint8)
-        _exchange(group, buffer, f"the bucket from {first}")
-        yield bucket.unpack(buffer)
-    _exchange(group, header, "the end of the weights")
-    _expect(int(header), _END, "the end")
+        _finish(group.broadcast(buffer, 0), first)
+        with _others_told(group):
+            load(bucket.unpack(buffer))
+    _agree(group, _END, "the end")
 
 
-def _expect(announced: int, expected: int, place: str) -> None:
-    if announced == _GIVEN_UP:
-        raise TransferFailed(f"the sender gave up at {place}; the reason stands in the policy's own error")
-    if announced != expected:
+def _agree(group: dist.ProcessGroup, size: int, place: str, give_up: bool = False) -> None:
+    """All ends meet before a bucket: raises at all of them unless they mean the same size and nobody gives up."""
+    header = torch.tensor([size, -size, int(give_up)])
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.MAX
+    _finish(group.allreduce([header], options), place)
+    largest, negative_smallest, given_up = header.tolist()
+    if given_up:
+        raise TransferFailed(f"at {place}: another end of the weight transfer gave up; its own error says why")
+    if largest != -negative_smallest:
         raise TransferFailed(
-            f"at {place} the sender announced {announced} bytes, but the specs say {expected}: the specs given to the engines "
-            "and the tensors given to the sender differ in number, shape or dtype"
+            f"at {place} the ends of the transfer expect from {-negative_smallest} to {largest} bytes: the specs "
+            "given to the engines and the tensors given to the sender differ in number, shape or dtype"
         )
 
 
-def _exchange(group: dist.ProcessGroup, tensor: torch.Tensor, what: str) -> None:
+@contextmanager
+def _others_told(group: dist.ProcessGroup) -> Iterator[None]:
+    """An error in here, other than one that all ends share, is made known to the others before it goes on."""
+    known = False
     try:
-        group.broadcast(tensor, 0).wait()
+        yield
+        known = True
+    except TransferFailed:
+        known = True
+        raise
+    finally:
+        if not known:
+            with suppress(TransferFailed):  # the error under way is the one to be seen
+                _agree(group, 0, "giving up", give_up=True)
+
+
+def _finish(work: dist.Work, place: str) -> None:
+    try:
+        work.wait()
     except RuntimeError as error:  # gloo's own errors, timeouts included, derive from it
-        raise TransferFailed(f"the weight transfer broke off at {what}: {error}") from error
+        raise TransferFailed(f"the weight transfer broke off at {place}: {error}") from error

@@ -1,8 +1,8 @@
 """The trainer's end of vLLM's own GPU back ends. Designed by reading vLLM 0.32; not yet run on a GPU.
 
-`nccl`: vLLM's packed broadcast, from the sender's current device. `ipc`: memory handles to tensors on the sender's GPU, which
-vLLM sends through its client; here they go through a key-value store beside the session, because the driver, not the sender,
-commands the engines. It serves engines on the sender's own GPU only.
+`nccl`: vLLM's packed broadcast, from the sender's current device. `ipc`: memory handles to tensors on the sender's
+GPU, which vLLM sends through its client; here they go through a key-value store beside the session, because the
+driver, not the sender, commands the engines. It serves engines on the sender's own GPU only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class NcclSender:
     """The trainer's end (rank 0) of vLLM's `nccl` back end."""
 
     def __init__(self, session: TransferSession):
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         info = NCCLTrainerInitInfo(session.host, session.port, session.world_size, rank=0)
         self._group = trainer_init(info)
@@ -65,7 +65,9 @@ class IpcSender:
         try:
             self._store.wait([f"read/{self._round}/{rank}" for rank in range(1, self._workers + 1)])
         except RuntimeError as error:  # torch.distributed's own errors derive from it
-            raise TransferFailed(f"not every worker has read the weights within the session's timeout: {error}") from error
+            raise TransferFailed(
+                f"not every worker has read the weights within the session's timeout: {error}"
+            ) from error
         self._round += 1
         torch.cuda.ipc_collect()
         return total.hexdigest()

@@ -1,4 +1,4 @@
-"""Weights within one process (debug mode): the sender hands the tensors straight to the engine's loader. No copy, no socket.
+"""Weights within one process (debug mode): the sender hands the tensors straight to the engine's loader.
 
 The engine registers its loader when it joins a session; the sender runs it. A session is known by its port number.
 """

@@ -1,7 +1,8 @@
 """The engine's end of a weight transfer: runs inside each vLLM worker, through vLLM's weight-transfer interface.
 
-All back ends load through vLLM's layerwise reload (on CPU vLLM repacks weights after loading, so they must never be written
-in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter unloaded.
+All back ends load through vLLM's layerwise reload (on CPU vLLM repacks weights after loading, so they must never be
+written in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter
+unloaded.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.gpu import ipc_store
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
 
-# It warns of every layer without tensors of its own (rotary embeddings, tied output layers); `update_weights` checks better.
+# It warns of every layer without tensors of its own (rotary embeddings, tied output layers); `update_weights` checks
+# better.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
@@ -96,7 +98,7 @@ class _Attesting(WeightTransferEngine):
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
-        # A transfer that broke off leaves layers waiting with half of their tensors; they must not mix with the new ones.
+        # A transfer that broke off leaves layers waiting with half of their tensors; they must not mix with new ones.
         for layer in self.model.modules():
             info = get_layerwise_info(layer)
             if info.can_load():
@@ -117,8 +119,8 @@ class _Attesting(WeightTransferEngine):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        # On CPU each linear layer holds a packed copy of its weight. A tied output layer loads no tensor of its own, so the
-        # reload does not repack it, and it would go on answering with the old embedding.
+        # On CPU each linear layer holds a packed copy of its weight. A tied output layer loads no tensor of its own,
+        # so the reload does not repack it, and it would go on answering with the old embedding.
         for name in self._tied:
             layer = self.model.get_submodule(name.rpartition(".")[0])
             layer.quant_method.process_weights_after_loading(layer)
@@ -144,8 +146,7 @@ class GlooReceiver(_Attesting):
     def receive_weights(self, update_info: Announcement) -> None:
         if self._group is None:
             raise TransferFailed("weights were announced before this engine joined a transfer session")
-        for tensors in gloo.receive(self._group, update_info.specs()):
-            self._watched.load_weights(tensors)
+        gloo.receive(self._group, update_info.specs(), self._watched.load_weights)
 
     def shutdown(self) -> None:
         if self._group is not None:

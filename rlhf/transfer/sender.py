@@ -13,8 +13,8 @@ from rlhf.transfer.session import TransferSession
 class WeightSender:
     """Sends whole tensors, under Hugging Face names, to every worker of a session. Policy rank 0 holds one.
 
-    The receivers must be told to receive at the same time (`RolloutPool.receive`), with specs that name the same tensors in
-    the same order. Under ZeRO-3 the other policy ranks only iterate the gathered parameters.
+    The receivers must be told to receive at the same time (`RolloutPool.receive`), with specs that name the same
+    tensors in the same order. Under ZeRO-3 the other policy ranks only iterate the gathered parameters.
     """
 
     def __init__(self, end: _End):
@@ -30,7 +30,7 @@ class WeightSender:
         return cls(_open(session))
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-        """Send one version of the weights; blocks until the last byte has left. Returns the fingerprint of what was sent.
+        """Send one version of the weights; blocks until the last byte has left. Returns its fingerprint.
 
         Raises:
             TransferFailed: the transfer broke off. The engines then hold a mixture and the pool refuses to sample.

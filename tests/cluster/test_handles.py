@@ -85,6 +85,6 @@ def test_the_environment_reaches_the_actor(ray_runtime: Runtime, run: Callable) 
 
 
 def test_threads_are_shared_by_the_actors_of_a_role() -> None:
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     assert compute_env(ClusterSettings(), 1)["OMP_NUM_THREADS"] == str(cores)
     assert compute_env(ClusterSettings(), 2 * cores)["OMP_NUM_THREADS"] == "1"

@@ -19,8 +19,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "movie_reviews" / "demo.py"
 def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """demo.py with a judge that counts exclamation marks, and nothing to prepare."""
     judge, prepare = ModuleType("judge"), ModuleType("prepare")
-    judge.scores = lambda texts: [float(text.count("!")) for text in texts]
-    prepare.main = lambda: None
+    judge.vader = lambda text: float(text.count("!"))
     monkeypatch.setitem(sys.modules, "judge", judge)
     monkeypatch.setitem(sys.modules, "prepare", prepare)
     spec = importlib.util.spec_from_file_location("demo", DEMO)

@@ -1,0 +1,197 @@
+"""The whole system through the command line, on the tiny model with the real vLLM, DeepSpeed and Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parent.parent
+STEPS = 5
+
+
+def rlhf(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own, as a user does."""
+    command = [sys.executable, "-m", "rlhf.cli", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+    return done
+
+
+def train(folder: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess:
+    plain = ("tracking.console=plain", f"run.dir={folder}", "cluster.device=cpu")
+    return rlhf("train", "configs/tiny.yaml", *plain, *overrides, **options)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("e2e") / "debug"
+    train(folder, "--debug")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rollout engines and two policy ranks as Ray actors."""
+    folder = tmp_path_factory.mktemp("e2e") / "ray"
+    train(folder, "reward.servers=2")
+    return folder
+
+
+def test_the_run_folder_is_complete(ray_run: Path) -> None:
+    assert [line["step"] for line in lines(ray_run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines(ray_run / "evaluations.jsonl")] == [0, STEPS]
+    assert json.loads((ray_run / "manifest.json").read_text())["seed"] == 0
+    assert (ray_run / "checkpoints" / f"step-{STEPS:06d}" / "state.json").exists()
+    assert (ray_run / "export" / "model.safetensors").exists()
+    assert len(lines(ray_run / "heldout_before.jsonl")) == len(lines(ray_run / "heldout_after.jsonl")) > 0
+    versions = {line["step"]: line["weight_version"] for line in lines(ray_run / "samples.jsonl")}
+    assert versions == {step: step - 1 for step in range(1, STEPS + 1)}, "every step samples from the weights before it"
+
+
+def test_the_first_step_shows_what_theory_says(ray_run: Path, debug_run: Path) -> None:
+    for folder in (ray_run, debug_run):
+        first = lines(folder / "metrics.jsonl")[0]
+        assert first["policy/loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert first["policy/kl"] == pytest.approx(0, abs=1e-6)
+        for line in lines(folder / "metrics.jsonl"):
+            assert line["policy/logprob_gap"] < 1e-4, "the engine and the trainer agree after each publish"
+        assert lines(folder / "metrics.jsonl")[-1]["policy/kl"] != 0
+
+
+def test_ray_and_debug_mode_are_the_same_run(ray_run: Path, debug_run: Path) -> None:
+    """Two engines and two ranks, or one of each in one process: the same seed gives the same samples and nearly the same numbers."""
+    for one, other in zip(lines(ray_run / "metrics.jsonl"), lines(debug_run / "metrics.jsonl"), strict=True):
+        for name in ("reward/mean", "rollout/tokens", "policy/loss", "policy/kl", "policy/grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=5e-3, abs=1e-5), (one["step"], name)
+    responses = [[row["response"] for row in lines(folder / "samples.jsonl")] for folder in (ray_run, debug_run)]
+    assert responses[0] == responses[1]
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(debug_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder, "--debug", "loop.steps=3", "checkpoint.every=3")
+    refused = train(folder, "--debug", check=False)
+    assert refused.returncode == 2
+    assert "already holds a run" in refused.stderr
+    train(folder, "--debug", "--resume")
+    for one, other in zip(lines(folder / "metrics.jsonl"), lines(debug_run / "metrics.jsonl"), strict=True):
+        for name in ("reward/mean", "policy/loss", "policy/grad_norm", "loop/epoch"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+    other_data = train(folder, "--debug", "--resume", "run.seed=1", check=False)
+    assert other_data.returncode == 2
+    assert "run.seed" in other_data.stderr
+
+
+def test_online_dpo_learns(tmp_path: Path) -> None:
+    """The share of the letter a in held-out responses, which random weights put near chance, becomes most of them."""
+    folder = tmp_path / "run"
+    train(folder, "--debug", "loop.steps=60", "loop.prompts_per_step=16", "checkpoint.every=0", "checkpoint.export=false")
+    before, after = (line["reward/mean"] for line in lines(folder / "evaluations.jsonl"))
+    assert before < 0.05
+    assert after > 0.3
+
+
+def test_a_killed_rank_ends_the_run_with_its_name_and_resume_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "rlhf.cli", "train", "configs/tiny.yaml", f"run.dir={folder}", "loop.steps=400"]
+    options = ("checkpoint.every=1", "tracking.console=off", "cluster.device=cpu")
+    process = subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) >= 2, process)
+        session = os.getsid(process.pid)
+        (rank, *_) = [pid for pid in session_processes(session) if b"ray::PolicyRank" in command_line(pid)]
+        os.kill(rank, signal.SIGKILL)
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "died while the driver waited for" in stderr
+    assert "policy[" in stderr
+    done = len(lines(folder / "metrics.jsonl"))
+    train(folder, "--resume", f"loop.steps={done + 1}", "checkpoint.every=0", "checkpoint.export=false", "rollout.engines=1")
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, done + 2))
+
+
+def wait_for(condition: Any, process: subprocess.Popen, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            raise AssertionError(f"the run ended, or nothing came: {process.stderr.read() if process.stderr else ''}")
+        time.sleep(0.2)
+
+
+def session_processes(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == session:
+                    found.append(int(entry.name))
+            except ProcessLookupError:
+                continue
+    return found
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_rewards_that_fail_stop_the_run_with_words(tmp_path: Path) -> None:
+    failed = train(tmp_path / "run", "--debug", "reward.path=tests.helpers:broken_reward", check=False)
+    assert failed.returncode != 0
+    assert "responses got no verdict" in failed.stderr
+    assert "reward.max_failed_fraction" in failed.stderr
+    assert "the reward is broken" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.prompts=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("policy.model=nowhere", "policy.model"),
+        ("reward.path=rlhf.reward.functions:nothing", "reward.path"),
+        ("loop.prompts_per_step=1000", "loop.prompts_per_step"),
+        ("data.max_prompt_tokens=8", "data.max_prompt_tokens=8"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(tmp_path: Path, override: str, says: str) -> None:
+    refused = train(tmp_path / "run", override, check=False)
+    assert refused.returncode == 2
+    assert says in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_generate_and_eval_from_the_export(ray_run: Path, tmp_path: Path) -> None:
+    export, out = str(ray_run / "export"), tmp_path / "out.jsonl"
+    rlhf("generate", export, "--prompt", "hello", "--prompt", "bye", "--n", "2", "--max-tokens", "8", "--out", str(out))
+    rows = lines(out)
+    assert [row["prompt"] for row in rows] == ["hello", "hello", "bye", "bye"]
+    assert all(0 < row["length"] <= 8 for row in rows)
+    figures = tmp_path / "eval.json"
+    shown = rlhf("eval", "configs/tiny.yaml", "rollout.engines=1", "--policy", export, "--json", str(figures))
+    result = json.loads(figures.read_text())
+    assert "win rate" in shown.stdout
+    assert 0 <= result["win_rate_interval"][0] <= result["win_rate"] <= result["win_rate_interval"][1] <= 1
+    after = lines(ray_run / "evaluations.jsonl")[-1]
+    assert result["policy"]["reward"] == pytest.approx(after["reward/mean"], abs=1e-6), "the export is the policy"
+    before = lines(ray_run / "evaluations.jsonl")[0]
+    assert result["baseline"]["reward"] == pytest.approx(before["reward/mean"], abs=1e-6)
