@@ -52,9 +52,21 @@ def ray_runtime() -> Iterator[Any]:
     from rlhf.cluster import RayRuntime
     from rlhf.config.cluster import ClusterSettings
 
-    runtime = RayRuntime(ClusterSettings(), actors=8)
+    runtime = RayRuntime(ClusterSettings(), actors=16)
     yield runtime
     runtime.stop()
+
+
+@pytest.fixture
+def scratch_runtime(ray_runtime: Any) -> Iterator[Any]:
+    """The session's Ray runtime for one test, after which the actors that it started end."""
+    import ray
+
+    before = len(ray_runtime._actors)
+    yield ray_runtime
+    for actor in ray_runtime._actors[before:]:
+        ray.kill(actor)
+    del ray_runtime._actors[before:]
 
 
 @pytest.fixture(scope="session")

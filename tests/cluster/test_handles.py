@@ -47,7 +47,7 @@ class Slow:
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.engine)])
 def runtime(request: pytest.FixtureRequest) -> Runtime:
-    return LocalRuntime() if request.param == "local" else request.getfixturevalue("ray_runtime")
+    return LocalRuntime() if request.param == "local" else request.getfixturevalue("scratch_runtime")
 
 
 def test_calls_and_references(runtime: Runtime, run: Callable) -> None:
@@ -71,16 +71,16 @@ def test_a_deadline_says_who_waited_for_whom(runtime: Runtime, run: Callable) ->
 
 
 @pytest.mark.engine
-def test_a_dead_actor_is_reported_at_once(ray_runtime: Runtime, run: Callable) -> None:
-    worker = ray_runtime.start("mortal", Worker, 0)
+def test_a_dead_actor_is_reported_at_once(scratch_runtime: Runtime, run: Callable) -> None:
+    worker = scratch_runtime.start("mortal", Worker, 0)
     assert run(worker.call("add", 1, deadline=60)) == 1
     with pytest.raises(ActorDied, match="mortal died while the driver waited for its die"):
         run(worker.call("die", deadline=60))
 
 
 @pytest.mark.engine
-def test_the_environment_reaches_the_actor(ray_runtime: Runtime, run: Callable) -> None:
-    worker = ray_runtime.start("env", Worker, 0, env=compute_env(ClusterSettings(threads=3), 1))
+def test_the_environment_reaches_the_actor(scratch_runtime: Runtime, run: Callable) -> None:
+    worker = scratch_runtime.start("env", Worker, 0, env=compute_env(ClusterSettings(threads=3), 1))
     assert run(worker.call("environment", "OMP_NUM_THREADS", deadline=60)) == "3"
 
 

@@ -102,11 +102,11 @@ def test_one_rank_in_any_split(settings: Callable, run: Callable, whole: Any, tm
 @pytest.mark.engine
 @pytest.mark.parametrize(("stage", "budget"), [(0, 4096), (2, 40), (3, 40)])
 def test_two_ranks_equal_one(
-    ray_runtime: Runtime, settings: Callable, run: Callable, whole: Any, tmp_path: Any, stage: int, budget: int
+    scratch_runtime: Runtime, settings: Callable, run: Callable, whole: Any, tmp_path: Any, stage: int, budget: int
 ) -> None:
     """Seven prompts on two ranks: shares are ragged, so one rank has an empty micro-batch."""
     two = settings(ranks=2, zero_stage=stage, micro_batch_tokens=budget)
-    assert_same(run(learn(ray_runtime, two, str(tmp_path), remote=True)), whole)
+    assert_same(run(learn(scratch_runtime, two, str(tmp_path), remote=True)), whole)
 
 
 @pytest.mark.engine

@@ -97,7 +97,7 @@ def test_a_model_without_a_head_is_refused(run, tiny_settings, encoder):
 
 
 @pytest.mark.engine
-def test_ray_servers_break_and_the_pool_goes_on(run, ray_runtime, tiny_settings, make_text_rollout):
+def test_ray_servers_break_and_the_pool_goes_on(run, scratch_runtime, tiny_settings, make_text_rollout):
     import ray
 
     def make(texts):
@@ -105,7 +105,7 @@ def test_ray_servers_break_and_the_pool_goes_on(run, ray_runtime, tiny_settings,
 
     async def scenario():
         settings = tiny_settings(reward={"path": MOODY, "servers": 2, "deadline_s": 2.0})
-        pool = await RewardPool.start(ray_runtime, settings)
+        pool = await RewardPool.start(scratch_runtime, settings)
         mixed = (await pool.judge(make(["four", "bad", "slow", "nan"]))).outcomes
         os.kill(pool.infos[0].pid, signal.SIGKILL)
         after_kill = [(await pool.judge(make(["four"]))).outcomes[0] for _ in range(4)]
@@ -125,12 +125,12 @@ def test_ray_servers_break_and_the_pool_goes_on(run, ray_runtime, tiny_settings,
 
 
 @pytest.mark.engine
-def test_ray_server_survives_a_function_that_blocks(run, ray_runtime, tiny_settings, make_text_rollout):
+def test_ray_server_survives_a_function_that_blocks(run, scratch_runtime, tiny_settings, make_text_rollout):
     import ray
 
     async def scenario():
         settings = tiny_settings(reward={"path": "tests.reward.sample_rewards:blocking", "deadline_s": 1.0})
-        pool = await RewardPool.start(ray_runtime, settings)
+        pool = await RewardPool.start(scratch_runtime, settings)
         stuck = (await pool.judge(make_text_rollout(["slow"], keep=ray.put))).outcomes
         after = (await pool.judge(make_text_rollout(["four"], keep=ray.put))).outcomes
         return stuck, after
@@ -140,16 +140,16 @@ def test_ray_server_survives_a_function_that_blocks(run, ray_runtime, tiny_setti
 
 @pytest.mark.engine
 def test_ray_serves_a_model_and_reports_a_bad_path_in_its_own_words(
-    run, ray_runtime, tiny_settings, make_text_rollout, classifier
+    run, scratch_runtime, tiny_settings, make_text_rollout, classifier
 ):
     import ray
 
     async def scenario():
         reward = {"kind": "model", "path": str(classifier)}
-        pool = await RewardPool.start(ray_runtime, tiny_settings(reward=reward))
+        pool = await RewardPool.start(scratch_runtime, tiny_settings(reward=reward))
         outcomes = (await pool.judge(make_text_rollout(["good", "bad"], keep=ray.put))).outcomes
         with pytest.raises(RewardError) as caught:
-            await RewardPool.start(ray_runtime, tiny_settings(reward=reward | {"path": "no/such/folder"}))
+            await RewardPool.start(scratch_runtime, tiny_settings(reward=reward | {"path": "no/such/folder"}))
         return outcomes, str(caught.value), pool.infos[0].fingerprint, await pool.fingerprints()
 
     outcomes, message, before, after = run(scenario())
