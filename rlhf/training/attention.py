@@ -116,10 +116,10 @@ def _attend_on_cpu(
     _, heads, length, size = query.shape
     shared = heads // key.shape[1]  # query heads per key head
     mask = _causal(query) if mask is None else mask
-    grouped = query.reshape(1, key.shape[1], shared * length, size)
-    scores = grouped @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+    scaled = query * (size**-0.5 if scaling is None else scaling)
+    scores = scaled.reshape(1, key.shape[1], shared * length, size) @ key.transpose(2, 3)
     scores = scores.view(1, key.shape[1], shared, length, length).masked_fill(~mask, float("-inf"))
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    weights = F.dropout(scores.softmax(-1), dropout)  # torch's CPU softmax accumulates bf16 in fp32
     return (weights.view(1, key.shape[1], shared * length, length) @ value).view(1, heads, length, size)
 
 

@@ -21,6 +21,10 @@ from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+ROWS = 64
+"""Rows of logits that are in fp32 at a time: few enough for a CPU's cache; a GPU does not mind."""
+
+
 class ModelError(UserError):
     """The model cannot be used for training; the message says why."""
 
@@ -44,15 +48,17 @@ class ChunkedLogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normaliser = hidden.new_empty(len(targets), dtype=torch.float32)
         logprobs, tempered = torch.empty_like(normaliser), torch.empty_like(normaliser)
-        for part in _parts(len(targets), chunk):
-            logits = nn.functional.linear(hidden[part], weight, bias).float()
-            chosen = logits.gather(1, targets[part, None])[:, 0]
-            normaliser[part] = logits.logsumexp(1)
-            logprobs[part] = chosen - normaliser[part]
-            if temperature == 1:
-                tempered[part] = logprobs[part]
-            else:
-                tempered[part] = chosen / temperature - logits.div_(temperature).logsumexp(1)
+        for part in _parts(0, len(targets), chunk):
+            projected = nn.functional.linear(hidden[part], weight, bias)
+            for rows in _parts(part.start, part.stop, ROWS):
+                logits = projected[rows.start - part.start : rows.stop - part.start].float()
+                chosen = logits.gather(1, targets[rows, None])[:, 0]
+                normaliser[rows] = logits.logsumexp(1)
+                logprobs[rows] = chosen - normaliser[rows]
+                if temperature == 1:
+                    tempered[rows] = logprobs[rows]
+                else:
+                    tempered[rows] = chosen / temperature - logits.div_(temperature).logsumexp(1)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         ctx.chunk = chunk
         ctx.mark_non_differentiable(tempered)
@@ -66,17 +72,19 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_bias = (
             torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
         )
-        for part in _parts(len(targets), ctx.chunk):
-            logits = nn.functional.linear(hidden[part], weight, bias).float()
-            grad_logits = logits.sub_(normaliser[part, None]).exp_().neg_()
-            grad_logits[torch.arange(len(grad_logits), device=logits.device), targets[part]] += 1
-            grad_logits.mul_(gradient[part, None])
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
+        for part in _parts(0, len(targets), ctx.chunk):
+            projected = nn.functional.linear(hidden[part], weight, bias)
+            for rows in _parts(part.start, part.stop, ROWS):
+                block = projected[rows.start - part.start : rows.stop - part.start]
+                grad_logits = block.float().sub_(normaliser[rows, None]).exp_().neg_()
+                grad_logits[torch.arange(len(grad_logits), device=block.device), targets[rows]] += 1
+                grad_logits.mul_(gradient[rows, None])
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0)
+                block.copy_(grad_logits)  # from here on `projected` holds the gradient
+            grad_hidden[part] = projected @ weight
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+                grad_weight += projected.T @ hidden[part]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
@@ -84,8 +92,8 @@ class ChunkedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _parts(total: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+def _parts(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 class LogProbHead(nn.Module):
