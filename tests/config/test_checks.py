@@ -109,7 +109,8 @@ def test_check(load_with: Callable[..., Settings], wrong: list[str], words: list
 
 
 def test_an_asset_is_not_an_import_path(load_with: Callable[..., Settings]) -> None:
-    load_with("reward.kind=model", "reward.path=asset:minilm-l6-v2")
+    settings = load_with("reward.kind=model", "reward.path=asset:minilm-l6-v2")
+    assert settings.reward.path == "asset:minilm-l6-v2"
 
 
 def test_built_in_names_are_the_algorithms_that_exist() -> None:

@@ -133,11 +133,6 @@ def test_all_mistakes_are_reported_at_once(valid: str) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configurations_of_the_repository_load(path: Path) -> None:
-    load(path)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_show_is_the_inverse_of_load(path: Path, tmp_path: Path) -> None:
     settings = load(path, ["run.dir='1e-6'", "tracking.project='off'", "data.system_prompt='a: b # c'"])
     assert load(write(tmp_path, show(settings))) == settings
