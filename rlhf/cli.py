@@ -68,6 +68,11 @@ def _parser(reward_training: bool) -> argparse.ArgumentParser:
 
         add_arguments(reward_train)
 
+    algorithms = _add(commands, "algorithms", _algorithms, "the methods and their choices, or the fields of one")
+    algorithms.add_argument(
+        "name", nargs="?", metavar="NAME", help="such as ppo: print its fields instead of the table"
+    )
+
     _add_generate(commands)
     evaluate = _add(commands, "eval", _eval, "mean reward, and win rate against a baseline, on held-out prompts")
     _add_configuration(evaluate)
@@ -120,6 +125,35 @@ def _train(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `rlhf config show ... | head` ends quietly
     print(show(load(args.config, args.overrides)), end="")
+
+
+def _algorithms(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if args.name is None:
+        _print_methods()
+        return
+    from rlhf.config.algorithm import METHODS
+    from rlhf.config.reference import method_text
+
+    if args.name not in METHODS:
+        raise UserError(f"there is no built-in algorithm `{args.name}`. Choose one of {', '.join(METHODS)}")
+    print(method_text(args.name, METHODS[args.name]), end="")
+
+
+def _print_methods() -> None:
+    """Each method's choice at every plug point, as a table as wide as the terminal (200 columns into a file)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlhf.algorithms import catalogue
+
+    rows = [vars(row) for row in catalogue.rows()]
+    table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    console.print(table)
+    console.print("\n`rlhf algorithms NAME` prints the fields of one method; your own is named by its import path.")
 
 
 def _reward_train(args: argparse.Namespace) -> None:

@@ -17,6 +17,11 @@ from typing import Any, Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+Half = Literal["policy", "partner"]
+"""Which of an engine's models is meant: the policy, or the second one that mixtures are made with."""
+
+DATASET_VERSION = -1
+"""The weight version of a response that no policy wrote."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,14 @@ class Prompt:
         token_ids: the prompt after the chat template, [n_prompt_tokens].
         text: what a person wrote, before the chat template (for records and reward functions).
         payload: whatever a verifiable reward needs (reference answer, test cases, ...).
+        pair: token ids of the data set's chosen and rejected response, each with its end-of-sequence token.
     """
 
     id: str
     token_ids: tuple[int, ...]
     text: str
     payload: Mapping[str, Any] = field(default_factory=dict)
+    pair: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 def content_id(value: Any) -> str:
@@ -47,10 +54,12 @@ class Completion:
 
     Attributes:
         token_ids: int32 [n_tokens], including the end-of-sequence token if, and only if, it was generated.
-        logprobs: float32 [n_tokens], log-probability (nats) under the distribution really sampled from (temperature
-            included).
-        weight_version: the version of the policy's weights that wrote it.
+        logprobs: float32 [n_tokens], log-probability (nats) under the distribution really sampled from (temperature and
+            mixture included); NaN for a response of the data set.
+        weight_version: the version of the policy's weights that wrote it; `DATASET_VERSION` for the data set's.
         finish_reason: "stop" (end of sequence) or "length" (truncated at the token limit).
+        source: which of the algorithm's sources wrote it; "chosen" and "rejected" are the data set's.
+        by_policy: sampled from the policy alone, so that the trainer must agree with `logprobs`.
     """
 
     prompt_id: str
@@ -58,12 +67,14 @@ class Completion:
     logprobs: np.ndarray
     weight_version: int
     finish_reason: FinishReason
+    source: str = "policy"
+    by_policy: bool = True
 
     def info(self) -> CompletionInfo:
         """What the driver needs to know of this completion."""
         digest = hashlib.sha256(np.ascontiguousarray(self.token_ids, dtype=np.int32).tobytes()).hexdigest()[:16]
         mean = float(self.logprobs.mean()) if len(self.logprobs) else 0.0
-        return CompletionInfo(len(self.token_ids), digest, mean, self.weight_version, self.finish_reason)
+        return CompletionInfo(len(self.token_ids), digest, mean, self.weight_version, self.finish_reason, self.source)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ class CompletionInfo:
     Attributes:
         n_tokens: response length in tokens.
         digest: equal for completions with equal token ids.
-        mean_logprob: mean behaviour log-prob per token (nats).
+        mean_logprob: mean behaviour log-prob per token (nats); NaN for a response of the data set.
+        source: see `Completion`.
     """
 
     n_tokens: int
@@ -81,6 +93,7 @@ class CompletionInfo:
     mean_logprob: float
     weight_version: int
     finish_reason: FinishReason
+    source: str = "policy"
 
 
 @dataclass(frozen=True)
@@ -133,28 +146,35 @@ class Feedback:
     """What the reward side says about one rollout. A failure is an outcome of its own, never a reward of zero.
 
     Attributes:
-        outcomes: one per completion, in the rollout's order.
+        outcomes: one per completion, in the rollout's order. From pairwise judges, a completion's score is its mean probability of
+            beating the others.
+        preferences: float64 [K, K] from pairwise judges: [i, j] is the probability that i beats j, [j, i] is 1 less it, the
+            diagonal is 1/2; NaN without a verdict. None from judges that score.
     """
 
     prompt_id: str
     outcomes: tuple[Outcome, ...]
+    preferences: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class TrainingItem:
-    """A linear contrast of response scores, passed through the algorithm's link (algorithms/contrast.py).
+    """What one or several responses teach: a contrast of their scores (algorithms/contrast.py), or one response's reward
+    (algorithms/policy_gradient.py).
 
     Attributes:
-        members: indices into the rollout's completions.
+        members: indices into the rollout's completions; one for a policy-gradient method.
         coefficients: one per member; (+1, -1) is a chosen/rejected pair.
-        target: what the link aims at: for the logistic link, the probability that the contrast is positive.
+        target: for a contrast, the probability that it should be positive; for a policy-gradient method, the reward.
         weight: factor on this item's loss; an item of weight 0 is never built.
+        term: which term of a `Preference` objective the item belongs to.
     """
 
     members: tuple[int, ...]
     coefficients: tuple[float, ...]
     target: float = 1.0
     weight: float = 1.0
+    term: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +188,10 @@ class Assignment:
         """Completions that some item uses, ascending; the others are not forwarded."""
         return tuple(sorted({m for item in self.items for m in item.members}))
 
+    def response_tokens(self) -> int:
+        """Tokens of the used responses."""
+        return sum(self.rollout.infos[m].n_tokens for m in self.members())
+
     def n_tokens(self) -> int:
         """Tokens in the packed forward: the prompt once, and each used response."""
-        return len(self.rollout.prompt.token_ids) + sum(self.rollout.infos[m].n_tokens for m in self.members())
+        return len(self.rollout.prompt.token_ids) + self.response_tokens()

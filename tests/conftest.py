@@ -8,9 +8,14 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from rlhf.config.settings import Settings
+
+# No test is timed: how long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Every test process shares two cores with the engines that it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -26,3 +26,9 @@ def make_feedback(outcomes: Sequence[float | Outcome], name: str = "p") -> Feedb
 def broken_reward(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
     """A user's reward function that always fails."""
     raise RuntimeError("the reward is broken")
+
+
+def mean_byte(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
+    """A reward that hardly ever ties: the mean byte of the response, over 255."""
+    text = response.encode()
+    return sum(text) / max(len(text), 1) / 255

@@ -14,6 +14,7 @@ import rlhf.loop.answers
 import rlhf.loop.run
 from rlhf.cli import main
 from rlhf.config import Settings
+from rlhf.config.algorithm import METHODS
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 
@@ -63,9 +64,22 @@ def test_config_show_prints_every_default(capsys: pytest.CaptureFixture[str]) ->
     assert "beta: 0.5" in out and "publish_deadline_s" in out
 
 
+def test_algorithms_lists_the_methods_and_the_fields_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["algorithms"]) == 0
+    table = capsys.readouterr().out
+    lines = [line.split()[0] for line in table.splitlines() if line[:1].strip()]
+    assert [name for name in lines if name in METHODS] == list(METHODS)
+    assert main(["algorithms", "rloo"]) == 0
+    out = capsys.readouterr().out
+    for field, info in METHODS["rloo"].model_fields.items():
+        assert field == "name" or (f"\n{field} = " in out and info.description.replace("`", "")[:20] in out)
+    assert "samples_per_prompt = 4  (whole number ≥ 2)" in out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["algorithms", "pp0"],
         ["train", "none.yaml"],
         ["train", TINY, "loop.stepz=3"],
         ["train", TINY, "policy.model=./none", "--dry-run"],

@@ -82,6 +82,19 @@ def test_ray_and_debug_mode_are_the_same_run(ray_run: Path, debug_run: Path) -> 
     assert responses[0] == responses[1]
 
 
+@pytest.mark.parametrize("method", ["ipo_md", "ppo"])
+def test_other_methods_are_the_same_run_in_ray_and_debug_mode(method: str, tmp_path: Path) -> None:
+    """Mixtures from two engines with two models each; a critic and advantages whitened over two ranks."""
+    options = (f"algorithm.name={method}", "reward.path=tests.helpers:mean_byte", "loop.steps=3", "checkpoint.every=0")
+    quick = (*options, "checkpoint.export=false", "loop.eval_limit=8")
+    for mode in ((), ("--debug",)):
+        train(tmp_path / f"run{len(mode)}", *quick, *mode)
+    both = zip(lines(tmp_path / "run0" / "metrics.jsonl"), lines(tmp_path / "run1" / "metrics.jsonl"), strict=True)
+    for one, other in both:
+        for name in ("reward/mean", "rollout/tokens", "policy/loss", "policy/grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=5e-3, abs=1e-5), (one["step"], name)
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one(debug_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(folder, "--debug", "loop.steps=3", "checkpoint.every=3")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.config.algorithm import BUILT_IN
-from rlhf.config.base import Section
+from rlhf.config.method_checks import changed, method_problems, used_responses
 from rlhf.config.settings import Settings
 
 
 def problems(settings: Settings) -> list[str]:
     """All findings, each a sentence or two; empty for a plan that can run."""
-    rules = (_names, _batches, _tokens, _steps, _sampling, _preferences, _zero, _devices, _reward, _evaluation)
+    rules = (_batches, _tokens, _steps, _sampling, method_problems, _zero, _devices, _reward, _evaluation)
     return [problem for rule in rules for problem in rule(settings)]
 
 
@@ -26,21 +25,8 @@ def optimizer_steps(settings: Settings) -> int:
 
 
 def largest_assignment(settings: Settings) -> int:
-    """Most tokens that one prompt and its two used responses can have: what must fit into a micro-batch."""
-    return settings.data.max_prompt_tokens + 2 * settings.rollout.max_tokens
-
-
-def _changed(section: Section, name: str) -> bool:
-    return getattr(section, name) != type(section).model_fields[name].default
-
-
-def _names(settings: Settings) -> Iterator[str]:
-    name = settings.algorithm.name
-    if ":" not in name and name not in BUILT_IN:
-        yield (
-            f"`algorithm.name`: there is no built-in algorithm `{name}`. Choose one of {', '.join(BUILT_IN)}, or name "
-            "your own by its import path, `module:function`"
-        )
+    """Most tokens that one prompt and its used responses can have: what must fit into a micro-batch."""
+    return settings.data.max_prompt_tokens + used_responses(settings.algorithm) * settings.rollout.max_tokens
 
 
 def _batches(settings: Settings) -> Iterator[str]:
@@ -56,13 +42,17 @@ def _batches(settings: Settings) -> Iterator[str]:
 
 def _tokens(settings: Settings) -> Iterator[str]:
     prompt, response = settings.data.max_prompt_tokens, settings.rollout.max_tokens
-    budget, needed = settings.policy.micro_batch_tokens, largest_assignment(settings)
+    budget, needed, n = (
+        settings.policy.micro_batch_tokens,
+        largest_assignment(settings),
+        used_responses(settings.algorithm),
+    )
     if budget < needed:
         yield (
-            f"`policy.micro_batch_tokens`: a budget of {budget} tokens does not hold the largest possible pair: a "
-            f"prompt of {prompt} tokens (`data.max_prompt_tokens`) and two responses of {response} "
-            f"(`rollout.max_tokens`) make {prompt} + 2 x {response} = {needed}. Raise `policy.micro_batch_tokens` to "
-            f"{needed} or more, or lower `data.max_prompt_tokens` or `rollout.max_tokens`"
+            f"`policy.micro_batch_tokens`: a budget of {budget} tokens does not hold the most that one prompt can bring: a "
+            f"prompt of {prompt} tokens (`data.max_prompt_tokens`) and the {n} response(s) that are learned from, of "
+            f"{response} each (`rollout.max_tokens`), make {prompt} + {n} x {response} = {needed}. Raise "
+            f"`policy.micro_batch_tokens` to {needed} or more, or lower `data.max_prompt_tokens` or `rollout.max_tokens`"
         )
 
 
@@ -74,7 +64,7 @@ def _steps(settings: Settings) -> Iterator[str]:
             f"has {loop.steps} steps x {loop.updates_per_step} updates x {loop.epochs_per_step} epochs = {total} "
             f"optimizer steps. Lower `policy.warmup_steps` to {total} or less, or raise `loop.steps`"
         )
-    if policy.schedule == "constant" and _changed(policy, "min_learning_rate_ratio"):
+    if policy.schedule == "constant" and changed(policy, "min_learning_rate_ratio"):
         yield (
             "`policy.min_learning_rate_ratio` is where `linear` and `cosine` end, but `policy.schedule` is constant. "
             "Remove it, or choose another `policy.schedule`"
@@ -82,33 +72,11 @@ def _steps(settings: Settings) -> Iterator[str]:
 
 
 def _sampling(settings: Settings) -> Iterator[str]:
-    rollout, n = settings.rollout, settings.algorithm.samples_per_prompt
-    if rollout.temperature == 0:
+    if settings.rollout.temperature == 0:
         yield (
-            f"`rollout.temperature`: 0 is greedy, so all {n} responses to a prompt (`algorithm.samples_per_prompt`) "
-            "would be identical and there would be nothing to compare. Set `rollout.temperature` above 0, for example"
+            "`rollout.temperature`: 0 is greedy, so all responses to a prompt would be identical and there would be "
+            "nothing to compare. Set `rollout.temperature` above 0, for example"
             " to 1.0"
-        )
-
-
-def _preferences(settings: Settings) -> Iterator[str]:
-    algorithm = settings.algorithm
-    if algorithm.labels == "hard" and _changed(algorithm, "label_temperature"):
-        yield (
-            "`algorithm.label_temperature` shapes soft labels, but `algorithm.labels` is hard. Remove it, or set "
-            "`algorithm.labels: soft`"
-        )
-    if algorithm.labels == "soft" and algorithm.label_smoothing > 0:
-        yield (
-            "`algorithm.label_smoothing`: a soft label already says how uncertain it is. Set "
-            "`algorithm.label_smoothing: 0` (and raise `algorithm.label_temperature` for softer labels), or set "
-            "`algorithm.labels: hard`"
-        )
-    if algorithm.loss == "robust" and algorithm.label_smoothing == 0:
-        yield (
-            "`algorithm.loss`: robust corrects for labels flipped at the rate `algorithm.label_smoothing`, which is "
-            "0, so it would equal logistic. Set `algorithm.label_smoothing` above 0 (below 0.5) with "
-            "`algorithm.labels: hard`, or set `algorithm.loss: logistic`"
         )
 
 
@@ -141,9 +109,16 @@ def _devices(settings: Settings) -> Iterator[str]:
                     f"`policy.{name}`: with `cluster.device: cpu` everything is in host memory already. Set "
                     f"`policy.{name}: none`"
                 )
-        if _changed(rollout, "gpu_memory_utilization"):
+        if changed(rollout, "gpu_memory_utilization"):
             yield "`rollout.gpu_memory_utilization` is unused with `cluster.device: cpu`. Set `rollout.cpu_kv_cache_gb`"
-    if device == "cuda" and _changed(rollout, "cpu_kv_cache_gb"):
+        if changed(settings.reward, "gpus"):
+            yield "`reward.gpus` is unused with `cluster.device: cpu`. Remove it"
+    if device == "cuda" and settings.reward.kind in ("model", "pairwise_model") and settings.reward.gpus == 0:
+        yield (
+            "`reward.gpus`: with `cluster.device: cuda` a reward model runs on a GPU, and its servers reserve none. Set "
+            "`reward.gpus: 1` (or a fraction, for several servers on one), or `cluster.device: auto` to judge on CPUs"
+        )
+    if device == "cuda" and changed(rollout, "cpu_kv_cache_gb"):
         yield "`rollout.cpu_kv_cache_gb` is unused with `cluster.device: cuda`. Set `rollout.gpu_memory_utilization`"
     workers = rollout.engines * rollout.tensor_parallel_size
     if rollout.transfer == "ipc" and (workers > 1 or policy.ranks > 1):
@@ -157,22 +132,28 @@ def _devices(settings: Settings) -> Iterator[str]:
 
 def _reward(settings: Settings) -> Iterator[str]:
     reward = settings.reward
+    function = reward.kind in ("function", "pairwise_function")
     is_import_path = ":" in reward.path and not reward.path.startswith("asset:") and "/" not in reward.path
-    if reward.kind == "function":
-        if not is_import_path:
-            yield (
-                f"`reward.path`: a function is named by its import path, `module:name`, not `{reward.path}`. Correct "
-                "`reward.path`, or set `reward.kind: model`"
-            )
-        if _changed(reward, "input"):
-            yield (
-                "`reward.input` is what a model reads, but `reward.kind` is function, and a function is given both "
-                "prompt and response. Remove it, or set `reward.kind: model`"
-            )
-    elif is_import_path:
+    if function and not is_import_path:
         yield (
-            f"`reward.path`: `{reward.path}` looks like the import path of a function, but `reward.kind` is model. Set "
-            "`reward.kind: function`, or give a model's folder"
+            f"`reward.path`: a function is named by its import path, `module:name`, not `{reward.path}`. Correct "
+            "`reward.path`, or set `reward.kind: model`"
+        )
+    if not function and is_import_path:
+        yield (
+            f"`reward.path`: `{reward.path}` looks like the import path of a function, but `reward.kind` is "
+            f"{reward.kind}. Set `reward.kind: function`, or give a model's folder"
+        )
+    if reward.kind != "model" and changed(reward, "input"):
+        yield (
+            f"`reward.input` is what a model that scores reads, but `reward.kind` is {reward.kind}, which is given both "
+            "prompt and responses. Remove it, or set `reward.kind: model`"
+        )
+    if reward.kind.startswith("pairwise") and changed(reward, "missing_eos_penalty"):
+        yield (
+            f"`reward.missing_eos_penalty` is subtracted from a reward, but `reward.kind` is {reward.kind}, whose "
+            "verdicts are probabilities. Remove it (the judge sees that a response breaks off), or choose a "
+            "`reward.kind` that scores"
         )
 
 

@@ -1,4 +1,4 @@
-"""`data`: the prompts."""
+"""`data`: the prompts, and pairs of responses to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rlhf.config.base import Section
 class DataSettings(Section):
     prompts: str = Field(
         description="JSONL file of training prompts; each line an object with a `prompt` (text) or `messages` (chat) "
-        "field, all other fields become the payload that reward functions see.",
+        "field. `chosen` and `rejected`, both or neither, are a pair of responses (text, or a chat that ends with the "
+        "assistant's turn). All other fields become the payload that reward functions see.",
     )
     eval_prompts: str | None = Field(
         None,
@@ -25,8 +26,8 @@ class DataSettings(Section):
     )
     too_long: Literal["error", "drop"] = Field(
         "error",
-        description="What to do with a prompt over `max_prompt_tokens`: stop before any model is loaded, or drop it "
-        "and count it.",
+        description="What to do with a prompt over `max_prompt_tokens`, or with a pair that is learned from and has a "
+        "response over `rollout.max_tokens`: stop before any model is loaded, or leave the line out.",
     )
     chat_template: bool = Field(
         True,

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from rlhf.config import yamls
+from rlhf.config.algorithm import METHODS, OwnAlgorithm
 from rlhf.config.checks import problems
 from rlhf.config.settings import Settings
 
@@ -111,13 +113,21 @@ def _config_error(path: str, messages: Sequence[str]) -> ConfigError:
 
 def _explain(detail: Any, places: dict[yamls.Path, str]) -> str:
     """One of pydantic's findings, in words, with its place in front."""
-    location = tuple(str(part) for part in detail["loc"])
-    field, kind = location[:2], detail["type"]
+    location, kind = tuple(str(part) for part in detail["loc"]), detail["type"]
+    method = None
+    if location[0] == "algorithm" and len(location) > 1:  # the union's tag stands between section and field
+        method, location = location[1], (location[0], *location[2:])
+    field = location[:2]
     place = places.get(field) or places.get(field[:1]) or _within(field, places)
     if kind == "missing" and len(location) <= 2:
         what = _missing(field)
     elif kind == "extra_forbidden":
-        what = f"`{'.'.join(field)}` is not a known {'field' if len(field) == 2 else 'section'}{_suggestion(field)}"
+        owner = f" of `algorithm.name: {method}`" if method in METHODS else ""
+        noun = "field" if len(field) == 2 else "section"
+        what = f"`{'.'.join(field)}` is not a known {noun}{owner}{_suggestion(field, method)}"
+    elif kind == "union_tag_not_found" and isinstance(detail["input"], dict):
+        place = places.get(("algorithm", "name"), place)
+        what = _unknown_method(detail["input"])
     elif kind == "missing":
         what = f"`{'.'.join(field)}` needs a value at position {int(location[2]) + 1} of its list"
     else:
@@ -133,27 +143,40 @@ def _within(section: yamls.Path, places: dict[yamls.Path, str]) -> str | None:
 
 def _missing(field: yamls.Path) -> str:
     if len(field) == 1:
-        needed = [name for name, info in _section(field[0]).model_fields.items() if info.is_required()]
+        needed = [name for name, info in _section_fields(field[0]).items() if info.is_required()]
         return f"the section `{field[0]}` is missing; it needs at least " + " and ".join(f"`{n}`" for n in needed)
-    return f"`{'.'.join(field)}` is missing; it has no default: {_section(field[0]).model_fields[field[1]].description}"
+    return f"`{'.'.join(field)}` is missing; it has no default: {_section_fields(field[0])[field[1]].description}"
 
 
 def _required() -> str:
     return ", ".join(
         f"`{section}.{name}`"
         for section in Settings.model_fields
-        for name, info in _section(section).model_fields.items()
+        for name, info in _section_fields(section).items()
         if info.is_required()
     )
 
 
-def _section(name: str) -> type[BaseModel]:
-    return Settings.model_fields[name].annotation
+def _section_fields(name: str, method: str | None = None) -> dict[str, FieldInfo]:
+    """A section's fields; of `algorithm`, those of one method (by default the one that is the default)."""
+    if name == "algorithm":
+        return METHODS.get(method or "online_dpo", OwnAlgorithm).model_fields
+    return Settings.model_fields[name].annotation.model_fields
 
 
-def _suggestion(field: yamls.Path) -> str:
+def _unknown_method(given: dict[str, Any]) -> str:
+    name = given["name"]
+    near = difflib.get_close_matches(str(name), list(METHODS), 1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return (
+        f"`algorithm.name`: there is no built-in algorithm `{name}`.{hint} Choose one of {', '.join(METHODS)}, or name "
+        "your own by its import path, `module:function`"
+    )
+
+
+def _suggestion(field: yamls.Path, method: str | None) -> str:
     """`. Did you mean ...?`: the nearest field, in the same section first, else in any; nothing if none is near."""
-    known = [f"{section}.{name}" for section in Settings.model_fields for name in _section(section).model_fields]
+    known = [f"{section}.{name}" for section in Settings.model_fields for name in _section_fields(section, method)]
     if len(field) == 1:
         near = difflib.get_close_matches(field[0], list(Settings.model_fields), 1)
     else:
@@ -162,17 +185,15 @@ def _suggestion(field: yamls.Path) -> str:
     if not near:
         leaves = {name.partition(".")[2]: name for name in known}
         near = [leaves[leaf] for leaf in difflib.get_close_matches(field[-1], list(leaves), 1)]
-    if not near and len(field) == 2:
-        near = difflib.get_close_matches(".".join(field), known, 1)
     if near:
         return f". Did you mean `{near[0]}`?"
-    return f". Known {'fields are' if len(field) == 2 else 'sections are'}: {', '.join(_names(field))}"
+    return f". Known {'fields are' if len(field) == 2 else 'sections are'}: {', '.join(_names(field, method))}"
 
 
-def _names(field: yamls.Path) -> list[str]:
+def _names(field: yamls.Path, method: str | None) -> list[str]:
     """What could have stood in the place of this unknown key."""
     if len(field) == 2 and field[0] in Settings.model_fields:
-        return list(_section(field[0]).model_fields)
+        return list(_section_fields(field[0], method))
     return list(Settings.model_fields)
 
 
@@ -185,6 +206,9 @@ _KINDS = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
     "model_type": "a section: indented `field: value` lines",
+    "union_tag_not_found": "a section: indented `field: value` lines",
+    "dict_type": "a mapping: indented `name: value` lines, or {name: value}",
+    "string_pattern_mismatch": "an import path, `module:name`",
 }
 
 

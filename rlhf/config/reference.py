@@ -9,11 +9,14 @@ import importlib
 import pathlib
 import re
 import sys
+import textwrap
+from collections import Counter
 from typing import Any
 
 from pydantic_core import PydanticUndefined
 
 from rlhf.config import yamls
+from rlhf.config.algorithm import METHODS, Gradient
 from rlhf.config.base import Section
 from rlhf.config.settings import Settings
 
@@ -39,18 +42,81 @@ model or data path may be `asset:NAME`, which is built or fetched on first use.
 
 def page() -> str:
     """The whole page, in Markdown."""
-    return "\n".join([INTRODUCTION, *(_section(name) for name in Settings.model_fields)])
+    sections = (_algorithm() if name == "algorithm" else _section(name) for name in Settings.model_fields)
+    return "\n".join([INTRODUCTION, *sections])
+
+
+def method_text(name: str, method: type[Section]) -> str:
+    """A method's fields with types, defaults and meanings, for a terminal."""
+    lines = [f"{name}: {method.__doc__}", ""]
+    for field, info in method.model_fields.items():
+        if field != "name":
+            lines += [f"{field} = {_default(info.default).strip('`')}  ({_type(method, field).replace('`', '')})"]
+            lines += textwrap.wrap(
+                info.description.replace("`", ""), 100, initial_indent="    ", subsequent_indent="    "
+            )
+    return "\n".join(lines) + "\n"
 
 
 def _section(name: str) -> str:
     section: type[Section] = Settings.model_fields[name].annotation
-    summary = importlib.import_module(section.__module__).__doc__.partition(": ")[2].strip()
     rows = [
         f"| `{field}` | {_type(section, field)} | {_default(info.default)} | {info.description} |"
         for field, info in section.model_fields.items()
     ]
     head = ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-    return "\n".join([f"## `{name}`", "", summary[0].upper() + summary[1:], "", *head, *rows, ""])
+    return "\n".join([f"## `{name}`", "", _summary(section.__module__), "", *head, *rows, ""])
+
+
+def _summary(module: str) -> str:
+    summary = importlib.import_module(module).__doc__.partition(": ")[2].strip()
+    return summary[0].upper() + summary[1:]
+
+
+def _algorithm() -> str:
+    """The methods, then every field once, with the methods that have it and the defaults that differ."""
+    fields: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        for field in method.model_fields:
+            fields.setdefault(field, []).append(name)
+    del fields["name"]
+    return "\n".join(
+        [
+            f"## `algorithm`\n\n{_summary(Gradient.__module__)}\n",
+            "`name` chooses one of these, or your own by its import path, `module:function`, which gets what stands under",
+            "`options` (a mapping). `rlhf algorithms NAME` prints the fields of one method.\n",
+            "| `name` | Method | Paper |\n| --- | --- | --- |",
+            *(
+                f"| `{name}` | {method.__doc__} | {method.model_fields['name'].description} |"
+                for name, method in METHODS.items()
+            ),
+            "\n| Field | Type | Default | Methods | Meaning |\n| --- | --- | --- | --- | --- |",
+            *(_shared(field, names) for field, names in fields.items()),
+            "",
+        ]
+    )
+
+
+def _shared(field: str, names: list[str]) -> str:
+    """The row of a field that these methods have; where they differ, the commonest first, then the others by name."""
+    infos = {name: METHODS[name].model_fields[field] for name in names}
+    types = _varied({name: _type(METHODS[name], field) for name in names})
+    defaults = _varied({name: _default(info.default) for name, info in infos.items()})
+    meaning = Counter(info.description for info in infos.values()).most_common(1)[0][0]
+    return f"| `{field}` | {types} | {defaults} | {_methods(names)} | {meaning} |"
+
+
+def _varied(values: dict[str, str]) -> str:
+    common = Counter(values.values()).most_common(1)[0][0]
+    return "; ".join([common, *(f"{name} {value}" for name, value in values.items() if value != common)])
+
+
+def _methods(names: list[str]) -> str:
+    """Names, with the policy-gradient methods in two words where all are among them."""
+    gradient = [name for name, method in METHODS.items() if issubclass(method, Gradient)]
+    if not set(gradient) <= set(names):
+        return ", ".join(names)
+    return ", ".join([*(name for name in names if name not in gradient), "all policy-gradient methods"])
 
 
 def _type(section: type[Section], field: str) -> str:
@@ -64,6 +130,8 @@ def _type(section: type[Section], field: str) -> str:
 def _words(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if schema["type"] == "array":
         return f"list of {schema['minItems']}: {_words(schema['prefixItems'][0])}"
     name = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}[

@@ -10,9 +10,10 @@ from rlhf.config.base import Section
 
 
 class RewardSettings(Section):
-    kind: Literal["function", "model"] = Field(
+    kind: Literal["model", "function", "pairwise_model", "pairwise_function"] = Field(
         "model",
-        description="`function`: a Python function; `model`: a reward model.",
+        description="Who judges. `model`: a reward model; `function`: a Python function. Each scores one response. "
+        "`pairwise_model`, `pairwise_function`: the same, but they compare two responses, in both orders.",
     )
     path: str = Field(
         description="For a function its import path, `module:name`; for a model its folder (a transformers sequence "
@@ -20,9 +21,14 @@ class RewardSettings(Section):
     )
     input: Literal["response", "conversation"] = Field(
         "response",
-        description="What a model reads: the response alone, or prompt and response.",
+        description="What a reward model reads: the response alone, or prompt and response.",
     )
     servers: int = Field(1, ge=1, description="Number of reward servers.")
+    gpus: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs that each server reserves; a fraction shares one GPU between servers. 0: servers judge on CPUs.",
+    )
     batch_size: int = Field(32, ge=1, description="Most responses a server judges in one batch.")
     max_wait_ms: float = Field(10.0, ge=0, description="How long a server waits for a batch to fill, in milliseconds.")
     deadline_s: float = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.config.algorithm import AlgorithmSettings
+from rlhf.config.algorithm import AlgorithmSettings, OnlineDpo
 from rlhf.config.base import Section
 from rlhf.config.checkpoint import CheckpointSettings
 from rlhf.config.cluster import ClusterSettings
@@ -23,7 +23,7 @@ class Settings(Section):
     policy: PolicySettings
     rollout: RolloutSettings = RolloutSettings()
     reward: RewardSettings
-    algorithm: AlgorithmSettings = AlgorithmSettings()
+    algorithm: AlgorithmSettings = OnlineDpo()
     loop: LoopSettings = LoopSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()

@@ -2,11 +2,12 @@
 
 The data is C. J. Hutto's and E. Gilbert's (VADER, ICWSM 2014; MIT licence), inside the sdist of vaderSentiment 2.5. A
 hash of each text sends it to the reward model (train, test) or to the prompts (train, held out), the same on every
-machine.
+machine. The training prompts come a second time with a pair of responses.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
 import tarfile
@@ -18,6 +19,8 @@ from rlhf.data.packages import AssetError
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS = "movieReviewSnippets_GroundTruth.txt"
 OPENING_WORDS = 5
+APART = 1.5
+"""Least difference in rating between the responses of a pair: in so clear a case the raters agree."""
 
 
 class Snippet(NamedTuple):
@@ -43,10 +46,12 @@ def split(snippets: list[Snippet]) -> dict[str, list[dict]]:
     files: dict[str, list[dict]] = {
         name: [] for name in ("reward_train.jsonl", "reward_test.jsonl", "train_prompts.jsonl", "eval_prompts.jsonl")
     }
+    ratings: dict[str, float] = {}
     openings: set[str] = set()
     for text, rating in snippets:
-        draw = int(hashlib.sha256(_key(text).encode()).hexdigest()[:12], 16)
+        draw = _draw(text)
         half, draw = draw % 2, draw // 2
+        ratings[text] = rating
         if half == 0:
             name = "reward_test.jsonl" if draw % 5 == 0 else "reward_train.jsonl"
             files[name].append({"text": text, "rating": rating})
@@ -60,7 +65,37 @@ def split(snippets: list[Snippet]) -> dict[str, list[dict]]:
         name = "eval_prompts.jsonl" if draw % 10 == 0 else "train_prompts.jsonl"
         prompt = f'Write a short movie review that begins with these words: "{opening}"'
         files[name].append({"prompt": prompt, "snippet": text})
+    files["train_pairs.jsonl"] = _pairs(files["train_prompts.jsonl"], ratings)
     return files
+
+
+def _pairs(rows: list[dict], ratings: dict[str, float]) -> list[dict]:
+    """The prompts' rows with `chosen` and `rejected`: the snippet that the prompt was made of, and another prompt's.
+
+    The other is drawn, by the text's hash, among all that are rated at least `APART` higher or lower. So one response of a pair
+    begins with the prompt's words, and is the better one in about half of the pairs.
+    """
+    others = sorted((ratings[row["snippet"]], row["snippet"]) for row in rows)
+    pairs = []
+    for row in rows:
+        own = row["snippet"]
+        lower = bisect.bisect_right(others, ratings[own] - APART, key=lambda other: other[0])
+        higher = bisect.bisect_left(others, ratings[own] + APART, key=lambda other: other[0])
+        candidates = lower + len(others) - higher
+        if candidates == 0:
+            continue
+        draw = _draw(own) % candidates
+        if draw < lower:
+            chosen, rejected = own, others[draw][1]
+        else:
+            chosen, rejected = others[higher + draw - lower][1], own
+        pairs.append(row | {"chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def _draw(text: str) -> int:
+    """48 random-looking bits that depend on the text alone."""
+    return int(hashlib.sha256(_key(text).encode()).hexdigest()[:12], 16)
 
 
 def _key(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines to `Prompt`s, with every mistake reported by file, line and field."""
+"""Prompt files: JSON lines to `Prompt`s, with or without a pair of responses; every mistake is reported by file, line and field."""
 
 from __future__ import annotations
 
@@ -9,58 +9,76 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.data import DataSettings
-from rlhf.config.loader import UserError
+from rlhf.data.errors import DataError
+from rlhf.data.pairs import read_pair, tokenise_pair
 from rlhf.types import Prompt, content_id
 
 
-class DataError(UserError):
-    """A prompt file cannot be used; the message names the file, the line and the remedy."""
-
-
-def load_prompts(path: str, tokenizer: Any, settings: DataSettings) -> list[Prompt]:
+def load_prompts(path: str, tokenizer: Any, settings: DataSettings, pair_tokens: int | None = None) -> list[Prompt]:
     """Read, check, render and tokenise the prompts of one file, in file order.
 
-    A line is an object with `prompt` (text) or `messages` (a chat: list of {role, content}, ending with the user's turn); its other
-    fields become the payload. Equal prompts with equal payloads count once.
+    A line is an object with `prompt` (text) or `messages` (a chat: list of {role, content}, ending with the user's turn). It may
+    have `chosen` and `rejected`: a response each, as text or as a chat that ends with it. All other fields become the payload. Equal
+    lines count once; the same prompt with another pair or payload is another prompt.
 
     Args:
         tokenizer: a transformers tokenizer.
+        pair_tokens: for a method that learns from the pairs: the longest response it takes, in tokens. Every line then needs a
+            pair. None: pairs are checked, but not tokenised.
 
     Raises:
-        DataError: unreadable file, bad line, empty set, or a prompt over `data.max_prompt_tokens`.
+        DataError: unreadable file, bad line, empty set, a prompt over `data.max_prompt_tokens` or a response over `pair_tokens`.
     """
     prompts: dict[str, Prompt] = {}
     counts: Counter[str] = Counter()
     for where, row in _rows(Path(path)):
-        prompt = make_prompt(where, row, tokenizer, settings)
+        prompt = make_prompt(where, row, tokenizer, settings, pairs=pair_tokens is not None)
+        excess = _excess(prompt, settings.max_prompt_tokens, pair_tokens)
         if prompt.id in prompts:
             counts["duplicate"] += 1
-        elif len(prompt.token_ids) <= settings.max_prompt_tokens:
+        elif excess is None:
             prompts[prompt.id] = prompt
         elif settings.too_long == "drop":
             counts["too_long"] += 1
         else:
-            raise DataError(
-                f"{where}: the prompt has {len(prompt.token_ids)} tokens, more than data.max_prompt_tokens="
-                f"{settings.max_prompt_tokens}. Raise it, shorten the prompt, or set data.too_long=drop."
-            )
+            raise DataError(f"{where}: {excess}. Raise it, shorten the text, or set data.too_long=drop.")
     if not prompts:
         raise DataError(f"{path}: no prompt is left to use ({dict(counts) or 'the file is empty'})")
     return list(prompts.values())
 
 
-def make_prompt(where: str, row: dict[str, Any], tokenizer: Any, settings: DataSettings) -> Prompt:
+def make_prompt(where: str, row: dict[str, Any], tokenizer: Any, settings: DataSettings, pairs: bool = False) -> Prompt:
     """One row as a prompt, of any length.
 
     Args:
         where: the row's place, for messages.
+        pairs: the row's pair is needed.
 
     Raises:
         DataError: the row cannot be used.
     """
     messages, payload = _messages(where, row)
-    identity = content_id({"messages": messages, "payload": payload, "system": settings.system_prompt})
-    return Prompt(identity, tuple(_tokenise(where, messages, tokenizer, settings)), messages[-1]["content"], payload)
+    pair = read_pair(where, payload, messages)
+    content = {"messages": messages, "payload": payload, "system": settings.system_prompt}
+    if pair is not None:
+        content["pair"] = pair
+    return Prompt(
+        id=content_id(content),
+        token_ids=tuple(_tokenise(where, messages, tokenizer, settings)),
+        text=messages[-1]["content"],
+        payload=payload,
+        pair=tokenise_pair(where, pair, tokenizer) if pairs else None,
+    )
+
+
+def _excess(prompt: Prompt, max_prompt_tokens: int, pair_tokens: int | None) -> str | None:
+    """What is longer than it may be, in words."""
+    if len(prompt.token_ids) > max_prompt_tokens:
+        return f"the prompt has {len(prompt.token_ids)} tokens, more than data.max_prompt_tokens={max_prompt_tokens}"
+    for name, response in zip(("chosen", "rejected"), prompt.pair or (), strict=False):
+        if pair_tokens is not None and len(response) > pair_tokens:
+            return f"the {name} response has {len(response)} tokens, more than rollout.max_tokens={pair_tokens}"
+    return None
 
 
 def load_tokenizer(path: str) -> Any:

@@ -17,7 +17,7 @@ from rlhf.config.loader import UserError
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
 from rlhf.loop.evaluation import evaluation_sampling, held_out
-from rlhf.loop.online import Judged
+from rlhf.loop.judged import Judged
 from rlhf.reward.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
@@ -73,7 +73,7 @@ async def _answer(
     runtime = LocalRuntime()
     try:
         pool = await RolloutPool.start(runtime, settings)
-        rollouts = await asyncio.gather(*(pool.sample(prompt, sampling) for prompt in prompts))
+        rollouts = await asyncio.gather(*(pool.sample(prompt, [sampling]) for prompt in prompts))
         return [
             {
                 "prompt": rollout.prompt.text,
@@ -100,6 +100,8 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     """
     if settings.data.eval_prompts is None:
         raise UserError("data.eval_prompts: not set, so there are no held-out prompts to evaluate on")
+    if settings.reward.kind.startswith("pairwise"):
+        raise UserError("reward.kind: a pairwise judge scores no lone answer. Name one that scores: model or function")
     baseline = baseline or settings.policy.model
     tokenizer = load_tokenizer(resolve(settings.policy.model))
     prompts = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)[: settings.loop.eval_limit]
@@ -128,7 +130,7 @@ async def _judged_answers(settings: Settings, prompts: Sequence[Prompt], model: 
     runtime = RayRuntime(settings.cluster, settings.rollout.engines + settings.reward.servers)
     try:
         pool, rewards = await asyncio.gather(RolloutPool.start(runtime, settings), RewardPool.start(runtime, settings))
-        rollouts = await asyncio.gather(*(pool.sample(prompt, evaluation_sampling(settings)) for prompt in prompts))
+        rollouts = await asyncio.gather(*(pool.sample(prompt, [evaluation_sampling(settings)]) for prompt in prompts))
         feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
         answers = held_out([Judged(r, f) for r, f in zip(rollouts, feedbacks, strict=True)], tokenizer)
         await asyncio.gather(pool.close(), rewards.close())

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf.cluster import fetch
 from rlhf.config import Settings
-from rlhf.loop.online import Judged
+from rlhf.loop.judged import Judged
 from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.report import HeldOut
 from rlhf.types import Assignment, Score, TrainingItem
@@ -70,8 +70,9 @@ def response_rows(judged: Judged, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def held_out_metrics(answers: HeldOut) -> dict[str, float]:
-    """Means over held-out responses."""
-    return {"reward/mean": float(np.nanmean(answers.rewards)), "rollout/length": float(np.mean(answers.lengths))}
+    """Means over held-out responses. Pairwise judges have nothing to compare a lone answer with: then there is no reward."""
+    length = {"rollout/length": float(np.mean(answers.lengths))}
+    return length if np.isnan(answers.rewards).all() else {"reward/mean": float(np.nanmean(answers.rewards))} | length
 
 
 def write_held_out(path: Path, answers: HeldOut) -> None:

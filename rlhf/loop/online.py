@@ -9,22 +9,22 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from rlhf.algorithms import Algorithm
-from rlhf.algorithms.builders import Dropped, scored
+from rlhf.algorithms.anchors import equals_policy
+from rlhf.algorithms.builders import Dropped
 from rlhf.config import Settings
 from rlhf.data.ledger import Ledger
 from rlhf.loop.clock import Clock
-from rlhf.policy import PolicyGroup
+from rlhf.loop.judged import Judged, rollout_metrics
+from rlhf.policy import Moment, PolicyGroup
 from rlhf.reward.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.record import Record
-from rlhf.types import Assignment, Failed, Feedback, Invalid, Prompt, Rollout, TimedOut
+from rlhf.types import Assignment, Failed, Feedback, Half, Invalid, Prompt, Rollout, TimedOut
 
 
 class RewardsFailing(RuntimeError):
@@ -45,14 +45,6 @@ class Roles:
     turns: bool = False
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One prompt's responses and what the reward side says of them."""
-
-    rollout: Rollout
-    feedback: Feedback
-
-
 class OnlineLoop:
     """The steps of a run. Owns the order of things; every part does its own work."""
 
@@ -67,15 +59,19 @@ class OnlineLoop:
         """
         clock = Clock()
         prompts = self.ledger.lease(self.settings.loop.prompts_per_step)
-        judged = await self.sample_and_judge(prompts, self._sampling(step), clock)
+        judged = await self.sample_and_judge(prompts, self._samplings(step), clock, self.algorithm)
         self._require_verdicts(judged)
         assignments, dropped = self._build(step, judged)
         metrics = rollout_metrics(judged)
         if assignments:
             await self._rest_engines()
-            metrics |= await self.roles.policy.learn(assignments, first=step == 1)
+            moment = Moment(step, equal=equals_policy(self.algorithm.reference, step))
+            metrics |= await self.roles.policy.learn(assignments, moment)
+        changed = await self.roles.policy.follow(step)
         clock.lap("time/train")
         await self.publish(version=step)
+        if self.algorithm.mixes and changed["partner"]:
+            await self.publish(version=step, half="partner")
         clock.lap("time/sync")
         self._settle(assignments, dropped)
         metrics |= clock.laps() | {"loop/epoch": self.ledger.epoch, "loop/prompts_trained": float(len(assignments))}
@@ -84,12 +80,21 @@ class OnlineLoop:
         self.record.step(step, metrics)
         return judged
 
-    async def sample_and_judge(self, prompts: Sequence[Prompt], sampling: Sampling, clock: Clock) -> list[Judged]:
-        """Responses and verdicts for all prompts; a prompt is judged as soon as it is answered, while others still sample."""
+    async def sample_and_judge(
+        self, prompts: Sequence[Prompt], samplings: Sequence[Sampling], clock: Clock, algorithm: Algorithm | None = None
+    ) -> list[Judged]:
+        """Responses and verdicts for all prompts; a prompt is judged as soon as it is answered, while others still sample.
 
-        async def answer(prompt: Prompt) -> tuple[Rollout, asyncio.Task[Feedback]]:
-            rollout = await self.roles.rollouts.sample(prompt, sampling)
-            return rollout, asyncio.create_task(self.roles.rewards.judge(rollout))
+        Args:
+            algorithm: whose wishes about the data set's pairs and about judging count; None: no pairs, everything judged.
+        """
+        pairs = algorithm is not None and algorithm.dataset_pairs
+        judged = algorithm is None or algorithm.judged
+
+        async def answer(prompt: Prompt) -> tuple[Rollout, Awaitable[Feedback]]:
+            rollout = await self.roles.rollouts.sample(prompt, samplings, with_pair=pairs)
+            verdict = self.roles.rewards.judge(rollout) if judged else _unjudged(rollout)
+            return rollout, asyncio.create_task(verdict)
 
         answered = await asyncio.gather(*(answer(prompt) for prompt in prompts))
         clock.lap("time/generate")
@@ -98,30 +103,35 @@ class OnlineLoop:
         return [Judged(rollout, feedback) for (rollout, _), feedback in zip(answered, feedbacks, strict=True)]
 
     async def measure(self, assignments: Sequence[Assignment]) -> dict[str, float]:
-        """KL of the policy to the reference on given responses."""
+        """KL of the policy to the model the run started from, on given responses."""
         await self._rest_engines()
         metrics = await self.roles.policy.measure(assignments)
         await self._wake_engines()
         return metrics
 
-    async def publish(self, version: int) -> None:
-        """Bring the policy's weights into all engines, as `version`, attested by each."""
+    async def publish(self, version: int, half: Half = "policy") -> None:
+        """Bring the weights of the policy, or of the engines' second model, into all engines, as `version`, attested by each."""
         await self._wake_engines()
         fingerprint, _ = await asyncio.gather(
-            self.roles.policy.send_weights(), self.roles.rollouts.receive(self.roles.policy.specs, version)
+            self.roles.policy.send_weights(half), self.roles.rollouts.receive(self.roles.policy.specs, version, half)
         )
-        self.roles.rollouts.accept(version, fingerprint)
+        self.roles.rollouts.accept(version, fingerprint, half)
 
-    def _sampling(self, step: int) -> Sampling:
+    def _samplings(self, step: int) -> list[Sampling]:
         rollout = self.settings.rollout
-        return Sampling(
-            n=self.algorithm.samples_per_prompt,
-            max_tokens=rollout.max_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            seed=self.settings.run.seed * 1_000_003 + step,
-        )
+        return [
+            Sampling(
+                n=source.n,
+                max_tokens=rollout.max_tokens,
+                temperature=0.0 if source.greedy else rollout.temperature,
+                top_p=rollout.top_p,
+                top_k=rollout.top_k,
+                seed=self.settings.run.seed * 1_000_003 + step,
+                source=source.name,
+                mixture=source.mixture,
+            )
+            for source in self.algorithm.sources
+        ]
 
     def _build(self, step: int, judged: Sequence[Judged]) -> tuple[list[Assignment], dict[str, str]]:
         """Assignments to learn from, and prompt id -> reason for the prompts that teach nothing."""
@@ -159,20 +169,5 @@ class OnlineLoop:
             await self.roles.rollouts.wake()
 
 
-def rollout_metrics(judged: Sequence[Judged]) -> dict[str, float]:
-    """What was sampled and how it was judged: means over all responses with a score, counts of the other outcomes."""
-    infos = [info for one in judged for info in one.rollout.infos]
-    rewards = np.array([value for one in judged for _, value in scored(one.feedback)])
-    outcomes = [outcome for one in judged for outcome in one.feedback.outcomes]
-    metrics = {
-        "rollout/length": float(np.mean([info.n_tokens for info in infos])),
-        "rollout/truncated": float(np.mean([info.finish_reason == "length" for info in infos])),
-        "rollout/logprob": float(np.mean([info.mean_logprob for info in infos])),
-        "rollout/tokens": float(sum(info.n_tokens for info in infos)),
-        "reward/invalid": float(sum(isinstance(outcome, Invalid) for outcome in outcomes)),
-        "reward/failed": float(sum(isinstance(outcome, Failed) for outcome in outcomes)),
-        "reward/timed_out": float(sum(isinstance(outcome, TimedOut) for outcome in outcomes)),
-    }
-    if len(rewards):
-        metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
-    return metrics
+async def _unjudged(rollout: Rollout) -> Feedback:
+    return Feedback(rollout.prompt.id, (Invalid("not judged"),) * len(rollout.infos))

@@ -54,9 +54,10 @@ class Training:
 
     def __init__(self, settings: Settings, debug: bool, resume: bool):
         self.settings, self.debug, self.resume = settings, debug, resume
-        self.algorithm = make(settings.algorithm)
+        self.algorithm = make(settings)
         self.tokenizer = load_tokenizer(resolve(settings.policy.model))
-        prompts = load_prompts(resolve(settings.data.prompts), self.tokenizer, settings.data)
+        pair_tokens = settings.rollout.max_tokens if self.algorithm.dataset_pairs else None
+        prompts = load_prompts(resolve(settings.data.prompts), self.tokenizer, settings.data, pair_tokens)
         self.data_id = content_id([prompt.id for prompt in prompts])
         self.ledger = Ledger(prompts, settings.run.seed, settings.data.shuffle)
         self.held_out_prompts: list[Prompt] = []
@@ -74,12 +75,15 @@ class Training:
                 self.loop = OnlineLoop(settings, self.algorithm, roles, self.ledger, self.record)
                 if tag is not None:
                     await roles.policy.load(str(self.checkpoints.folder), tag)
+                    roles.policy.restore(self.policy_state)
                 await self.loop.publish(version=start)
+                if self.algorithm.mixes:
+                    await self.loop.publish(version=start, half="partner")
                 if start == 0:
                     await self._evaluate(0, "before")
                 for step in range(start + 1, settings.loop.steps + 1):
                     await self._step(step)
-                await roles.policy.check_reference()
+                await roles.policy.check_anchors()
                 await self._evaluate(settings.loop.steps, "after")
                 if settings.checkpoint.export:
                     await roles.policy.export(str((self.record.folder / "export").absolute()))
@@ -100,7 +104,7 @@ class Training:
         if not self.held_out_prompts:
             return
         loop = self.loop
-        judged = await loop.sample_and_judge(self.held_out_prompts, evaluation_sampling(self.settings), Clock())
+        judged = await loop.sample_and_judge(self.held_out_prompts, [evaluation_sampling(self.settings)], Clock())
         answers = held_out(judged, self.tokenizer)
         kl = await loop.measure(measurable(judged))
         self.record.evaluation(step, held_out_metrics(answers) | kl)
@@ -111,6 +115,7 @@ class Training:
         tag = self.checkpoints.tag(step)
         await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
         state = {"step": step, "ledger": self.ledger.state(), "data": self.data_id, "seed": self.settings.run.seed}
+        state["policy"] = self.loop.roles.policy.state()
         self.checkpoints.complete(tag, state)
 
     def _starting_point(self) -> tuple[int, str | None]:
@@ -127,6 +132,7 @@ class Training:
                 "cannot go on where it stopped. Restore data.prompts and run.seed, or start a new run in another run.dir."
             )
         self.ledger.restore(state["ledger"])
+        self.policy_state = state["policy"]
         self.record.rewind(state["step"])
         return state["step"], tag
 
@@ -144,8 +150,8 @@ async def started_roles(settings: Settings, algorithm: Algorithm, debug: bool) -
     try:
         updates = settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
         policy, rollouts, rewards = await asyncio.gather(
-            start(PolicyGroup.start(runtime, settings, algorithm.objective, updates)),
-            start(RolloutPool.start(runtime, settings)),
+            start(PolicyGroup.start(runtime, settings, algorithm, updates)),
+            start(RolloutPool.start(runtime, settings, algorithm.mixes)),
             start(RewardPool.start(runtime, settings)),
         )
         host, port = await policy.transfer_address()

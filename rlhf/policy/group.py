@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from rlhf.algorithms.contrast import Contrast
+from rlhf.algorithms import Algorithm, PolicyGradient
+from rlhf.algorithms.algorithm import Objective
+from rlhf.algorithms.kl import AdaptiveKl
 from rlhf.cluster import Handle, Runtime, compute_env, uses_gpu
 from rlhf.config import Settings
+from rlhf.policy.learner import InvariantBroken, Moment
 from rlhf.policy.meters import means, merge
-from rlhf.policy.rank import InvariantBroken, PolicyRank, UpdateShare
+from rlhf.policy.rank import PolicyRank, UpdateShare
 from rlhf.training.balance import plan_updates
 from rlhf.transfer import TransferSession, WeightSpec
-from rlhf.types import Assignment
+from rlhf.types import Assignment, Half
 
 
 class PolicyGroup:
     """Made by `start`. All calls are collective over the ranks and wait at most the deadlines in `cluster`."""
 
-    def __init__(self, settings: Settings, ranks: Sequence[Handle]):
-        self._settings, self._ranks = settings, ranks
-        self._reference_fingerprints: list[str] = []
+    def __init__(self, settings: Settings, ranks: Sequence[Handle], objective: Objective):
+        self._settings, self._ranks, self._objective = settings, ranks, objective
+        self._kl: AdaptiveKl | None = None
+        if isinstance(objective, PolicyGradient) and objective.kl_placement != "none":
+            self._kl = AdaptiveKl(objective.kl_coef, objective.kl_target, objective.kl_horizon)
         self.specs: list[WeightSpec] = []
 
     @classmethod
-    async def start(cls, runtime: Runtime, settings: Settings, objective: Contrast, total_updates: int) -> PolicyGroup:
+    async def start(cls, runtime: Runtime, settings: Settings, algorithm: Algorithm, total_updates: int) -> PolicyGroup:
         """Start all ranks and wait until they have loaded their models.
 
         Args:
@@ -38,31 +44,29 @@ class PolicyGroup:
                 PolicyRank,
                 settings,
                 rank,
-                objective,
+                algorithm,
                 total_updates,
                 gpus=1 if uses_gpu(settings.cluster) else 0,
                 env=compute_env(settings.cluster, count),
             )
             for rank in range(count)
         ]
-        group = cls(settings, ranks)
+        group = cls(settings, ranks, algorithm.objective)
         deadline = settings.cluster.startup_deadline_s
         host, port = await ranks[0].call("address", deadline=deadline)
         await group._all("setup", host, port, deadline=deadline)
         group.specs = await ranks[0].call("weight_specs", deadline=deadline)
-        group._reference_fingerprints = await group._all("reference_fingerprint", deadline=deadline)
         return group
 
-    async def learn(self, assignments: Sequence[Assignment], first: bool) -> dict[str, float]:
+    async def learn(self, assignments: Sequence[Assignment], moment: Moment) -> dict[str, float]:
         """Learn from these assignments in `loop.updates_per_step` optimizer steps; returns mean metrics.
-
-        Args:
-            first: no update was ever made, so policy and reference must agree.
 
         Raises:
             InvariantBroken: the engines' and the trainer's log-probs differ by more than `run.max_logprob_gap`.
         """
         settings = self._settings
+        if self._kl is not None:
+            moment = replace(moment, kl_coef=self._kl.coef)
         plan = plan_updates(
             [assignment.n_tokens() for assignment in assignments],
             settings.loop.updates_per_step,
@@ -71,17 +75,40 @@ class PolicyGroup:
         )
         shares: list[list[UpdateShare]] = [[] for _ in self._ranks]
         for update in plan:
-            n_groups = sum(len(batch) for share in update for batch in share)
+            learned = [assignments[i] for share in update for batch in share for i in batch]
+            counts = (
+                len(learned),
+                sum(len(assignment.members()) for assignment in learned),
+                sum(assignment.response_tokens() for assignment in learned),
+            )
             for rank, share in enumerate(update):
                 batches = tuple(tuple(assignments[i] for i in batch) for batch in share)
-                shares[rank].append(UpdateShare(batches, n_groups))
+                shares[rank].append(UpdateShare(batches, *counts))
         calls = (
-            rank.call("learn", share, first, deadline=settings.cluster.learn_deadline_s)
+            rank.call("learn", share, moment, deadline=settings.cluster.learn_deadline_s)
             for rank, share in zip(self._ranks, shares, strict=True)
         )
         metrics = means(merge(await asyncio.gather(*calls)))
         self._check_gap(metrics.get("policy/logprob_gap", 0.0))
+        if self._kl is not None:
+            metrics["policy/kl_coef"] = self._kl.coef
+            self._steer_kl(metrics, moment.step, sum(len(assignment.members()) for assignment in assignments))
         return metrics
+
+    def _steer_kl(self, metrics: dict[str, float], step: int, n_responses: int) -> None:
+        """Let the KL's coefficient follow what was measured; while only the critic learns there is nothing to steer."""
+        critic = self._objective.critic
+        if "policy/kl_response" in metrics and (critic is None or step > critic.warmup_steps):
+            self._kl.update(metrics["policy/kl_response"], n_responses)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must keep beside the ranks' files: the present factor on the KL, if there is one."""
+        return {} if self._kl is None else {"kl_coef": self._kl.coef}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Take over what `state` returned."""
+        if self._kl is not None:
+            self._kl.coef = state["kl_coef"]
 
     def _check_gap(self, gap: float) -> None:
         run, rollout = self._settings.run, self._settings.rollout
@@ -94,7 +121,7 @@ class PolicyGroup:
             )
 
     async def measure(self, assignments: Sequence[Assignment]) -> dict[str, float]:
-        """Mean KL metrics of the policy to the reference on these completions; nothing is learned."""
+        """Mean KL metrics of the policy to the model the run started from, on these completions; nothing is learned."""
         settings = self._settings
         costs = [assignment.n_tokens() for assignment in assignments]
         (shares,) = plan_updates(costs, 1, len(self._ranks), settings.policy.micro_batch_tokens)
@@ -116,9 +143,21 @@ class PolicyGroup:
         """Host of the sender and a free port there."""
         return await self._ranks[0].call("address", deadline=self._settings.cluster.startup_deadline_s)
 
-    async def send_weights(self) -> str:
-        """Send the weights to the engines, which must be receiving; returns their fingerprint."""
-        return (await self._all("send_weights", deadline=self._settings.cluster.publish_deadline_s))[0]
+    async def send_weights(self, half: Half = "policy") -> str:
+        """Send the weights to the engines, which must be receiving; returns their fingerprint.
+
+        Args:
+            half: the policy's weights, or those of the engines' second model.
+        """
+        return (await self._all("send_weights", half, deadline=self._settings.cluster.publish_deadline_s))[0]
+
+    async def follow(self, step: int) -> dict[str, bool]:
+        """Let reference and partner follow the policy after loop step `step`: name -> whether it changed.
+
+        Raises:
+            InvariantBroken: one of them had changed by itself.
+        """
+        return (await self._all("follow", step, deadline=self._settings.cluster.learn_deadline_s))[0]
 
     async def save(self, folder: str, tag: str) -> None:
         """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share)."""
@@ -132,16 +171,9 @@ class PolicyGroup:
         """Write the policy in Hugging Face format to `folder`."""
         await self._all("export", folder, deadline=self._settings.cluster.learn_deadline_s)
 
-    async def check_reference(self) -> None:
-        """Compare the reference's weights with those at the start.
-
-        Raises:
-            InvariantBroken: they changed.
-        """
-        now = await self._all("reference_fingerprint", deadline=self._settings.cluster.learn_deadline_s)
-        changed = [rank for rank, (a, b) in enumerate(zip(self._reference_fingerprints, now, strict=True)) if a != b]
-        if changed:
-            raise InvariantBroken(f"the reference's weights changed on ranks {changed}; every log-ratio since is wrong")
+    async def check_anchors(self) -> None:
+        """Raises InvariantBroken if the weights of reference or partner are not those that their rule gave them."""
+        await self._all("check_anchors", deadline=self._settings.cluster.learn_deadline_s)
 
     async def close(self) -> None:
         """Let the ranks leave their group."""

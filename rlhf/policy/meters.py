@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from rlhf.algorithms.contrast import Contrast
+from rlhf.algorithms.contrast import Preference, response_scores, response_sums
 from rlhf.training.packing import Experience
 
 Meters = dict[str, tuple[float, float]]
@@ -30,26 +30,44 @@ def means(meters: Meters) -> dict[str, float]:
 
 @torch.no_grad()
 def item_meters(
-    objective: Contrast, experience: Experience, scores: torch.Tensor, logprobs: torch.Tensor, reference: torch.Tensor
+    objective: Preference, experience: Experience, logprobs: torch.Tensor, reference: torch.Tensor
 ) -> Meters:
-    """Metrics of one micro-batch: of its items, and of its response tokens.
+    """Metrics of one micro-batch's pairs (the items of the objective's first term), and of its other items.
 
-    Names: policy/accuracy (contrast is positive), policy/margin (scaled contrast), policy/chosen_reward and
-    policy/rejected_reward (implicit rewards: scaled log-ratios), policy/kl (mean of log pi - log ref per token, nats) and
-    policy/kl_k3 (the same quantity by an estimator that is never negative).
+    Names, each a mean over pairs unless it says otherwise:
+        policy/accuracy: the contrast is positive.
+        policy/reference_accuracy: the reference alone gives the chosen response the higher log-prob.
+        policy/margin: the contrast times the term's scale.
+        policy/chosen_reward, policy/rejected_reward: scores times the term's scale (the implicit rewards of DPO).
+        policy/chosen_rose: the chosen response is likelier than under the reference; where this falls, both responses lose.
+        policy/chosen_logprob, policy/rejected_logprob: log pi per token, in nats.
+        policy/bonus: score in nats of the further terms' responses, before their factor: the log-ratio of SELM's y_gen, the log-prob
+            of XPO's reference sample, or of SLiC's chosen response.
     """
-    if not len(experience.target):
-        return {}
-    contrast = experience.coefficients @ scores
-    items = float(len(contrast))
-    chosen, rejected = experience.coefficients.clamp(min=0), -experience.coefficients.clamp(max=0)
-    ratio = logprobs - reference
-    tokens = float(len(ratio))
-    return {
-        "policy/accuracy": ((contrast > 0).float().sum().item(), items),
-        "policy/margin": (objective.scale * contrast.sum().item(), items),
-        "policy/chosen_reward": (objective.scale * (chosen @ scores).sum().item(), chosen.sum().item()),
-        "policy/rejected_reward": (objective.scale * (rejected @ scores).sum().item(), rejected.sum().item()),
-        "policy/kl": (ratio.sum().item(), tokens),
-        "policy/kl_k3": ((torch.exp(-ratio) - 1 + ratio).sum().item(), tokens),
+    term, n = objective.terms[0], experience.n_responses
+    scores = response_scores(term, experience, logprobs, reference)
+    logprob, reference_logprob, length = (
+        response_sums(values, experience.response, n, "sum")
+        for values in (logprobs, reference, torch.ones_like(logprobs))
+    )
+    coefficients = experience.coefficients[experience.term == 0]
+    chosen, rejected = coefficients.clamp(min=0), -coefficients.clamp(max=0)
+    pairs, contrast = float(len(coefficients)), coefficients @ scores
+    meters = {
+        "policy/accuracy": ((contrast > 0).sum(), pairs),
+        "policy/reference_accuracy": ((coefficients @ reference_logprob > 0).sum(), pairs),
+        "policy/margin": (term.scale * contrast.sum(), pairs),
+        "policy/chosen_reward": (term.scale * (chosen @ scores).sum(), pairs),
+        "policy/rejected_reward": (term.scale * (rejected @ scores).sum(), pairs),
+        "policy/chosen_rose": ((chosen @ (logprob - reference_logprob) > 0).sum(), pairs),
+        "policy/chosen_logprob": ((chosen @ logprob).sum(), (chosen @ length).sum()),
+        "policy/rejected_logprob": ((rejected @ logprob).sum(), (rejected @ length).sum()),
     }
+    bonus = [
+        experience.coefficients[experience.term == number] @ response_scores(further, experience, logprobs, reference)
+        for number, further in enumerate(objective.terms)
+        if number > 0
+    ]
+    if bonus:
+        meters["policy/bonus"] = (torch.cat(bonus).sum(), float(sum(len(values) for values in bonus)))
+    return {name: (float(value), float(count)) for name, (value, count) in meters.items()}

@@ -12,11 +12,12 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from rlhf.algorithms import make
 from rlhf.config import Settings, UserError
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.preflight.memory import ModelShape, model_shape
-from rlhf.reward.functions import load_function
+from rlhf.reward.functions import COMPARE, SCORE, load_function
 from rlhf.types import Prompt
 
 
@@ -45,7 +46,8 @@ def read_inputs(settings: Settings) -> Inputs:
     path = resolve(settings.policy.model)
     config, tokenizer = _model(settings, path)
     shape = _shape(settings, config, path)
-    prompts = load_prompts(resolve(settings.data.prompts), tokenizer, settings.data)
+    pair_tokens = settings.rollout.max_tokens if make(settings).dataset_pairs else None
+    prompts = load_prompts(resolve(settings.data.prompts), tokenizer, settings.data, pair_tokens)
     if len(prompts) < settings.loop.prompts_per_step:
         raise PlanError(
             f"`loop.prompts_per_step`: a step draws {settings.loop.prompts_per_step} prompts, but `data.prompts` "
@@ -54,6 +56,7 @@ def read_inputs(settings: Settings) -> Inputs:
     held_out: Sequence[Prompt] = ()
     if settings.data.eval_prompts is not None:
         held_out = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)
+    _check_critic(settings, config)
     return Inputs(path, config.model_type, shape, prompts, held_out, _reward(settings))
 
 
@@ -89,15 +92,40 @@ def _shape(settings: Settings, config: Any, path: str) -> ModelShape:
     return shape
 
 
+def _check_critic(settings: Settings, policy: Any) -> None:
+    """The critic's reward model must be of the policy's architecture; its weights are read later."""
+    name = getattr(settings.algorithm, "critic_model", None)
+    if name is None:
+        return
+    path = resolve(name)
+    remedy = (
+        f"Give the folder of a sequence classifier of the policy's architecture ({policy.model_type}) with one label, or set "
+        "`algorithm.critic_model: null` to start from the policy's own body"
+    )
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise PlanError(f"`algorithm.critic_model`: there is no model in `{path}` (no config.json). {remedy}")
+    critic = AutoConfig.from_pretrained(path)
+    kind = (critic.model_type, critic.get_text_config().hidden_size, critic.num_labels)
+    if kind != (policy.model_type, policy.get_text_config().hidden_size, 1):
+        raise PlanError(
+            f"`algorithm.critic_model`: `{name}` is a {kind[0]} of hidden size {kind[1]} with {kind[2]} labels. {remedy}"
+        )
+
+
 def _reward(settings: Settings) -> str:
     reward = settings.reward
-    if reward.kind == "model":
-        folder = resolve(reward.path)
-        if not os.path.isfile(os.path.join(folder, "config.json")):
-            raise PlanError(
-                f"`reward.path`: there is no reward model in `{folder}` (no config.json). Train one with `rlhf reward "
-                "train`, or give the folder of a transformers sequence classifier"
-            )
-        return f"the reward model in {folder}"
-    load_function(reward.path)
-    return f"the function {reward.path}"
+    if reward.kind == "function":
+        load_function(reward.path, SCORE)
+        return f"the function {reward.path}"
+    if reward.kind == "pairwise_function":
+        load_function(reward.path, COMPARE)
+        return f"the pairwise function {reward.path}"
+    folder = resolve(reward.path)
+    what = "reward model" if reward.kind == "model" else "pairwise model"
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        train = "Train one with `rlhf reward train`, or give" if reward.kind == "model" else "Give"
+        raise PlanError(
+            f"`reward.path`: there is no {what} in `{folder}` (no config.json). {train} the folder of a transformers sequence "
+            "classifier"
+        )
+    return f"the {what} in {folder}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.algorithms import Algorithm, PolicyGradient
+from rlhf.algorithms.anchors import Ema, Extrapolated
 from rlhf.config.policy import PolicySettings
 from rlhf.config.rollout import RolloutSettings
 
@@ -17,29 +19,46 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the estimates need to know of a model. `parameters` counts tied weights once."""
+    """What the estimates need to know of a model.
+
+    Attributes:
+        parameters: tied weights count once.
+        cached: numbers that one token leaves in the key-value cache.
+    """
 
     parameters: int
     layers: int
     hidden: int
     vocabulary: int
     context: int | None
+    cached: int
 
 
 @dataclass(frozen=True)
 class PolicyMemory:
-    """Bytes on one policy rank's device, and in host memory for what is offloaded."""
+    """Bytes on one policy rank's device, and in host memory for what is offloaded.
+
+    Attributes:
+        partner: the engines' second model, where it is not the reference.
+        critic: its weights, gradients and optimizer states.
+    """
 
     policy: float
     reference: float
+    partner: float
     gradients: float
     optimizer: float
+    critic: float
     activations: float
     host: float
 
+    def parts(self) -> dict[str, float]:
+        """What lies on the device, by name; what the method does not have is left out."""
+        return {name: size for name, size in vars(self).items() if name != "host" and size}
+
     @property
     def device(self) -> float:
-        return self.policy + self.reference + self.gradients + self.optimizer + self.activations
+        return sum(self.parts().values())
 
 
 def model_shape(config: Any) -> ModelShape:
@@ -54,22 +73,26 @@ def model_shape(config: Any) -> ModelShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None),
+        cached=2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head_size,
     )
 
 
-def policy_memory(shape: ModelShape, settings: PolicySettings) -> PolicyMemory:
+def policy_memory(shape: ModelShape, settings: PolicySettings, algorithm: Algorithm) -> PolicyMemory:
     """Bytes per rank.
 
     bf16 training keeps fp32 master weights and, from ZeRO 1 on, accumulates gradients in fp32 beside the bf16 ones.
     Activations are about 34 bytes per token, layer and hidden unit in bf16 (attention matrices never whole), or 2 with
     gradient checkpointing plus one layer; in fp32 twice as much. The vocabulary is projected in fp32 chunks, two of
-    which live at the same time.
+    which live at the same time. A critic is as large as the policy and takes turns with it. An average, or the last iterate that an
+    extrapolation remembers, is kept in fp32 in host memory.
     """
     size, stage, ranks = BYTES[settings.dtype], settings.zero_stage, settings.ranks
     mixed = settings.dtype == "bf16"
@@ -79,18 +102,34 @@ def policy_memory(shape: ModelShape, settings: PolicySettings) -> PolicyMemory:
     per_layer = settings.micro_batch_tokens * shape.hidden * size
     stored = per_layer * (shape.layers + 17) if settings.gradient_checkpointing else per_layer * 17 * shape.layers
     chunks = 2 * settings.logprob_chunk_tokens * shape.vocabulary * 4
-    keep_optimizer, keep_weights = settings.offload_optimizer == "none", settings.offload_parameters == "none"
+    trained = 2 if isinstance(algorithm.objective, PolicyGradient) and algorithm.objective.critic is not None else 1
+    anchors = [rule for rule in (algorithm.reference, algorithm.partner) if rule is not None]
+    remembered = sum(isinstance(rule, Ema | Extrapolated) for rule in anchors)
+    device_weights = weights if settings.offload_parameters == "none" else 0
+    device_optimizer = optimizer if settings.offload_optimizer == "none" else 0
     return PolicyMemory(
-        policy=weights if keep_weights else 0,
-        reference=weights if keep_weights else 0,
+        policy=device_weights,
+        reference=device_weights,
+        partner=device_weights * (len(anchors) - 1),
         gradients=gradients,
-        optimizer=optimizer if keep_optimizer else 0,
+        optimizer=device_optimizer,
+        critic=(device_weights + gradients + device_optimizer) * (trained - 1),
         activations=stored + chunks,
-        host=(0 if keep_optimizer else optimizer) + (0 if keep_weights else 2 * weights),
+        host=(optimizer - device_optimizer) * trained
+        + (weights - device_weights) * (trained + len(anchors))
+        + remembered * 4 * weights / size,
     )
 
 
-def engine_weights(shape: ModelShape, rollout: RolloutSettings, policy: PolicySettings) -> float:
-    """Bytes of weights on each device of one engine."""
-    dtype = policy.dtype if rollout.dtype == "policy" else rollout.dtype
-    return shape.parameters * BYTES[dtype] / rollout.tensor_parallel_size
+def engine_weights(shape: ModelShape, rollout: RolloutSettings, policy: PolicySettings, mixes: bool = False) -> float:
+    """Bytes of weights on each device of one engine, which holds two models if it mixes."""
+    return (1 + mixes) * shape.parameters * _engine_bytes(rollout, policy) / rollout.tensor_parallel_size
+
+
+def cached_token(shape: ModelShape, rollout: RolloutSettings, policy: PolicySettings, mixes: bool = False) -> float:
+    """Bytes that one token takes in the key-value cache on each device of one engine."""
+    return (1 + mixes) * shape.cached * _engine_bytes(rollout, policy) / rollout.tensor_parallel_size
+
+
+def _engine_bytes(rollout: RolloutSettings, policy: PolicySettings) -> int:
+    return BYTES[policy.dtype if rollout.dtype == "policy" else rollout.dtype]

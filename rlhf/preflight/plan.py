@@ -5,18 +5,22 @@ Reads configuration, tokenizer and prompts (through `inputs`); loads no weights 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from rlhf.algorithms import make
+from rlhf.algorithms import Algorithm, PolicyGradient, Source, catalogue, make
+from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule
 from rlhf.cluster import uses_gpu
 from rlhf.config import Settings
+from rlhf.config.algorithm import METHODS
 from rlhf.config.checks import largest_assignment, optimizer_steps
+from rlhf.config.method_checks import used_responses
 from rlhf.config.settings import single_process
 from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
-from rlhf.preflight.memory import GIB, engine_weights, policy_memory
+from rlhf.preflight.memory import GIB, cached_token, engine_weights, policy_memory
 from rlhf.types import Prompt
 
 
@@ -31,7 +35,7 @@ def describe(settings: Settings, debug: bool = False) -> str:
     """
     if debug:
         settings = single_process(settings)
-    make(settings.algorithm)
+    algorithm = make(settings)
     inputs = read_inputs(settings)
     device = "cuda" if uses_gpu(settings.cluster) else "cpu"
     if device == "cuda" and settings.cluster.address is None:
@@ -39,17 +43,21 @@ def describe(settings: Settings, debug: bool = False) -> str:
     parts = {
         "Run": _run(settings),
         "Inputs": _inputs(settings, inputs),
+        "Algorithm": _algorithm(settings, inputs, algorithm),
         "Roles": _roles(settings, inputs, device, debug),
-        "Batches": _batches(settings, inputs),
-        "Tokens": _tokens(settings, inputs),
-        "Memory (estimates)": _memory(settings, inputs, device),
+        "Batches": _batches(settings, inputs, algorithm),
+        "Tokens": _tokens(settings, inputs, algorithm),
+        "Memory (estimates)": _memory(settings, inputs, algorithm, device),
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts.items())
 
 
 def _devices(settings: Settings) -> int:
-    """Devices of all engines and policy ranks together."""
-    return settings.rollout.engines * settings.rollout.tensor_parallel_size + settings.policy.ranks
+    """GPUs of all engines, policy ranks and reward servers together."""
+    rollout, reward = settings.rollout, settings.reward
+    return (
+        rollout.engines * rollout.tensor_parallel_size + settings.policy.ranks + math.ceil(reward.servers * reward.gpus)
+    )
 
 
 def _check_gpus(settings: Settings, needed: int) -> None:
@@ -57,9 +65,10 @@ def _check_gpus(settings: Settings, needed: int) -> None:
     if visible < needed:
         raise PlanError(
             f"the run needs {needed} GPU(s): {settings.rollout.engines} x {settings.rollout.tensor_parallel_size} for "
-            f"`rollout.engines` x `rollout.tensor_parallel_size` and {settings.policy.ranks} for `policy.ranks`, but "
-            f"this machine shows {visible}. Lower them, join a cluster with `cluster.address`, use `--debug` (all "
-            "roles on one GPU), or set `cluster.device: cpu`"
+            f"`rollout.engines` x `rollout.tensor_parallel_size`, {settings.policy.ranks} for `policy.ranks` and "
+            f"{settings.reward.servers} x {settings.reward.gpus:g} for `reward.servers` x `reward.gpus`, but this machine shows "
+            f"{visible}. Lower them, join a cluster with `cluster.address`, use `--debug` (all roles on one GPU), or set "
+            "`cluster.device: cpu`"
         )
 
 
@@ -92,6 +101,56 @@ def _count(prompts: Sequence[Prompt]) -> str:
     return f"{len(prompts):,} prompts of up to {max(len(prompt.token_ids) for prompt in prompts)} tokens"
 
 
+def _algorithm(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterator[str]:
+    choices, steps = catalogue.describe(algorithm), settings.loop.steps
+    method = METHODS.get(algorithm.name)
+    if method is None:
+        yield f"{algorithm.name}, an algorithm of your own"
+    else:
+        yield f"{algorithm.name}: {method.__doc__.partition(':')[0]} ({method.model_fields['name'].description[:-1]})"
+    written = [_source(source, "reference" if algorithm.partner is None else "partner") for source in algorithm.sources]
+    written += ["the data set's chosen and rejected"] * algorithm.dataset_pairs
+    yield f"responses to each prompt: {', '.join(written)}"
+    judge = inputs.reward if algorithm.judged else "nobody: the data set says which is the better one"
+    yield f"judged by {judge}; learned from: {choices.builder}"
+    objective = algorithm.objective
+    if isinstance(objective, PolicyGradient):
+        yield f"policy gradient: {choices.estimator}"
+        if objective.critic is not None:
+            start = objective.critic.model or "the policy's body with a fresh head"
+            alone = objective.critic.warmup_steps
+            yield f"critic: starts from {start}" + (
+                f"; in the first {_n(alone, 'step')} only it learns" if alone else ""
+            )
+    else:
+        yield f"loss: {choices.link}; score of a response: {choices.score}"
+    if choices.anchor != "none":
+        yield f"reference: {_rule(algorithm.reference, steps)}"
+    if algorithm.mixes:
+        second = "the reference" if algorithm.partner is None else f"a partner: {_rule(algorithm.partner, steps)}"
+        yield f"each engine holds a second model beside the policy, {second}"
+
+
+def _source(source: Source, partner: str) -> str:
+    """Who writes how many, in words."""
+    share = source.mixture
+    writer = {0.0: "policy", 1.0: partner}.get(share, f"mixture policy^{1 - share:g} {partner}^{share:g}")
+    return f"{source.n} by the {writer}{', greedily' if source.greedy else ''}"
+
+
+def _rule(rule: UpdateRule, steps: int) -> str:
+    """An update rule in words."""
+    if isinstance(rule, Fixed):
+        return "the starting policy, for ever"
+    if isinstance(rule, Ema):
+        return f"an average of the policy, of which {rule.decay:g} stays in each step"
+    rounds = f"{_n(-(-steps // rule.every), 'round')} of {_n(rule.every, 'step')}"
+    if isinstance(rule, Extrapolated):
+        return f"the policy at the start of the round, moved on by {rule.alpha:g} of its last change; {rounds}"
+    assert isinstance(rule, Previous)
+    return f"the policy at the start of the round; {rounds}"
+
+
 def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool) -> Iterator[str]:
     rollout, policy, reward = settings.rollout, settings.policy, settings.reward
     where = "Ray actor" if not debug else "object in this process"
@@ -110,10 +169,10 @@ def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool) -> Iter
     yield f"cluster: {cluster}; {actors} actors; this machine has {os.cpu_count()} cores"
 
 
-def _batches(settings: Settings, inputs: Inputs) -> Iterator[str]:
-    loop, k = settings.loop, settings.algorithm.samples_per_prompt
+def _batches(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterator[str]:
+    loop, k = settings.loop, algorithm.responses_per_prompt
     ranks, prompts = settings.policy.ranks, settings.loop.prompts_per_step
-    yield f"a step: {prompts} prompts x {k} responses = {prompts * k:,} responses, at most {prompts} pairs"
+    yield f"a step: {prompts} prompts x {k} responses = {prompts * k:,} responses, {_items(settings, algorithm)}"
     share = prompts / (loop.updates_per_step * ranks)
     yield (
         f"an optimizer step: {prompts} prompts / ({_n(loop.updates_per_step, 'update')} x {_n(ranks, 'rank')}) = about "
@@ -127,37 +186,53 @@ def _batches(settings: Settings, inputs: Inputs) -> Iterator[str]:
     yield f"prompts drawn: {drawn:,} = {drawn / len(inputs.prompts):.2f} times the file"
 
 
-def _tokens(settings: Settings, inputs: Inputs) -> Iterator[str]:
+def _items(settings: Settings, algorithm: Algorithm) -> str:
+    """How many training items a step can give."""
+    prompts, used = settings.loop.prompts_per_step, used_responses(settings.algorithm)
+    if algorithm.name not in METHODS:
+        return "of which your algorithm makes its items"
+    if isinstance(algorithm.objective, PolicyGradient):
+        return f"of which at most {prompts * used:,} are learned from"
+    every_two = getattr(settings.algorithm, "pairing", None) == "all"
+    return f"at most {prompts * (used * (used - 1) // 2 if every_two else 1):,} pairs"
+
+
+def _tokens(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterator[str]:
     prompts, response = settings.loop.prompts_per_step, settings.rollout.max_tokens
-    sampled = prompts * settings.algorithm.samples_per_prompt * response
+    sampled = prompts * sum(source.n for source in algorithm.sources) * response
     yield f"sampled in a step: at most {sampled:,} response tokens, {sampled // settings.rollout.engines:,} per engine"
-    longest = max(len(prompt.token_ids) for prompt in inputs.prompts)
-    pair, limit = longest + 2 * response, largest_assignment(settings)
-    yield f"the largest pair: a prompt of {longest} + 2 x {response} = {pair} tokens; at the limits {limit}"
-    yield f"learned from in a step: at most {prompts} x {pair} = {prompts * pair:,} tokens"
-    fit = settings.policy.micro_batch_tokens // pair
+    if algorithm.name not in METHODS:
+        return
+    longest, used = max(len(prompt.token_ids) for prompt in inputs.prompts), used_responses(settings.algorithm)
+    most, limit = longest + used * response, largest_assignment(settings)
+    yield f"one prompt brings at most {longest} + {used} x {response} = {most} tokens to learn from; at the limits {limit}"
+    yield f"learned from in a step: at most {prompts} x {most} = {prompts * most:,} tokens"
+    fit = settings.policy.micro_batch_tokens // most
     share = -(-prompts // (settings.loop.updates_per_step * settings.policy.ranks))
     yield (
-        f"a micro-batch of {settings.policy.micro_batch_tokens:,} tokens holds {fit} such pairs, so an optimizer step "
+        f"a micro-batch of {settings.policy.micro_batch_tokens:,} tokens holds {fit} such prompts, so an optimizer step "
         f"is at most {_n(-(-share // fit), 'micro-batch', 'es')} on each rank"
     )
 
 
-def _memory(settings: Settings, inputs: Inputs, device: str) -> Iterator[str]:
-    need = policy_memory(inputs.shape, settings.policy)
-    parts = ("policy", "reference", "gradients", "optimizer", "activations")
-    words = ", ".join(f"{name} {_size(getattr(need, name))}" for name in parts)
+def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str) -> Iterator[str]:
+    need = policy_memory(inputs.shape, settings.policy, algorithm)
+    words = ", ".join(f"{name} {_size(size)}" for name, size in need.parts().items())
     yield f"each policy rank: {_size(need.device)} ({words})"
     if need.host:
-        yield f"offloaded by each policy rank: {_size(need.host)} of host memory"
-    weights = engine_weights(inputs.shape, settings.rollout, settings.policy)
+        yield f"kept in host memory by each policy rank: {_size(need.host)}"
+    engine = (inputs.shape, settings.rollout, settings.policy, algorithm.mixes)
+    weights = engine_weights(*engine)
+    shown = f"weights {_size(weights)}" + (" for two models" if algorithm.mixes else "")
     if device == "cpu":
         cache = settings.rollout.cpu_kv_cache_gb * GIB
-        yield f"each engine: {_size(weights + cache)} (weights {_size(weights)}, key-value cache {_size(cache)})"
+        tokens = f"room for {int(cache // cached_token(*engine)):,} tokens"
+        yield f"each engine: {_size(weights + cache)} ({shown}, key-value cache {_size(cache)}: {tokens})"
         yield f"this machine has {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
         return
     fraction = settings.rollout.gpu_memory_utilization
-    yield f"each engine worker: {fraction:.0%} of its GPU: weights {_size(weights)}, the rest key-value cache"
+    token = f"{cached_token(*engine) / 2**10:,.0f} KiB per token"
+    yield f"each engine worker: {fraction:.0%} of its GPU: {shown}, the rest key-value cache ({token})"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield f"GPU {index}: {properties.name}, {_size(properties.total_memory)}"

@@ -1,23 +1,31 @@
 """Reward functions: loading one by its import path, and a few built-in ones for smoke runs.
 
 A reward function is `def reward(prompt: str, response: str, payload: Mapping) -> float`, or the same with `async
-def`. It may return None for "this response has no reward", and raise for "I could not judge it".
+def`. It may return None for "this response has no reward", and raise for "I could not judge it". A pairwise one is `def
+judge(prompt: str, a: str, b: str, payload: Mapping) -> float`, the probability that response a is better than b.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf.reward.errors import RewardError
 
+SCORE = ("prompt", "response", "payload")
+COMPARE = ("prompt", "a", "b", "payload")
 
-def load_function(path: str) -> Callable[[str, str, Mapping[str, Any]], Any]:
+
+def load_function(path: str, parameters: Sequence[str] = SCORE) -> Callable[..., Any]:
     """The function named `module:name`. The folder that the run was started in is searched as well.
+
+    Args:
+        parameters: what it is called with, by position.
 
     Raises:
         RewardError: the path is malformed, or the module, the name or the right parameters are missing.
@@ -43,10 +51,10 @@ def load_function(path: str) -> Callable[[str, str, Mapping[str, Any]], Any]:
             f"`reward.path`: `{module_name}` has no function `{name}`. It has: {names or 'no functions'}."
         )
     try:
-        inspect.signature(function).bind("prompt", "response", {})
+        inspect.signature(function).bind(*parameters)
     except TypeError:
         raise RewardError(
-            f"`reward.path`: `{path}` must take three arguments, (prompt, response, payload); it takes "
+            f"`reward.path`: `{path}` must take {len(parameters)} arguments, ({', '.join(parameters)}); it takes "
             f"{inspect.signature(function)}."
         ) from None
     return function
@@ -66,3 +74,9 @@ def exact_match(prompt: str, response: str, payload: Mapping[str, Any]) -> float
     """1 if the response holds the payload's `answer`, else 0; None (no reward) if the prompt came without an answer."""
     answer = payload.get("answer")
     return None if answer is None else float(str(answer).strip().lower() in response.lower())
+
+
+def prefers_more_letter_a(prompt: str, a: str, b: str, payload: Mapping[str, Any]) -> float:
+    """Probability that a beats b: sigmoid of ten times the difference in their shares of the letter a."""
+    difference = share_of_letter_a(prompt, a, payload) - share_of_letter_a(prompt, b, payload)
+    return 1 / (1 + math.exp(-10 * difference))

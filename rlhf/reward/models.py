@@ -127,11 +127,14 @@ class RewardModel:
         """Rewards, float64 [n]; not finite where the model broke down."""
         return self.run(self.module, examples)
 
-    @torch.inference_mode()
     def run(self, function, examples: Sequence[Example]) -> np.ndarray:
         """`function(input_ids, attention_mask)` of all examples, in batches of like lengths; float64, in order."""
+        return self.run_tokens(function, self.encode(examples))
+
+    @torch.inference_mode()
+    def run_tokens(self, function, ids: Sequence[list[int]]) -> np.ndarray:
+        """The same of token ids."""
         self.module.eval()
-        ids = self.encode(examples)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         rows: list[np.ndarray] = []
         for start in range(0, len(order), SCORING_BATCH):

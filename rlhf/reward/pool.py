@@ -32,11 +32,8 @@ class RewardPool:
         self.infos = infos
 
     @classmethod
-    async def start(cls, runtime: Runtime, settings: Settings, gpus: float = 0) -> RewardPool:
+    async def start(cls, runtime: Runtime, settings: Settings) -> RewardPool:
         """Start `reward.servers` servers and wait until all are ready.
-
-        Args:
-            gpus: devices to reserve for each server.
 
         Raises:
             RewardError: the function or the model cannot be used.
@@ -44,7 +41,7 @@ class RewardPool:
         """
         reward, patience = settings.reward, settings.cluster.startup_deadline_s
         handles = [
-            runtime.start(f"reward-{index}", RewardServer, settings, index, runtime.local, gpus=gpus)
+            runtime.start(f"reward-{index}", RewardServer, settings, index, runtime.local, gpus=reward.gpus)
             for index in range(reward.servers)
         ]
         try:
@@ -64,18 +61,17 @@ class RewardPool:
         handle, deadline = self._handles[index], self._settings.reward.deadline_s
         self._outstanding[index] += len(rollout.infos)
         try:
-            outcomes = await handle.call("judge", rollout.prompt, rollout.completions, deadline=deadline + GRACE_S)
+            return await handle.call("judge", rollout.prompt, rollout.completions, deadline=deadline + GRACE_S)
         except DeadlineExpired:
-            outcomes = _all(rollout, TimedOut(deadline))
+            return _all(rollout, TimedOut(deadline))
         except ActorDied as error:
             self._bury(index, error)
-            outcomes = _all(rollout, failure(error))
+            return _all(rollout, failure(error))
         except self._errors as error:  # the completions were lost with their owner, or the server has a bug
-            outcomes = _all(rollout, Failed(f"{handle.name}: {getattr(error, 'cause', error)}"))
+            return _all(rollout, Failed(f"{handle.name}: {getattr(error, 'cause', error)}"))
         finally:
             if index in self._outstanding:
                 self._outstanding[index] -= len(rollout.infos)
-        return Feedback(rollout.prompt.id, tuple(outcomes))
 
     async def fingerprints(self) -> dict[str, str | None]:
         """Server name -> hash of its weights now. They must equal those in `infos` for ever."""
@@ -115,5 +111,5 @@ def _remote_errors(runtime: Runtime) -> tuple[type, ...]:
     return (RayError,)
 
 
-def _all(rollout: Rollout, outcome: Outcome) -> tuple[Outcome, ...]:
-    return (outcome,) * len(rollout.infos)
+def _all(rollout: Rollout, outcome: Outcome) -> Feedback:
+    return Feedback(rollout.prompt.id, (outcome,) * len(rollout.infos))

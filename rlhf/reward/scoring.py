@@ -15,14 +15,27 @@ def outcome_of(value: Any, finish_reason: FinishReason, missing_eos_penalty: flo
     (how a function says that there is no reward) are `Invalid`. Anything else is a mistake in the function: `Failed`.
     """
     if value is None:
-        return Invalid("the reward function returned None")
+        return Invalid("the judge returned None")
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
-        return Failed(f"the reward function returned {value!r:.80}, which is not a number")
+        return Failed(f"the judge returned {value!r:.80}, which is not a number")
     if not math.isfinite(number):
-        return Invalid(f"the reward is {number}")
+        return Invalid(f"the verdict is {number}")
     return Score(number - (missing_eos_penalty if finish_reason == "length" else 0.0))
+
+
+def probability_of(value: Any) -> float | Outcome:
+    """The probability that a pairwise judge returned, or the outcome for a value that is none.
+
+    NaN and None are `Invalid`; what is not a number in [0, 1], to rounding, is a mistake in the judge: `Failed`.
+    """
+    outcome = outcome_of(value, "stop", 0.0)
+    if not isinstance(outcome, Score):
+        return outcome
+    if not -1e-6 <= outcome.value <= 1 + 1e-6:
+        return Failed(f"the pairwise judge returned {outcome.value:g}, which is not a probability")
+    return min(max(outcome.value, 0.0), 1.0)
 
 
 def failure(error: BaseException) -> Failed:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from rlhf.config.settings import Settings
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.vllm_adapter import InProcessEngine, Sampled, VllmEngine, engine_arguments, start_engine
 from rlhf.transfer import Backend, TransferFailed, TransferSession, WeightSpec
-from rlhf.types import Completion, CompletionInfo, Prompt
+from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, Half, Prompt
 
 
 class BadResponse(RuntimeError):
@@ -35,6 +35,7 @@ class EngineInfo:
         workers: vLLM worker processes, each of which receives weights.
         pid: of the engine's process on `host`.
         log: file that the process writes to, on its own host; None when it is the driver's process.
+        held: see `Attestation`.
     """
 
     index: int
@@ -42,6 +43,7 @@ class EngineInfo:
     host: str
     pid: int
     log: str | None
+    held: Mapping[Half, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,16 @@ class Attestation:
     """An engine's word for the weights it now holds.
 
     Attributes:
+        version: of the policy's weights. A new partner does not change it.
         fingerprint: of the bytes as its workers received them (`rlhf.transfer.fingerprint`).
+        held: checksum of each half's weights as each worker holds them (`rlhf.transfer.halves`), except of a half whose last
+            transfer failed. Empty in an engine that does not mix, where there is no other half to keep.
     """
 
     engine: int
     version: int
     fingerprint: str
+    held: Mapping[Half, tuple[str, ...]] = field(default_factory=dict)
 
 
 class RolloutEngine:
@@ -63,28 +69,32 @@ class RolloutEngine:
     Weights loaded from the model's folder count as version 0.
     """
 
-    def __init__(self, settings: Settings, index: int, local: bool, backend: Backend, gpu: bool):
+    def __init__(self, settings: Settings, index: int, local: bool, backend: Backend, gpu: bool, mixes: bool = False):
         """
         Args:
             local: run vLLM inside this process (debug mode).
             backend: how weights will arrive.
             gpu: whether the engine runs on GPUs.
+            mixes: hold a second model, the policy's partner, and sample from mixtures of both.
         """
         self._settings = settings
         self._index = index
         self._local = local
         self._backend = backend
         self._gpu = gpu
+        self._mixes = mixes
         self._engine: VllmEngine | None = None
-        self._whole = True
+        self._version = 0
+        self._broken: set[Half] = set()  # whose last transfer has not ended well
         self._session: TransferSession | None = None
         self._delivered = asyncio.Event()
-        self._delivery: str | None = None
+        self._delivery: tuple[Half, str] | None = None
 
     async def ready(self) -> EngineInfo:
         """Load the model. Returns when the engine can answer.
 
         Raises:
+            CannotMix: the engine is to mix, and vLLM cannot run two such models as one.
             ValueError: vLLM refuses the model or the settings.
         """
         from rlhf.data.assets import resolve
@@ -92,29 +102,45 @@ class RolloutEngine:
 
         model = resolve(self._settings.policy.model)
         name = ENGINE_NAMES[self._backend]
-        arguments = engine_arguments(self._settings, model, name, self._gpu, self._local)
+        arguments = engine_arguments(self._settings, model, name, self._gpu, self._local, self._mixes)
         self._engine = start_engine(arguments, in_process=self._local)
         await self._engine.set_version(0)
         log = None if self._local else os.readlink("/proc/self/fd/2")
         workers = self._settings.rollout.tensor_parallel_size
-        return EngineInfo(self._index, workers, socket.gethostname(), os.getpid(), log)
+        return EngineInfo(self._index, workers, socket.gethostname(), os.getpid(), log, await self._held())
 
-    async def sample(self, prompt: Prompt, sampling: Sampling) -> tuple[tuple[CompletionInfo, ...], list[Completion]]:
-        """Draw `sampling.n` responses to one prompt.
+    async def sample(
+        self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False
+    ) -> tuple[tuple[CompletionInfo, ...], list[Completion]]:
+        """Draw responses to one prompt, `sampling.n` for each of `samplings`.
+
+        Args:
+            with_pair: append the data set's chosen and rejected response.
 
         Returns:
             What the driver plans with, and the completions themselves, in the same order.
 
         Raises:
-            ValueError: the prompt is empty, or too long for the engine.
+            ValueError: the prompt is empty, or too long for the engine, or a mixture is asked of an engine without a partner.
             BadResponse: the engine returned an empty or aborted response, or a log-prob that is not a number.
             EngineDied: vLLM's core process ended.
         """
-        if not self._whole:
+        if self._broken:
             raise BadResponse(f"engine {self._index} holds half-loaded weights; publish again before sampling")
-        self._check_length(prompt, sampling)
-        answers = await self._engine.generate(prompt, sampling)
-        completions = [self._completion(prompt, position, answer) for position, answer in enumerate(answers)]
+        for sampling in samplings:
+            self._check_length(prompt, sampling)
+            if sampling.mixture and not self._mixes:
+                raise ValueError(
+                    f"{sampling.source} asks for a mixture, but the engines hold no partner: start the pool with mixes"
+                )
+        answers = await asyncio.gather(*(self._engine.generate(prompt, sampling) for sampling in samplings))
+        completions = [
+            self._completion(prompt, sampling, position, answer)
+            for sampling, drawn in zip(samplings, answers, strict=True)
+            for position, answer in enumerate(drawn)
+        ]
+        if with_pair:
+            completions += _pair(prompt)
         return tuple(completion.info() for completion in completions), completions
 
     def _check_length(self, prompt: Prompt, sampling: Sampling) -> None:
@@ -130,8 +156,8 @@ class RolloutEngine:
                 f"{rollout.max_tokens}): raise data.max_prompt_tokens, or set data.too_long to drop"
             )
 
-    def _completion(self, prompt: Prompt, position: int, answer: Sampled) -> Completion:
-        where = f"response {position} of prompt {prompt.id} from engine {self._index}"
+    def _completion(self, prompt: Prompt, sampling: Sampling, position: int, answer: Sampled) -> Completion:
+        where = f"response {position} ({sampling.source}) of prompt {prompt.id} from engine {self._index}"
         if answer.finish_reason not in ("stop", "length"):
             raise BadResponse(f"{where} ended with '{answer.finish_reason}' instead of 'stop' or 'length'")
         if len(answer.token_ids) == 0:
@@ -145,7 +171,15 @@ class RolloutEngine:
                 "engine's precision are broken: look for a loss or gradient norm that is not finite, or try "
                 "rollout.dtype=fp32"
             )
-        return Completion(prompt.id, answer.token_ids, answer.logprobs, answer.weight_version, answer.finish_reason)
+        return Completion(
+            prompt.id,
+            answer.token_ids,
+            answer.logprobs,
+            answer.weight_version,
+            answer.finish_reason,
+            source=sampling.source,
+            by_policy=sampling.mixture == 0 and sampling.temperature > 0,
+        )
 
     async def join_transfer(self, session: TransferSession, rank_offset: int) -> None:
         """Join the session with ranks `rank_offset` and following; blocks until all ranks have joined.
@@ -167,37 +201,61 @@ class RolloutEngine:
             "init_weight_transfer_engine", init_info={"session": asdict(session), "rank_offset": rank_offset}
         )
 
-    async def receive_weights(self, specs: Sequence[WeightSpec], version: int) -> Attestation:
+    async def receive_weights(self, specs: Sequence[WeightSpec], version: int, half: Half = "policy") -> Attestation:
         """Take the weights that the session's sender sends meanwhile. Running requests finish first.
 
-        Cached prefixes are forgotten. If the transfer fails, the engine refuses to sample until one succeeds.
+        Cached prefixes are forgotten. If the transfer fails, the engine refuses to sample until one succeeds for this half.
+
+        Args:
+            version: of the policy's weights; what completions from now on are marked with, unless the partner is sent.
+            half: the model that they are for; the other one keeps its weights.
 
         Raises:
             TransferFailed: the transfer broke off, or the weights do not fill the model.
         """
-        self._whole = False
+        if half == "partner" and not self._mixes:
+            raise ValueError("weights were sent for the partner, but the engines hold none: start the pool with mixes")
+        self._broken.add(half)
         await self._engine.pause()
         try:
             if self._backend == "local":
-                await self._delivered.wait()
-                self._delivered.clear()
-                if self._delivery is None:
-                    raise TransferFailed("the weights could not be loaded; the sender's own error says why")
-                fingerprint = self._delivery
+                fingerprint = await self._take_delivery(half)
             else:
-                fingerprint = await self._receive_through_workers(specs)
-            await self._engine.set_version(version)
+                fingerprint = await self._receive_through_workers(specs, half)
+            if half == "policy":
+                await self._engine.set_version(version)
+                self._version = version
         finally:
             await self._engine.resume()
-        self._whole = True
-        return Attestation(self._index, version, fingerprint)
+        self._broken.discard(half)
+        return Attestation(self._index, self._version, fingerprint, await self._held())
 
-    async def _receive_through_workers(self, specs: Sequence[WeightSpec]) -> str:
+    async def _held(self) -> dict[Half, tuple[str, ...]]:
+        halves = get_args(Half) if self._mixes else ()
+        return {
+            half: tuple(await self._engine.workers("held", half=half)) for half in halves if half not in self._broken
+        }
+
+    async def _take_delivery(self, half: Half) -> str:
+        """What the sender has put into the engine itself (back end `local`)."""
+        await self._delivered.wait()
+        self._delivered.clear()
+        if self._delivery is None:
+            raise TransferFailed("the weights could not be loaded; the sender's own error says why")
+        sent_for, fingerprint = self._delivery
+        if sent_for != half:
+            raise TransferFailed(
+                f"the driver announced weights for the {half}, but the sender sent them for the {sent_for}"
+            )
+        return fingerprint
+
+    async def _receive_through_workers(self, specs: Sequence[WeightSpec], half: Half) -> str:
         announcement = {
             "names": [spec.name for spec in specs],
             "dtypes": [spec.dtype for spec in specs],
             "shapes": [list(spec.shape) for spec in specs],
         }
+        await self._engine.workers("aim", half=half)
         await self._engine.workers("start_weight_update")
         await self._engine.workers("update_weights", update_info=announcement)
         await self._engine.workers("finish_weight_update")
@@ -208,16 +266,17 @@ class RolloutEngine:
             )
         return fingerprints.pop()
 
-    def _deliver(self, weights: Iterable[tuple[str, Any]]) -> str:
+    def _deliver(self, weights: Iterable[tuple[str, Any]], half: Half) -> str:
         """Called by the sender, in its own stack (back end `local`)."""
         assert isinstance(self._engine, InProcessEngine)
-        self._whole = False
+        self._broken.add(half)
         self._delivery = None
         try:
-            self._delivery = self._engine.load(weights)
+            fingerprint = self._engine.load(weights, half)
+            self._delivery = (half, fingerprint)
         finally:
             self._delivered.set()  # also after an error: `receive_weights` must not wait for what will not come
-        return self._delivery
+        return fingerprint
 
     async def sleep(self) -> None:
         """Give the GPU's memory to others until `wake`."""
@@ -236,3 +295,23 @@ class RolloutEngine:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+def _pair(prompt: Prompt) -> list[Completion]:
+    """The data set's chosen and rejected response."""
+    if prompt.pair is None:
+        raise ValueError(
+            f"prompt {prompt.id} has no `chosen` and `rejected` response, but the algorithm learns from them"
+        )
+    return [
+        Completion(
+            prompt.id,
+            np.asarray(ids, dtype=np.int32),
+            np.full(len(ids), np.nan, dtype=np.float32),
+            DATASET_VERSION,
+            "stop",
+            source=source,
+            by_policy=False,
+        )
+        for source, ids in zip(("chosen", "rejected"), prompt.pair, strict=True)
+    ]

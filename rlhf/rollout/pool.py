@@ -18,7 +18,7 @@ from rlhf.rollout.router import Router
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.vllm_adapter import EngineDied
 from rlhf.transfer import Backend, TransferSession, WeightSpec
-from rlhf.types import Prompt, Rollout
+from rlhf.types import DATASET_VERSION, Half, Prompt, Rollout
 
 
 class StaleWeights(RuntimeError):
@@ -40,12 +40,17 @@ class RolloutPool:
         self._router = Router(len(handles))
         self._joined: tuple[int, ...] = ()
         self._attested: tuple[Attestation, ...] = ()
-        self._accepted: int | None = 0  # the model's own files
+        self._accepted = 0  # the model's own files
+        self._unconfirmed: set[Half] = set()
+        self._held = {index: info.held for index, info in enumerate(infos)}
         self._deaths: list[str] = []
 
     @classmethod
-    async def start(cls, runtime: Runtime, settings: Settings) -> RolloutPool:
+    async def start(cls, runtime: Runtime, settings: Settings, mixes: bool = False) -> RolloutPool:
         """Start the engines and wait until each can answer. In debug mode there is only one.
+
+        Args:
+            mixes: the engines hold a second model, the policy's partner, to sample from mixtures.
 
         Raises:
             DeadlineExpired: an engine was not ready within `cluster.startup_deadline_s`.
@@ -58,7 +63,16 @@ class RolloutPool:
         env = engine_environment(settings, runtime.local)
         handles = [
             runtime.start(
-                f"rollout-{index}", RolloutEngine, settings, index, runtime.local, backend, gpu, gpus=gpus, env=env
+                f"rollout-{index}",
+                RolloutEngine,
+                settings,
+                index,
+                runtime.local,
+                backend,
+                gpu,
+                mixes,
+                gpus=gpus,
+                env=env,
             )
             for index in range(count)
         ]
@@ -71,8 +85,12 @@ class RolloutPool:
         """vLLM worker processes of all living engines: the receivers of a weight transfer."""
         return sum(self._infos[index].workers for index in self._handles)
 
-    async def sample(self, prompt: Prompt, sampling: Sampling) -> Rollout:
+    async def sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False) -> Rollout:
         """Responses to one prompt, from the engine with the fewest outstanding tokens. Call it for many at once.
+
+        Args:
+            samplings: what to draw, one after the other in the rollout.
+            with_pair: append the data set's chosen and rejected response.
 
         Raises:
             StaleWeights: new weights were sent and not yet accepted.
@@ -80,30 +98,32 @@ class RolloutPool:
             DeadlineExpired: no answer within `rollout.request_deadline_s`.
             ValueError: the prompt is too long.
         """
-        if self._accepted is None:
+        if self._unconfirmed:
             raise StaleWeights(
                 "new weights were sent, and pool.accept has not yet confirmed that every engine holds them"
             )
         for _ in range(2):
-            rollout = await self._try_sample(prompt, sampling)
+            rollout = await self._try_sample(prompt, samplings, with_pair)
             if rollout is not None:
                 return rollout
         raise NoEngines(f"prompt {prompt.id} lost two engines in a row. " + " ".join(self._deaths))
 
-    async def _try_sample(self, prompt: Prompt, sampling: Sampling) -> Rollout | None:
+    async def _try_sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool) -> Rollout | None:
         if not self._handles:
             raise NoEngines("no rollout engine is left. " + " ".join(self._deaths))
-        tokens = len(prompt.token_ids) + sampling.n * sampling.max_tokens
+        tokens = len(prompt.token_ids) + sum(sampling.n * sampling.max_tokens for sampling in samplings)
         index = self._router.acquire(tokens)
         deadline = self._settings.rollout.request_deadline_s
         try:
-            infos, completions = await self._handles[index].call_keep("sample", prompt, sampling, deadline=deadline)
+            infos, completions = await self._handles[index].call_keep(
+                "sample", prompt, list(samplings), with_pair, deadline=deadline
+            )
         except (ActorDied, EngineDied) as error:
             self._bury(index, error)
             return None
         finally:
             self._router.release(index, tokens)
-        stale = {info.weight_version for info in infos} - {self._accepted}
+        stale = {info.weight_version for info in infos} - {self._accepted, DATASET_VERSION}
         if stale:
             raise StaleWeights(f"engine {index} wrote with version {sorted(stale)}, the policy is at {self._accepted}")
         return Rollout(prompt, infos, completions)
@@ -130,15 +150,20 @@ class RolloutPool:
         await asyncio.gather(*calls)
         self._joined = tuple(self._handles)
 
-    async def receive(self, specs: Sequence[WeightSpec], version: int) -> None:
+    async def receive(self, specs: Sequence[WeightSpec], version: int, half: Half = "policy") -> None:
         """Let every engine take the weights that the session's sender sends meanwhile. Then call `accept`.
+
+        Args:
+            version: of the policy's weights, which completions are marked with; sending the partner does not change it.
+            half: which of the engines' models the weights are for.
 
         Raises:
             StaleWeights: an engine has died, or a transfer has failed, since `connect`: connect anew.
             DeadlineExpired: an engine had not received all within `cluster.publish_deadline_s`.
             TransferFailed: the transfer failed at an engine.
         """
-        self._accepted, self._attested = None, ()
+        self._unconfirmed.add(half)
+        self._attested = ()
         joined, self._joined = self._joined, ()  # a transfer that fails costs the session
         if joined != tuple(self._handles):
             raise StaleWeights(
@@ -147,24 +172,35 @@ class RolloutPool:
             )
         deadline = self._settings.cluster.publish_deadline_s
         handles = self._handles.values()
-        calls = (handle.call("receive_weights", list(specs), version, deadline=deadline) for handle in handles)
+        calls = (handle.call("receive_weights", list(specs), version, half, deadline=deadline) for handle in handles)
         self._attested = tuple(await asyncio.gather(*calls))
         self._joined = joined
 
-    def accept(self, version: int, fingerprint: str) -> None:
+    def accept(self, version: int, fingerprint: str, half: Half = "policy") -> None:
         """Compare what the engines attested with what the sender sent; only then does the pool sample again.
 
+        Args:
+            version: of the policy's weights that the engines must hold now, whichever half was sent.
+
         Raises:
-            StaleWeights: an engine holds other weights, or has not attested.
+            StaleWeights: an engine holds other weights, or has not attested, or the half that was not sent has changed.
         """
         wrong = [a for a in self._attested if (a.version, a.fingerprint) != (version, fingerprint)]
         if wrong or {a.engine for a in self._attested} != set(self._handles):
             seen = ", ".join(f"engine {a.engine}: version {a.version}, {a.fingerprint}" for a in self._attested)
             raise StaleWeights(
-                f"the policy sent version {version} with fingerprint {fingerprint}, "
+                f"the weights of the {half} were sent with fingerprint {fingerprint} at version {version}, "
                 f"but the engines attest {seen or 'nothing'}"
             )
+        for attested in self._attested:
+            for other, before in self._held[attested.engine].items():
+                if other not in self._unconfirmed and attested.held.get(other) != before:
+                    raise StaleWeights(
+                        f"weights were sent for the {half}, but in engine {attested.engine} those of the {other} changed too"
+                    )
+        self._held |= {attested.engine: attested.held for attested in self._attested}
         self._accepted = version
+        self._unconfirmed.discard(half)
 
     async def sleep(self) -> None:
         """Let all engines give back their GPU memory."""

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlhf.config.settings import Settings
-from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.sampling import MIXTURE_ARGUMENT, Sampling
 from rlhf.transfer import TransferFailed
-from rlhf.types import Prompt
+from rlhf.types import Half, Prompt
 
 _request_numbers = itertools.count()
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -86,7 +86,9 @@ class VllmEngine(Protocol):
         ...
 
 
-def engine_arguments(settings: Settings, model: str, engine_name: str, gpu: bool, local: bool) -> dict[str, Any]:
+def engine_arguments(
+    settings: Settings, model: str, engine_name: str, gpu: bool, local: bool, mixes: bool = False
+) -> dict[str, Any]:
     """vLLM's engine arguments.
 
     Args:
@@ -94,10 +96,14 @@ def engine_arguments(settings: Settings, model: str, engine_name: str, gpu: bool
         engine_name: vLLM's name of the weight-transfer back end (`rlhf.transfer.plugin.ENGINE_NAMES`).
         gpu: whether the engine runs on GPUs.
         local: debug mode, in which engine and policy share a device in turns.
+        mixes: the engine holds two models and samples from mixtures of them.
+
+    Raises:
+        CannotMix: vLLM cannot run two such models as one.
     """
     rollout = settings.rollout
     dtype = settings.policy.dtype if rollout.dtype == "policy" else rollout.dtype
-    return {
+    arguments = {
         "model": model,
         "dtype": _DTYPES[dtype],
         "max_model_len": settings.data.max_prompt_tokens + rollout.max_tokens,
@@ -117,6 +123,16 @@ def engine_arguments(settings: Settings, model: str, engine_name: str, gpu: bool
         "weight_transfer_config": {"backend": engine_name},
         "worker_extension_cls": "rlhf.transfer.receivers.AttestingWorker",
     }
+    if mixes:
+        from rlhf.rollout.mixture import mixture_overrides
+        from rlhf.rollout.mixture_processors import processor_name
+        from rlhf.transfer.plugin import register
+
+        register()
+        arguments["hf_overrides"] = mixture_overrides(model)
+        with _torch_as_it_was():
+            arguments["logits_processors"] = [processor_name(arguments)]
+    return arguments
 
 
 def start_engine(arguments: dict[str, Any], in_process: bool) -> VllmEngine:
@@ -146,6 +162,7 @@ def _sampling_params(sampling: Sampling, request_seed: int) -> Any:
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={MIXTURE_ARGUMENT: sampling.mixture} if sampling.mixture else None,
     )
 
 
@@ -271,14 +288,16 @@ class InProcessEngine:
     async def workers(self, method: str, **arguments: Any) -> list[Any]:
         return self._llm.collective_rpc(method, kwargs=arguments)
 
-    def load(self, weights: Iterable[tuple[str, Any]]) -> str:
-        """Load new weights, now. Returns their fingerprint. Needs an idle engine: call it between requests."""
+    def load(self, weights: Iterable[tuple[str, Any]], half: Half) -> str:
+        """Load new weights into one half, now. Returns their fingerprint. Needs an idle engine: call it between
+        requests."""
         if self._llm.has_unfinished_requests():
             raise RuntimeError(
                 "weights were sent while requests were running: publish after all responses have arrived"
             )
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not forget its cached prefixes, which belong to the old weights")
+        self._llm.collective_rpc("aim", kwargs={"half": half})
         self._llm.collective_rpc("start_weight_update")
         self._llm.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
         self._llm.collective_rpc("finish_weight_update")

@@ -7,7 +7,7 @@ ranks; `Trainer.backward` undoes that, so that a loss that is a sum over ranks s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ import torch
 from torch import nn
 
 from rlhf.config.policy import PolicySettings
+
+GATHER_ELEMENTS = 64 * 2**20
+"""Parameters gathered at a time when weights leave the group, in elements."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -129,19 +132,28 @@ class Trainer:
             )
         return norm, rate
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights, optimizer and schedule to `folder/tag`; collective."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    @torch.no_grad()
+    def set_shards(self, shards: Iterable[torch.Tensor]) -> None:
+        """Overwrite the weights with these (one per parameter, as `local_shards` gives them). Collective."""
+        for mine, theirs in zip(local_shards(self.engine.module), shards, strict=True):
+            mine.copy_(theirs)
+        refresh = getattr(self.engine.optimizer, "refresh_fp32_params", None)
+        if refresh is not None:  # the optimizer's own copies of the weights
+            refresh()
 
-    def load(self, folder: Path, tag: str) -> None:
+    def save(self, folder: Path, name: str) -> None:
+        """Write weights, optimizer and schedule to `folder/name`; collective."""
+        self.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+
+    def load(self, folder: Path, name: str) -> None:
         """Restore what `save` wrote; collective.
 
         Raises:
             FileNotFoundError: no such checkpoint.
         """
-        if not (folder / tag).is_dir():
-            raise FileNotFoundError(f"no DeepSpeed checkpoint {tag!r} in {folder}")
-        self.engine.load_checkpoint(str(folder), tag=tag)
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(f"no DeepSpeed checkpoint {name!r} in {folder}")
+        self.engine.load_checkpoint(str(folder), tag=name)
 
 
 def shard_frozen(model: nn.Module, settings: PolicySettings, device: torch.device) -> nn.Module:
@@ -162,3 +174,28 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
         return
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
         yield
+
+
+def local_shards(module: nn.Module) -> Iterator[torch.Tensor]:
+    """This rank's part of each parameter: its ZeRO-3 partition, or the whole of it."""
+    for parameter in module.parameters():
+        yield getattr(parameter, "ds_tensor", parameter)
+
+
+def whole_weights(causal_lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight, whole, one after the other; under ZeRO-3 gathered in chunks. Collective."""
+    chunk: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in causal_lm.named_parameters():
+        chunk.append((name, parameter))
+        size += getattr(parameter, "ds_numel", parameter.numel())
+        if size >= GATHER_ELEMENTS:
+            yield from _gather(chunk)
+            chunk, size = [], 0
+    yield from _gather(chunk)
+
+
+def _gather(chunk: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+    with gathered([parameter for _, parameter in chunk]):
+        for name, parameter in chunk:
+            yield name, parameter.detach()

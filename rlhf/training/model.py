@@ -6,6 +6,7 @@ The vocabulary is projected in chunks of response tokens only, in the forward an
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,11 @@ class ModelError(UserError):
 
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden W^T + b)[target], chunk by chunk.
+    """log softmax(z)[target] with z = (hidden W^T + b) / divisor, chunk by chunk.
 
-    forward(hidden [N, H], weight [V, H], bias [V] or None, targets [N], chunk, temperature) -> fp32 ([N] at temperature 1,
-    [N] at `temperature`). Only the first has a gradient.
+    forward(hidden [N, H], weight [V, H], bias [V] or None, targets [N], chunk, divisor, temperature, entropy) -> fp32
+    ([N] log-probs of z; [N] log-probs of z / temperature, without gradient, or None without a temperature; [N] entropy of
+    softmax(z), or None unless `entropy`). An entropy that no loss uses costs nothing in the backward pass.
     """
 
     @staticmethod
@@ -44,29 +46,43 @@ class ChunkedLogProbs(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         chunk: int,
-        temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        divisor: float,
+        temperature: float | None,
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         normaliser = hidden.new_empty(len(targets), dtype=torch.float32)
-        logprobs, tempered = torch.empty_like(normaliser), torch.empty_like(normaliser)
+        logprobs = torch.empty_like(normaliser)
+        tempered = None if temperature is None else torch.empty_like(normaliser)
+        entropy = torch.empty_like(normaliser) if with_entropy else None
         for part in _parts(0, len(targets), chunk):
             projected = nn.functional.linear(hidden[part], weight, bias)
             for rows in _parts(part.start, part.stop, ROWS):
                 logits = projected[rows.start - part.start : rows.stop - part.start].float()
+                if divisor != 1:
+                    logits.div_(divisor)
                 chosen = logits.gather(1, targets[rows, None])[:, 0]
                 normaliser[rows] = logits.logsumexp(1)
                 logprobs[rows] = chosen - normaliser[rows]
+                if entropy is not None:
+                    probabilities = (logits - normaliser[rows, None]).exp_()
+                    entropy[rows] = normaliser[rows] - probabilities.mul_(logits).sum(1)
                 if temperature == 1:
                     tempered[rows] = logprobs[rows]
-                else:
+                elif temperature is not None:
                     tempered[rows] = chosen / temperature - logits.div_(temperature).logsumexp(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
-        ctx.chunk = chunk
-        ctx.mark_non_differentiable(tempered)
-        return logprobs, tempered
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
+        ctx.chunk, ctx.divisor = chunk, divisor
+        ctx.set_materialize_grads(False)
+        if tempered is not None:
+            ctx.mark_non_differentiable(tempered)
+        return logprobs, tempered, entropy
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+    def backward(
+        ctx: Any, gradient: torch.Tensor | None, _: None, entropy_gradient: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
+        gradient = torch.zeros_like(normaliser) if gradient is None else gradient
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = (
@@ -76,9 +92,18 @@ class ChunkedLogProbs(torch.autograd.Function):
             projected = nn.functional.linear(hidden[part], weight, bias)
             for rows in _parts(part.start, part.stop, ROWS):
                 block = projected[rows.start - part.start : rows.stop - part.start]
-                grad_logits = block.float().sub_(normaliser[rows, None]).exp_().neg_()
-                grad_logits[torch.arange(len(grad_logits), device=block.device), targets[rows]] += 1
-                grad_logits.mul_(gradient[rows, None])
+                grad_logits = block.float()
+                if ctx.divisor != 1:
+                    grad_logits.div_(ctx.divisor)
+                grad_logits.sub_(normaliser[rows, None])  # log p
+                if entropy_gradient is None:
+                    grad_logits.exp_().mul_(-gradient[rows, None])
+                else:  # dH/dz = -p (log p + H)
+                    slope = (grad_logits + entropy[rows, None]).mul_(entropy_gradient[rows, None])
+                    grad_logits.exp_().mul_(slope.add_(gradient[rows, None]).neg_())
+                grad_logits[torch.arange(len(grad_logits), device=block.device), targets[rows]] += gradient[rows]
+                if ctx.divisor != 1:
+                    grad_logits.div_(ctx.divisor)
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
                 block.copy_(grad_logits)  # from here on `projected` holds the gradient
@@ -89,7 +114,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _parts(start: int, stop: int, size: int) -> list[slice]:
@@ -99,13 +124,18 @@ def _parts(start: int, stop: int, size: int) -> list[slice]:
 class LogProbHead(nn.Module):
     """The output projection as a module of its own, so that ZeRO-3 gathers its weight once per call, however many chunks."""
 
-    def __init__(self, projection: nn.Linear, chunk_tokens: int, temperature: float):
+    def __init__(self, projection: nn.Linear, chunk_tokens: int, temperature: float, tempered: bool):
         super().__init__()
         self.weight, self.bias = projection.weight, projection.bias
-        self.chunk_tokens, self.temperature = chunk_tokens, temperature
+        self.chunk_tokens, self.temperature, self.tempered = chunk_tokens, temperature, tempered
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return ChunkedLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk_tokens, self.temperature)
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        apply = partial(ChunkedLogProbs.apply, hidden, self.weight, self.bias, targets, self.chunk_tokens)
+        if self.tempered:
+            logprobs, _, entropy = apply(self.temperature, None, torch.is_grad_enabled())
+            return logprobs, entropy
+        logprobs, tempered, _ = apply(1.0, self.temperature, False)
+        return logprobs, tempered
 
 
 class LogProbModel(nn.Module):
@@ -113,16 +143,23 @@ class LogProbModel(nn.Module):
 
     Args:
         causal_lm: transformers model with the attention implementation of `rlhf.training.attention`.
-        temperature: the sampling temperature; its log-probs are returned beside those of the model itself.
+        temperature: the sampling temperature.
+        tempered: whether the policy, and its gradient, are those at the sampling temperature (policy-gradient methods: the
+            distribution that really wrote the tokens) or the model itself (contrasts).
     """
 
-    def __init__(self, causal_lm: nn.Module, chunk_tokens: int, temperature: float = 1.0):
+    def __init__(self, causal_lm: nn.Module, chunk_tokens: int, temperature: float = 1.0, tempered: bool = False):
         super().__init__()
         self.causal_lm = causal_lm
-        self.head = LogProbHead(causal_lm.get_output_embeddings(), chunk_tokens, temperature)
+        self.temperature, self.tempered = temperature, tempered
+        self.head = LogProbHead(causal_lm.get_output_embeddings(), chunk_tokens, temperature, tempered)
 
-    def forward(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 [N] log-probs of the model, with gradient, and fp32 [N] of the tempered distribution, without."""
+    def forward(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """fp32 [N] log-probs with gradient, and beside them
+
+        fp32 [N] log-probs at the sampling temperature, without gradient; or, if the model is `tempered` (then the first are at the
+        sampling temperature), fp32 [N] entropies with gradient, None under no_grad.
+        """
         output = self.causal_lm.base_model(
             input_ids=experience.input_ids,
             position_ids=experience.position_ids,
@@ -145,14 +182,19 @@ def load_causal_lm(path: str, dtype: str) -> nn.Module:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"policy.model: cannot load a causal language model from {path!r}: {error}") from error
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    disable_dropout(model)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ModelError(
             f"policy.model: {type(model).__name__} has no linear output projection; it cannot be trained here"
         )
     return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout would make log-probs (and values) random; preference learning goes without."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 @torch.no_grad()
@@ -173,6 +215,8 @@ def check_forward(model: LogProbModel, vocabulary: int, device: torch.device, to
         positions = torch.arange(ids.shape[1], device=device)
         segment = attention.Segment(0, ids.shape[1], None, positions)
         logits = model.causal_lm(input_ids=ids, segments=(segment,), use_cache=False).logits[0].float()
+        if model.tempered:
+            logits /= model.temperature
         logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         expected.append(logprobs.gather(1, answer[:, None])[:, 0])
     gap = (ours - torch.cat(expected)).abs().max().item()

@@ -26,8 +26,10 @@ class Experience:
         source: int64 [N], row position whose hidden state predicts each response token.
         targets: int64 [N], the response tokens.
         response: int64 [N], response index of each token, 0..R-1.
-        behaviour: fp32 [N], log-probs recorded when the tokens were sampled (nats).
-        coefficients: fp32 [I, R]; target, weight: fp32 [I] (see algorithms/contrast.py).
+        group: int64 [R], index of the prompt each response belongs to.
+        behaviour: fp32 [N], log-probs recorded when the tokens were sampled (nats); NaN for a data set's tokens.
+        by_policy: bool [N], whether the policy alone sampled the token, so that its log-prob can be compared.
+        coefficients: fp32 [I, R]; target, weight: fp32 [I]; term: int64 [I] (see `TrainingItem`).
     """
 
     input_ids: torch.Tensor
@@ -36,19 +38,27 @@ class Experience:
     source: torch.Tensor
     targets: torch.Tensor
     response: torch.Tensor
+    group: torch.Tensor
     behaviour: torch.Tensor
+    by_policy: torch.Tensor
     coefficients: torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor
+    term: torch.Tensor
+
+    @property
+    def n_responses(self) -> int:
+        """R."""
+        return len(self.group)
 
 
 def pack(
     assignments: Sequence[Assignment], completions: Sequence[Sequence[Completion]], device: torch.device
 ) -> Experience:
     """Pack assignments with their completions (one list per assignment) into one row."""
-    ids, positions, source, targets, response, behaviour = [], [], [], [], [], []
+    ids, positions, source, targets, response, behaviour, by_policy, group = [], [], [], [], [], [], [], []
     segments, members, start, n_responses = [], [], 0, 0
-    for assignment, answers in zip(assignments, completions, strict=True):
+    for number, (assignment, answers) in enumerate(zip(assignments, completions, strict=True)):
         prompt = np.asarray(assignment.rollout.prompt.token_ids, dtype=np.int64)
         used = assignment.members()
         bodies = []
@@ -64,6 +74,8 @@ def pack(
             targets.append(tokens)
             response.append(np.full(len(tokens), n_responses))
             behaviour.append(answers[member].logprobs)
+            by_policy.append(np.full(len(tokens), answers[member].by_policy))
+            group.append([number])
             bodies.append(body)
             at += body
             n_responses += 1
@@ -87,10 +99,13 @@ def pack(
         source=tensor(source),
         targets=tensor(targets),
         response=tensor(response),
+        group=tensor(group),
         behaviour=tensor(behaviour, torch.float32),
+        by_policy=tensor(by_policy, torch.bool),
         coefficients=coefficients.to(device),
         target=torch.tensor([item.target for item, _ in items], dtype=torch.float32, device=device),
         weight=torch.tensor([item.weight for item, _ in items], dtype=torch.float32, device=device),
+        term=torch.tensor([item.term for item, _ in items], dtype=torch.int64, device=device),
     )
 
 
@@ -104,8 +119,11 @@ def idle(device: torch.device) -> Experience:
         source=zero,
         targets=zero,
         response=zero,
+        group=zero,
         behaviour=torch.zeros(1, device=device),
+        by_policy=torch.zeros(1, dtype=torch.bool, device=device),
         coefficients=torch.zeros(0, 1, device=device),
         target=torch.zeros(0, device=device),
         weight=torch.zeros(0, device=device),
+        term=torch.zeros(0, dtype=torch.int64, device=device),
     )

@@ -1,5 +1,7 @@
 """A fingerprint of weights: cheap, the same on CPU and GPU, different if any byte, name, type, shape or order is.
 
+It also differs with the half of an engine that the weights are meant for.
+
 It guards against mistakes (a lost bucket, a stale tensor, a wrong type), not against an adversary. Each tensor's bytes
 are read as 64-bit integers and multiplied with fixed odd random weights; the sums, modulo 2**64, go into a SHA-256
 together with the names. On one core this reads about 4 GB/s, three times as fast as hashing the bytes, and it needs no
@@ -14,6 +16,8 @@ from functools import lru_cache
 
 import torch
 
+from rlhf.types import Half
+
 _BLOCK = 1 << 17  # integers per block: one MiB, which stays in a core's cache
 _MASK = (1 << 64) - 1
 
@@ -21,8 +25,8 @@ _MASK = (1 << 64) - 1
 class Fingerprint:
     """Accumulates tensors in the order in which they pass."""
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+    def __init__(self, half: Half = "policy") -> None:
+        self._hash = hashlib.sha256(half.encode())
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take in one tensor, of any dtype and device."""

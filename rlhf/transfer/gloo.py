@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rlhf.transfer.buckets import BUCKET_BYTES, Placement, plan
 from rlhf.transfer.fingerprint import Fingerprint, as_bytes
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec, local_address_towards
+from rlhf.types import Half
 
 _END = 0  # in place of a bucket's length
 
@@ -55,7 +56,7 @@ class GlooSender:
         self._group = join(session, rank=0)
         self._capacity = capacity
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
         """Broadcast the tensors; each is copied before the next one is asked for. Returns their fingerprint.
 
         Raises:
@@ -63,16 +64,16 @@ class GlooSender:
             timeout.
         """
         with _others_told(self._group):
-            total = self._send_buckets(named_tensors)
+            total = Fingerprint(half)
+            self._send_buckets(total.watch(named_tensors))
         _agree(self._group, _END, "the end")
-        return total
+        return total.hexdigest()
 
-    def _send_buckets(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-        total = Fingerprint()
+    def _send_buckets(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         placement = Placement(self._capacity)
         buffer = torch.empty(self._capacity, dtype=torch.uint8)
         pending, current, first = buffer[:0], 0, ""
-        for name, tensor in total.watch(named_tensors):
+        for name, tensor in named_tensors:
             data = as_bytes(tensor)
             bucket, start = placement.place(data.numel())
             if bucket != current:
@@ -87,7 +88,6 @@ class GlooSender:
                 pending = buffer[: start + data.numel()]
         if pending.numel():
             self._send(pending, first)
-        return total.hexdigest()
 
     def _send(self, bucket: torch.Tensor, first: str) -> None:
         _agree(self._group, bucket.numel(), first)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.session import TransferFailed, TransferSession
+from rlhf.types import Half
 
 
 class NcclSender:
@@ -28,11 +29,11 @@ class NcclSender:
         info = NCCLTrainerInitInfo(session.host, session.port, session.world_size, rank=0)
         self._group = trainer_init(info)
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
         """Broadcast the tensors in packed chunks. Returns their fingerprint when the last one has left."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        total = Fingerprint()
+        total = Fingerprint(half)
         packed_nccl_broadcast_producer(
             iterator=total.watch(named_tensors), group=self._group, src=0, post_iter_func=lambda item: item[1].detach()
         )
@@ -51,11 +52,11 @@ class IpcSender:
         self._workers = session.world_size - 1
         self._round = 0
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
         """Publish one memory handle per tensor and wait until all workers have loaded. Returns the fingerprint."""
         from torch.multiprocessing.reductions import reduce_tensor
 
-        total = Fingerprint()
+        total = Fingerprint(half)
         # Handles do not keep memory alive, and a gathered parameter may be freed when the next is asked for.
         kept = [tensor.detach().contiguous() for _, tensor in total.watch(named_tensors)]
         device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

@@ -2,7 +2,7 @@
 
 All back ends load through vLLM's layerwise reload (on CPU vLLM repacks weights after loading, so they must never be
 written in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter
-unloaded.
+unloaded. An update goes into one half of the model (`rlhf.transfer.halves`); the other is not touched.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from rlhf.transfer import gloo
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.gpu import ipc_store
+from rlhf.transfer.halves import checksum, halves
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
+from rlhf.types import Half
 
 # It warns of every layer without tensors of its own (rotary embeddings, tied output layers); `update_weights` checks
 # better.
@@ -71,15 +73,23 @@ class Delivery(WeightTransferUpdateInfo):
 class _WatchedModel:
     """Stands in for the model while weights arrive, so that every byte that is loaded was also fingerprinted."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, half: Half):
         self._model = model
-        self.fingerprint = Fingerprint()
+        self.fingerprint = Fingerprint(half)
         self.loaded: set[str] = set()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         names = self._model.load_weights(self.fingerprint.watch(weights)) or set()
         self.loaded |= names
         return names
+
+
+class _Names:
+    """Parameter names of a model. Made while it is whole: during a reload tied parameters are no longer one."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.own = {name for name, _ in model.named_parameters()}
+        self.tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - self.own
 
 
 class _Attesting(WeightTransferEngine):
@@ -92,9 +102,13 @@ class _Attesting(WeightTransferEngine):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        # Asked once, while the model is whole: during a reload tied parameters are no longer one.
-        self._expected = {name for name, _ in model.named_parameters()}
-        self._tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - self._expected
+        self._names = {half: _Names(part) for half, part in halves(model).items()}
+        self._half: Half = "policy"
+
+    def aim(self, half: Half) -> None:
+        """The next update goes into this half."""
+        self.set_weight_update_target(halves(self._default_model)[half], self._default_model_config)
+        self._half = half
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -104,13 +118,13 @@ class _Attesting(WeightTransferEngine):
             if info.can_load():
                 info.load_numel = 0
                 info.loaded_weights.clear()
-        self._watched = _WatchedModel(self.model)
+        self._watched = _WatchedModel(self.model, self._half)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        missing = sorted(self._expected - self._watched.loaded)
+        missing = sorted(self._names[self._half].own - self._watched.loaded)
         if missing:
             raise TransferFailed(
                 f"{len(missing)} of the engine's parameters were not in the update and would have kept their old "
@@ -121,13 +135,17 @@ class _Attesting(WeightTransferEngine):
         finalize_layerwise_reload(self.model, self.model_config)
         # On CPU each linear layer holds a packed copy of its weight. A tied output layer loads no tensor of its own,
         # so the reload does not repack it, and it would go on answering with the old embedding.
-        for name in self._tied:
+        for name in self._names[self._half].tied:
             layer = self.model.get_submodule(name.rpartition(".")[0])
             layer.quant_method.process_weights_after_loading(layer)
 
     def attested(self) -> str:
         """Fingerprint of the last update, over the bytes as they arrived."""
         return self._watched.fingerprint.hexdigest()
+
+    def held(self, half: Half) -> str:
+        """Checksum of what this half holds now."""
+        return checksum(halves(self._default_model)[half])
 
     def shutdown(self) -> None:
         """Nothing to release."""
@@ -226,6 +244,14 @@ class IpcReceiver(_Attesting, IPCWeightTransferEngine):
 class AttestingWorker:
     """Mixed into vLLM's worker class (`worker_extension_cls`): what the rollout engine may ask of a worker."""
 
+    def aim(self, half: Half) -> None:
+        """The next weight update goes into this half of the model."""
+        self.weight_transfer_engine.aim(half)
+
     def attest(self) -> str:
         """Fingerprint of the weights this worker received last."""
         return self.weight_transfer_engine.attested()
+
+    def held(self, half: Half) -> str:
+        """Checksum of the weights that this half of the worker's model holds (`rlhf.transfer.halves.checksum`)."""
+        return self.weight_transfer_engine.held(half)

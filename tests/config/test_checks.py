@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.algorithms import make
 from rlhf.config import ConfigError, Settings
-from rlhf.config.algorithm import BUILT_IN, AlgorithmSettings
 from rlhf.config.checks import largest_assignment, optimizer_steps, problems
 from rlhf.config.data import DataSettings
 from rlhf.config.loop import LoopSettings
@@ -45,17 +43,6 @@ CASES = [
         ["policy.schedule=cosine"],
     ),
     (["rollout.temperature=0"], ["`rollout.temperature`", "identical"], ["rollout.temperature=1.0"]),
-    (["algorithm.label_temperature=2"], ["`algorithm.label_temperature`", "soft"], ["algorithm.labels=soft"]),
-    (
-        ["algorithm.labels=soft", "algorithm.label_smoothing=0.1"],
-        ["`algorithm.label_smoothing`", "`algorithm.labels: hard`"],
-        ["algorithm.labels=hard"],
-    ),
-    (
-        ["algorithm.loss=robust"],
-        ["`algorithm.loss`", "`algorithm.label_smoothing`"],
-        ["algorithm.label_smoothing=0.1"],
-    ),
     (
         ["policy.offload_parameters=cpu", "policy.zero_stage=2"],
         ["`policy.offload_parameters`", "`policy.zero_stage: 3`"],
@@ -86,6 +73,12 @@ CASES = [
         ["`rollout.cpu_kv_cache_gb`", "`rollout.gpu_memory_utilization`"],
         ["rollout.cpu_kv_cache_gb=1"],
     ),
+    (["cluster.device=cpu", "reward.gpus=0.5"], ["`reward.gpus`", "Remove it"], ["reward.gpus=0.0"]),
+    (
+        ["cluster.device=cuda", "reward.kind=model", "reward.path=some/folder"],
+        ["`reward.gpus`", "`reward.gpus: 1`", "`cluster.device: auto`"],
+        ["reward.gpus=1.0"],
+    ),
     (
         ["rollout.transfer=ipc", "rollout.engines=2"],
         ["`rollout.transfer`", "`policy.ranks`", "2 x 1 = 2", "nccl"],
@@ -94,6 +87,17 @@ CASES = [
     (["reward.path=some/folder"], ["`reward.path`", "module:name", "`reward.kind: model`"], ["reward.kind=model"]),
     (["reward.kind=model"], ["`reward.path`", "`reward.kind: function`"], ["reward.kind=function"]),
     (["reward.input=conversation"], ["`reward.input`", "`reward.kind: model`"], ["reward.input=response"]),
+    (["reward.kind=pairwise_model"], ["`reward.path`", "pairwise_model"], ["reward.path=some/folder"]),
+    (
+        ["reward.kind=pairwise_function", "reward.input=conversation"],
+        ["`reward.input`", "pairwise_function"],
+        ["reward.input=response"],
+    ),
+    (
+        ["reward.kind=pairwise_function", "reward.missing_eos_penalty=1"],
+        ["`reward.missing_eos_penalty`", "probabilities"],
+        ["reward.kind=function"],
+    ),
     (["loop.eval_every=5"], ["`loop.eval_every`", "`data.eval_prompts`"], ["data.eval_prompts=held_out.jsonl"]),
 ]
 
@@ -111,11 +115,6 @@ def test_check(load_with: Callable[..., Settings], wrong: list[str], words: list
 def test_an_asset_is_not_an_import_path(load_with: Callable[..., Settings]) -> None:
     settings = load_with("reward.kind=model", "reward.path=asset:minilm-l6-v2")
     assert settings.reward.path == "asset:minilm-l6-v2"
-
-
-def test_built_in_names_are_the_algorithms_that_exist() -> None:
-    for name in BUILT_IN:
-        assert make(AlgorithmSettings(name=name)).name == name
 
 
 @given(

@@ -2,7 +2,8 @@
 
 A field counts as read when an attribute of its name is taken from something that stands for its section:
 `settings.loop.steps`, `loop.steps` or `self.loop.steps`; or from a parameter or attribute whose annotation is the
-section's class (`settings: PolicySettings` ... `settings.learning_rate`).
+section's class (`settings: PolicySettings` ... `settings.learning_rate`). A method's field must change the method's
+declaration.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from rlhf.algorithms import make
 from rlhf.config import Settings
+from rlhf.config.algorithm import METHODS, OwnAlgorithm
 
 PACKAGE = Path(__file__).parents[2] / "rlhf"
 # The plan and the console show values to people; that alone changes nothing.
 SHOWING = ("config", "preflight")
-SECTIONS = {name: info.annotation for name, info in Settings.model_fields.items()}
+SECTIONS = {name: info.annotation for name, info in Settings.model_fields.items() if name != "algorithm"}
 FIELDS = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields}
 
 
@@ -69,6 +75,77 @@ def test_every_field_is_read() -> None:
 
 
 def test_every_field_is_described() -> None:
-    for name, section in SECTIONS.items():
+    for name, section in [*SECTIONS.items(), *METHODS.items(), ("own", OwnAlgorithm)]:
         for field, info in section.model_fields.items():
             assert info.description and info.description.endswith("."), f"{name}.{field}"
+
+
+# Values, of which one is not the default, and what else must be set so that they count.
+OTHER: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "samples_per_prompt": ((3,), {}),
+    "labels": (("sampled",), {}),
+    "label_temperature": ((2.0,), {"labels": "sampled"}),
+    "reference": (("ema",), {}),
+    "reference_every": ((2,), {"reference": "previous"}),
+    "reference_decay": ((0.5,), {"reference": "ema"}),
+    "reference_alpha": ((0.5,), {"reference": "extrapolated"}),
+    "pairing": (("all",), {}),
+    "logp_reduce": (("mean",), {}),
+    "beta": ((0.5,), {}),
+    "loss": (("robust",), {"label_smoothing": 0.1}),
+    "label_smoothing": ((0.1,), {}),
+    "pairs": (("dataset",), {}),
+    "tau": ((0.5,), {}),
+    "mixture": ((0.5,), {}),
+    "alpha": ((0.5,), {}),
+    "bonus_scale": (("alpha",), {}),
+    "ranked_with": (("samples",), {}),
+    "fresh_samples": ((3,), {"ranked_with": "samples"}),
+    "generation": (("sampled",), {}),
+    "delta": ((0.5,), {}),
+    "likelihood_weight": ((0.5,), {}),
+    "kl_placement": (("loss", "reward"), {"kl_estimator": "k2"}),
+    "kl_estimator": (("k2", "k1"), {"kl_placement": "reward"}),
+    "kl_coef": ((0.5,), {"kl_placement": "reward"}),
+    "kl_target": ((6.0,), {"kl_placement": "reward"}),
+    "kl_horizon": ((99,), {"kl_placement": "reward", "kl_target": 6.0}),
+    "kl_before_baseline": ((True, False), {}),
+    "clip_low": ((0.1,), {}),
+    "clip_high": ((0.1,), {}),
+    "dual_clip": ((3.0,), {}),
+    "ratio": (("sequence",), {}),
+    "entropy_coef": ((0.1,), {}),
+    "aggregation": (("seq_mean_token_sum",), {}),
+    "correction": (("icepop",), {}),
+    "correction_low": ((0.1,), {}),
+    "correction_high": ((9.0,), {}),
+    "reward_clip": ((1.0,), {}),
+    "gamma": ((0.9,), {}),
+    "whiten": ((True, False), {}),
+    "lam": ((0.5,), {}),
+    "critic_model": (("some/folder",), {}),
+    "critic_learning_rate": ((0.1,), {}),
+    "critic_warmup_steps": ((3,), {}),
+    "value_clip": ((0.5,), {}),
+    "opponent_decay": ((0.5,), {}),
+}
+
+
+def declaration(method: str, **fields: Any) -> str:
+    """The algorithm as text: two are the same if every choice in them is."""
+    sections = {"data": {"prompts": "p"}, "policy": {"model": "m"}, "reward": {"path": "r"}}
+    return repr(make(Settings.model_validate(sections | {"algorithm": {"name": method, **fields}})))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_of_a_method_changes_its_declaration(method: str) -> None:
+    assert declaration(method) == declaration(method), "the text must not hold addresses of fresh objects"
+    ignored = []
+    for field, info in METHODS[method].model_fields.items():
+        if field == "name":
+            continue
+        others, context = OTHER[field]
+        other = next(value for value in others if value != info.default)
+        if declaration(method, **context) == declaration(method, **context, **{field: other}):
+            ignored.append(field)
+    assert not ignored, f"fields of {method} that change nothing: {', '.join(ignored)}"

@@ -15,7 +15,7 @@ from rlhf.config import ConfigError, Settings, UserError, load, show, yamls
 from rlhf.config.reference import PAGE, page
 from tests.config.conftest import VALID
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 LoadWith = Callable[..., Settings]
 
 
@@ -95,6 +95,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
     [
         ("loop.stepz=3", ["`loop.stepz` is not a known field", "Did you mean `loop.steps`?"]),
         ("policy.beta=3", ["Did you mean `algorithm.beta`?"]),
+        ("algorithm.mixture=0.1", ["`algorithm.mixture` is not a known field of `algorithm.name: online_dpo`"]),
+        ("algorithm.name=grop", ["no built-in algorithm `grop`", "Did you mean `grpo`?", "`module:function`"]),
+        ("algorithm.name=3", ["no built-in algorithm `3`"]),
+        ("algorithm.name=a b:c", ["an import path, `module:name`"]),
         ("steps=3", ["section.key=value"]),
         ("loop.steps", ["section.key=value"]),
         ("a.b.c=1", ["section.key=value"]),
@@ -126,13 +130,30 @@ def test_broken_overrides(valid: str, override: str, words: list[str]) -> None:
         assert word in message
 
 
+def test_an_algorithm_must_be_a_section(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, VALID + "algorithm: ppo\n"))
+    assert "`algorithm` must be a section" in message and "line 8" in message
+
+
+def test_the_fields_of_a_method_are_its_own(load_with: LoadWith, valid: str) -> None:
+    own = load_with("algorithm.name=my.module:mine", "algorithm.options={beta: 0.3, names: [a, b]}")
+    assert own.algorithm.options == {"beta": 0.3, "names": ["a", "b"]}
+    assert load_with("algorithm.name=ppo").algorithm.kl_coef == 0.01
+    message = error_of(valid, "algorithm.name=ppo", "algorithm.tau=1.0")
+    assert "`algorithm.tau` is not a known field of `algorithm.name: ppo`" in message
+    message = error_of(valid, "algorithm.name=my.module:mine", "algorithm.beta=0.3")
+    assert "Known fields are: name, options" in message
+    message = error_of(valid, "algorithm.name=my.module:mine", "algorithm.options=3")
+    assert "`algorithm.options` must be a mapping" in message
+
+
 def test_all_mistakes_are_reported_at_once(valid: str) -> None:
     message = error_of(valid, "loop.steps=0", "policy.modle=x", "rollout.top_p=2")
     assert "3 problems" in message
     assert all(name in message for name in ("loop.steps", "policy.modle", "rollout.top_p"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_show_is_the_inverse_of_load(path: Path, tmp_path: Path) -> None:
     settings = load(path, ["run.dir='1e-6'", "tracking.project='off'", "data.system_prompt='a: b # c'"])
     assert load(write(tmp_path, show(settings))) == settings

@@ -102,6 +102,7 @@ def test_the_split_leaks_nothing():
         movie_reviews.Snippet(f"film {i % 900} has {i} good and bad words in it", i % 8 - 4) for i in range(3000)
     ]
     files = movie_reviews.split([*snippets, movie_reviews.Snippet("Too short.", 1.0)])
+    del files["train_pairs.jsonl"]
     texts = {name: {row.get("text") or row["snippet"] for row in rows} for name, rows in files.items()}
     prompts = [row["prompt"] for name in ("train_prompts.jsonl", "eval_prompts.jsonl") for row in files[name]]
     assert all(files.values())
@@ -109,6 +110,32 @@ def test_the_split_leaks_nothing():
     assert len(prompts) == len(set(prompts))
     again = movie_reviews.split(snippets[::-1])
     assert {row["text"] for row in again["reward_test.jsonl"]} == texts["reward_test.jsonl"] - {"Too short."}
+
+
+def test_pairs_are_of_training_sentences_clearly_apart():
+    snippets = [
+        movie_reviews.Snippet(f"film {i % 900} has {i} good and bad words in it", i % 8 - 4) for i in range(3000)
+    ]
+    files, ratings = movie_reviews.split(snippets), dict(snippets)
+    pairs = files["train_pairs.jsonl"]
+    prompts = {row["prompt"]: row["snippet"] for row in files["train_prompts.jsonl"]}
+    assert {row["prompt"] for row in pairs} == prompts.keys()
+    for row in pairs:
+        assert ratings[row["chosen"]] - ratings[row["rejected"]] >= movie_reviews.APART
+        assert row["snippet"] == prompts[row["prompt"]] and row["snippet"] in (row["chosen"], row["rejected"])
+        assert {row["chosen"], row["rejected"]} <= set(prompts.values())
+    assert 0.3 < sum(row["chosen"] == row["snippet"] for row in pairs) / len(pairs) < 0.7
+
+    def key(row: dict) -> str:
+        return row["prompt"]
+
+    assert sorted(movie_reviews._pairs(files["train_prompts.jsonl"][::-1], ratings), key=key) == sorted(pairs, key=key)
+
+
+def test_without_a_sentence_far_enough_there_is_no_pair():
+    rows = [{"prompt": "p", "snippet": "a"}, {"prompt": "q", "snippet": "b"}]
+    assert movie_reviews._pairs(rows, {"a": 0.0, "b": 1.4}) == []
+    assert len(movie_reviews._pairs(rows, {"a": 0.0, "b": 1.5})) == 2
 
 
 def test_reading_the_sdist(tmp_path: Path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +13,49 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.algorithms.contrast import Contrast
+from rlhf.algorithms import Algorithm, Contrast, Critic, PolicyGradient, Preference, Source
+from rlhf.algorithms.algorithm import Objective
 from rlhf.cluster import LocalRef, LocalRuntime, Runtime
-from rlhf.policy import PolicyGroup
-from rlhf.policy.rank import InvariantBroken
+from rlhf.policy import InvariantBroken, Moment, PolicyGroup
+from rlhf.policy.gradient_learner import GradientLearner
+from rlhf.training.engine import Trainer
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 
-OBJECTIVE = Contrast("logistic", scale=0.1)
 UPDATES = 3
+PREFERENCE = Preference((Contrast("logistic", scale=0.1),))
+PPO = PolicyGradient(
+    critic=Critic(model=None, learning_rate=1e-3, warmup_steps=0, value_clip=0.2, lam=0.9),
+    gamma=0.98,
+    whiten=True,
+    kl_placement="reward",
+    kl_coef=0.1,
+    entropy_coef=0.01,
+    correction="tis",
+    correction_low=0.05,
+    correction_high=0.3,
+)
+GRPO = PolicyGradient(
+    baseline="mean_std",
+    kl_placement="loss",
+    kl_estimator="k3",
+    kl_coef=0.1,
+    ratio="sequence",
+    aggregation="seq_mean_token_mean",
+    correction="sequence_mask",
+    correction_low=0.01,
+    correction_high=0.2,
+)
+RLOO = PolicyGradient(baseline="leave_one_out", kl_placement="reward", kl_before_baseline=True, kl_coef=0.1)
+OBJECTIVES = {"preference": PREFERENCE, "ppo": PPO, "grpo": GRPO}
 
 
-def make_assignments(remote: bool, count: int = 7) -> list[Assignment]:
-    """Prompts with four responses of ragged lengths and one pair each, the same at every call."""
+def declare(objective: Objective) -> Algorithm:
+    """An algorithm for a group that is given its assignments: it samples and builds nothing."""
+    return Algorithm("test", (Source("policy", 4),), lambda rollout, feedback, rng: (), objective)
+
+
+def make_assignments(objective: Objective, remote: bool, count: int = 7) -> list[Assignment]:
+    """Prompts with four responses of ragged lengths, the same at every call: a pair each, or a reward for every response."""
     import ray
 
     rng, made = random.Random(0), []
@@ -34,17 +67,22 @@ def make_assignments(remote: bool, count: int = 7) -> list[Assignment]:
         prompt = Prompt(str(group), tuple(rng.randrange(5, 200) for _ in range(rng.randrange(2, 12))), "")
         held = ray.put(completions) if remote else LocalRef(completions)
         rollout = Rollout(prompt, tuple(c.info() for c in completions), held)
-        made.append(Assignment(rollout, (TrainingItem((3, 1), (1.0, -1.0)),)))
+        items: tuple[TrainingItem, ...] = (TrainingItem((3, 1), (1.0, -1.0)),)
+        if isinstance(objective, PolicyGradient):
+            items = tuple(TrainingItem((i,), (1.0,), target=rng.gauss(0, 1)) for i in range(4))
+        made.append(Assignment(rollout, items))
     return made
 
 
-async def learn(runtime: Runtime, settings: Any, folder: str, remote: bool) -> tuple[list[dict[str, float]], dict]:
-    """Metrics of each update, and the weights after the last."""
-    group = await PolicyGroup.start(runtime, settings, OBJECTIVE, UPDATES)
-    assignments = make_assignments(remote)
-    metrics = [await group.learn(assignments, first=update == 0) for update in range(UPDATES)]
+async def learn(
+    runtime: Runtime, settings: Any, folder: str, remote: bool, objective: Objective = PREFERENCE
+) -> tuple[list[dict[str, float]], dict]:
+    """Metrics of each step, and the weights after the last."""
+    group = await PolicyGroup.start(runtime, settings, declare(objective), UPDATES)
+    assignments = make_assignments(objective, remote)
+    metrics = [await group.learn(assignments, Moment(step, equal=step == 1)) for step in range(1, UPDATES + 1)]
     metrics.append(await group.measure(assignments))
-    await group.check_reference()
+    await group.check_anchors()
     await group.export(folder)
     await group.close()
     return metrics, load_file(f"{folder}/model.safetensors")
@@ -60,10 +98,28 @@ def settings(tiny_settings: Callable) -> Callable:
 
 
 @pytest.fixture(scope="module")
-def whole(settings: Callable, run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def whole(settings: Callable, run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """One rank, nothing sharded, one micro-batch: what all the others must equal."""
-    folder = str(tmp_path_factory.mktemp("whole"))
-    return run(learn(LocalRuntime(), settings(zero_stage=0), folder, remote=False))
+
+    @functools.cache
+    def make(method: str) -> Any:
+        folder = str(tmp_path_factory.mktemp("whole"))
+        one = settings(zero_stage=0, loop=LOOPS[method])
+        return run(learn(LocalRuntime(), one, folder, False, OBJECTIVES[method]))
+
+    return make
+
+
+LOOPS: dict[str, dict] = {"preference": {}, "ppo": {"updates_per_step": 2, "epochs_per_step": 2}, "grpo": {}}
+SPLITS = {
+    "stage1-many-micro-batches": {"zero_stage": 1, "micro_batch_tokens": 1},
+    "stage2-chunks-checkpointing": {
+        "zero_stage": 2, "micro_batch_tokens": 40, "logprob_chunk_tokens": 3, "gradient_checkpointing": True,
+    },
+    "stage3-offload": {
+        "zero_stage": 3, "micro_batch_tokens": 40, "offload_parameters": "cpu", "offload_optimizer": "cpu",
+    },
+}  # fmt: skip
 
 
 def assert_same(got: Any, expected: Any) -> None:
@@ -77,89 +133,191 @@ def assert_same(got: Any, expected: Any) -> None:
 
 
 @pytest.mark.engine
-def test_the_first_update_starts_at_log_2_and_the_policy_moves(whole: Any) -> None:
-    first, *_, measured = whole[0]
+def test_the_first_update_starts_at_log_2_and_the_policy_moves(whole: Callable) -> None:
+    first, *_, measured = whole("preference")[0]
     assert first["policy/loss"] == pytest.approx(np.log(2))
     assert first["policy/kl"] == first["policy/margin"] == 0
-    assert measured["policy/accuracy"] == 1.0
-    assert measured["policy/margin"] > 0
+    assert measured["policy/kl"] != 0
+
+
+@pytest.mark.engine
+def test_the_first_step_of_a_policy_gradient_starts_at_the_reference(whole: Callable) -> None:
+    first, *_, last, measured = whole("ppo")[0]
+    assert first["policy/kl"] == 0
+    assert measured["policy/kl_k3"] > last["policy/kl_k3"] > 0
+    assert abs(first["critic/value"]) < 0.5 < abs(first["policy/advantage_size"])
+    assert last["critic/loss"] < first["critic/loss"]
+    first, *_, measured = whole("grpo")[0]
+    assert first["policy/ratio"] == 1
+    assert first["policy/kl_old"] == first["policy/clip_fraction"] == first["policy/kl"] == 0
+    assert 0 < first["policy/mismatch_corrected"] < 1
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_one_rank_in_any_split(
+    settings: Callable, run: Callable, whole: Callable, tmp_path: Any, split: str, method: str
+) -> None:
+    one = settings(**SPLITS[split], loop=LOOPS[method])
+    assert_same(run(learn(LocalRuntime(), one, str(tmp_path), False, OBJECTIVES[method])), whole(method))
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    "policy",
+    ("method", "stage", "budget"),
     [
-        {"zero_stage": 1, "micro_batch_tokens": 1},
-        {"zero_stage": 2, "micro_batch_tokens": 40, "logprob_chunk_tokens": 3, "gradient_checkpointing": True},
-        {"zero_stage": 3, "micro_batch_tokens": 40, "offload_parameters": "cpu", "offload_optimizer": "cpu"},
+        ("preference", 0, 4096),
+        ("preference", 2, 40),
+        ("preference", 3, 40),
+        ("ppo", 1, 40),
+        ("ppo", 3, 40),
+        ("grpo", 2, 40),
     ],
-    ids=["stage1-many-micro-batches", "stage2-chunks-checkpointing", "stage3-offload"],
 )
-def test_one_rank_in_any_split(settings: Callable, run: Callable, whole: Any, tmp_path: Any, policy: dict) -> None:
-    assert_same(run(learn(LocalRuntime(), settings(**policy), str(tmp_path), remote=False)), whole)
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize(("stage", "budget"), [(0, 4096), (2, 40), (3, 40)])
 def test_two_ranks_equal_one(
-    scratch_runtime: Runtime, settings: Callable, run: Callable, whole: Any, tmp_path: Any, stage: int, budget: int
+    scratch_runtime: Runtime,
+    settings: Callable,
+    run: Callable,
+    whole: Callable,
+    tmp_path: Any,
+    method: str,
+    stage: int,
+    budget: int,
 ) -> None:
     """Seven prompts on two ranks: shares are ragged, so one rank has an empty micro-batch."""
-    two = settings(ranks=2, zero_stage=stage, micro_batch_tokens=budget)
-    assert_same(run(learn(scratch_runtime, two, str(tmp_path), remote=True)), whole)
+    two = settings(ranks=2, zero_stage=stage, micro_batch_tokens=budget, loop=LOOPS[method])
+    assert_same(run(learn(scratch_runtime, two, str(tmp_path), True, OBJECTIVES[method])), whole(method))
 
 
 @pytest.mark.engine
-def test_learning_rate_zero_changes_nothing_and_epochs_and_updates_count(settings: Callable, run: Callable) -> None:
+@pytest.mark.parametrize("method", ["preference", "ppo"])
+def test_learning_rate_zero_changes_nothing_and_epochs_and_updates_count(
+    settings: Callable, run: Callable, method: str
+) -> None:
     async def use() -> None:
         still = settings(learning_rate=0.0, loop={"updates_per_step": 3, "epochs_per_step": 2})
-        group = await PolicyGroup.start(LocalRuntime(), still, OBJECTIVE, 6)
+        objective = OBJECTIVES[method]
+        group = await PolicyGroup.start(LocalRuntime(), still, declare(objective), 6)
         rank = group._ranks[0].target
-        before = [p.detach().clone() for _, p in rank._parameters()]
-        metrics = await group.learn(make_assignments(False), first=True)
+        before = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
+        metrics = await group.learn(make_assignments(objective, False), Moment(1, equal=True))
         assert metrics["policy/kl"] == 0
-        assert all(torch.equal(a, b) for a, (_, b) in zip(before, rank._parameters(), strict=True))
-        assert rank.trainer.engine.global_steps == 6
+        assert all(torch.equal(a, b) for a, b in zip(before, rank.policy.engine.module.parameters(), strict=True))
+        assert [trainer.engine.global_steps for trainer in rank.learner.trainers.values()] == [6] * (
+            1 + (method == "ppo")
+        )
         await group.close()
 
     run(use())
 
 
 @pytest.mark.engine
-def test_a_changed_reference_and_foreign_log_probs_stop_the_run(settings: Callable, run: Callable) -> None:
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_a_changed_reference_and_foreign_log_probs_stop_the_run(settings: Callable, run: Callable, method: str) -> None:
     async def use() -> None:
-        group = await PolicyGroup.start(LocalRuntime(), settings(run={"invariants": True}), OBJECTIVE, 6)
+        objective = OBJECTIVES[method]
+        group = await PolicyGroup.start(LocalRuntime(), settings(run={"invariants": True}), declare(objective), 6)
         with pytest.raises(InvariantBroken, match="differ from the trainer's by .*run.max_logprob_gap"):
-            await group.learn(make_assignments(False), first=True)  # the completions claim -5 per token
+            await group.learn(
+                make_assignments(objective, False), Moment(1, equal=True)
+            )  # completions claim -5 per token
         with pytest.raises(InvariantBroken, match="before the first update"):
-            await group.learn(make_assignments(False), first=True)  # it is no longer the first
+            await group.learn(make_assignments(objective, False), Moment(2, equal=True))  # no longer equal
         with torch.no_grad():
-            next(group._ranks[0].target.reference.parameters()).add_(1.0)
-        with pytest.raises(InvariantBroken, match="reference's weights changed"):
-            await group.check_reference()
+            next(group._ranks[0].target.reference.model.parameters()).add_(1.0)
+        with pytest.raises(InvariantBroken, match="weights of the reference changed"):
+            await group.check_anchors()
         await group.close()
 
     run(use())
 
 
 @pytest.mark.engine
-def test_a_checkpoint_restores_weights_optimizer_and_schedule(settings: Callable, run: Callable, tmp_path: Any) -> None:
+@pytest.mark.parametrize("method", ["preference", "ppo"])
+def test_a_checkpoint_restores_weights_optimizer_and_schedule(
+    settings: Callable, run: Callable, tmp_path: Any, method: str
+) -> None:
     """Two updates, a checkpoint, two more; a new group that loads it makes the same two."""
     decaying = settings(schedule="linear", warmup_steps=2, min_learning_rate_ratio=0.0)
+    objective = OBJECTIVES[method]
+    if method == "ppo":
+        objective = replace(PPO, kl_target=0.5, kl_horizon=100)
+    learned = make_assignments(objective, False)
+
+    async def steps(group: PolicyGroup, first: int) -> list[dict[str, float]]:
+        return [await group.learn(learned, Moment(step, equal=False)) for step in (first, first + 1)]
 
     async def use() -> None:
-        group = await PolicyGroup.start(LocalRuntime(), decaying, OBJECTIVE, 6)
-        for _ in range(2):
-            await group.learn(make_assignments(False), first=False)
+        group = await PolicyGroup.start(LocalRuntime(), decaying, declare(objective), 6)
+        await steps(group, 1)
         await group.save(str(tmp_path), "two")
-        expected = [await group.learn(make_assignments(False), first=False) for _ in range(2)]
+        state = group.state()
+        expected = await steps(group, 3)
         await group.close()
-        again = await PolicyGroup.start(LocalRuntime(), decaying, OBJECTIVE, 6)
+        again = await PolicyGroup.start(LocalRuntime(), decaying, declare(objective), 6)
         await again.load(str(tmp_path), "two")
-        assert [await again.learn(make_assignments(False), first=False) for _ in range(2)] == expected
+        again.restore(state)
+        assert await steps(again, 3) == expected
         assert expected[1]["policy/learning_rate"] == pytest.approx(0.75e-3)
-        with pytest.raises(FileNotFoundError, match="no DeepSpeed checkpoint 'three'"):
+        if method == "ppo":
+            assert state["kl_coef"] == expected[0]["policy/kl_coef"] != PPO.kl_coef
+            assert expected[1]["policy/kl_coef"] != expected[0]["policy/kl_coef"]
+        with pytest.raises(FileNotFoundError, match="no DeepSpeed checkpoint 'policy' in .*three"):
             await again.load(str(tmp_path), "three")
         await again.close()
+
+    run(use())
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_engines_side_by_side_in_bf16(
+    settings: Callable, run: Callable, tmp_path: Any, whole: Callable, stage: int
+) -> None:
+    """Policy and critic in bf16 start where they do in fp32, up to bf16's three digits, and the critic learns."""
+    half = settings(zero_stage=stage, dtype="bf16", loop=LOOPS["ppo"])
+    metrics, weights = run(learn(LocalRuntime(), half, str(tmp_path), False, PPO))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
+    expected = whole("ppo")[0]
+    for name in ("policy/logprob_gap", "policy/entropy", "critic/return", "critic/loss", "policy/advantage_size"):
+        assert metrics[0][name] == pytest.approx(expected[0][name], rel=0.05, abs=0.02), name
+    assert metrics[2]["critic/loss"] < metrics[0]["critic/loss"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("objective", [RLOO, GRPO], ids=["kl-in-reward", "kl-in-loss"])
+def test_a_single_step_saves_a_forward_pass_and_learns_the_same(
+    settings: Callable, run: Callable, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, objective: PolicyGradient
+) -> None:
+    forwards = []
+    forward = Trainer.forward
+    monkeypatch.setattr(Trainer, "forward", lambda self, *args: forwards.append(1) or forward(self, *args))
+    saved = run(learn(LocalRuntime(), settings(), str(tmp_path), False, objective))
+    assert len(forwards) == UPDATES + 1, "one in each step, and one to measure"
+    assert saved[0][1]["policy/kl"] != 0
+    monkeypatch.setattr(GradientLearner, "_must_look_first", lambda self, n_updates: True)
+    assert_same(run(learn(LocalRuntime(), settings(), str(tmp_path), False, objective)), saved)
+    assert len(forwards) == (UPDATES + 1) + (2 * UPDATES + 1)
+
+
+@pytest.mark.engine
+def test_while_the_critic_warms_up_the_policy_rests(settings: Callable, run: Callable) -> None:
+    async def use() -> None:
+        critic = replace(PPO.critic, warmup_steps=2)
+        objective = replace(PPO, critic=critic, kl_target=0.5, kl_horizon=100)
+        group = await PolicyGroup.start(LocalRuntime(), settings(schedule="linear"), declare(objective), 3)
+        rank = group._ranks[0].target
+        before = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
+        for step in (1, 2):
+            metrics = await group.learn(make_assignments(objective, False), Moment(step, equal=True))
+            assert "policy/loss" not in metrics
+        assert metrics["policy/kl_coef"] == PPO.kl_coef
+        assert all(torch.equal(a, b) for a, b in zip(before, rank.policy.engine.module.parameters(), strict=True))
+        metrics = await group.learn(make_assignments(objective, False), Moment(3, equal=True))
+        assert metrics["policy/learning_rate"] == 1e-3, "the policy's schedule starts with its own first step"
+        assert metrics["critic/learning_rate"] < 1e-3
+        assert not all(torch.equal(a, b) for a, b in zip(before, rank.policy.engine.module.parameters(), strict=True))
+        await group.close()
 
     run(use())

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.config import Settings, UserError, load
+from rlhf.algorithms import Algorithm, make
+from rlhf.config import Settings, UserError, load, yamls
 from rlhf.data.assets import resolve
-from rlhf.preflight.memory import engine_weights, model_shape, policy_memory
+from rlhf.preflight.memory import ModelShape, PolicyMemory, cached_token, engine_weights, model_shape, policy_memory
 from rlhf.preflight.plan import describe
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
@@ -37,6 +40,103 @@ def test_the_plan_spells_out_the_arithmetic() -> None:
         assert words in plan
 
 
+def with_method(tmp_path: Path, algorithm: dict[str, Any], *overrides: str) -> Settings:
+    """The tiny run with another method."""
+    raw = yamls.parse(Path(TINY).read_text()) | {"algorithm": algorithm}
+    path = tmp_path / "run.yaml"
+    path.write_text(yamls.dump(raw))
+    return load(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        (
+            {"name": "online_dpo", "samples_per_prompt": 4, "pairing": "all"},
+            ["4 by the policy", "at most 48 pairs", "34 + 4 x 16 = 98 tokens", "the starting policy, for ever"],
+        ),
+        (
+            {"name": "ipo_md"},
+            [
+                "2 by the mixture policy^0.875 reference^0.125",
+                "a second model beside the policy, the reference",
+                "for two models",
+            ],
+        ),
+        (
+            {"name": "nash_ema"},
+            [
+                "1 by the policy, 1 by the partner",
+                "a partner: an average of the policy, of which 0.999 stays",
+                "partner 0.4 MiB",
+            ],
+        ),
+        (
+            {"name": "ppo", "critic_warmup_steps": 2},
+            [
+                "critic: starts from the policy's body with a fresh head; in the first 2 steps only it learns",
+                "critic 1.1 MiB",
+            ],
+        ),
+        (
+            {"name": "iterative_dpo", "reference_every": 2},
+            ["the policy at the start of the round; 3 rounds of 2 steps"],
+        ),
+        (
+            {"name": "selm", "ranked_with": "samples", "reference": "extrapolated"},
+            ["1 by the policy, greedily, 2 by the policy", "moved on by 0.3 of its last change; 5 rounds of 1 step"],
+        ),
+        ({"name": "xpo"}, ["1 by the policy, 1 by the reference", "1e-05 x log pi"]),
+        (
+            {"name": "tests.preflight.test_plan:own"},
+            ["an algorithm of your own", "of which your algorithm makes its items"],
+        ),
+    ],
+)
+def test_each_method_in_words(tmp_path: Path, algorithm: dict[str, Any], words: Sequence[str]) -> None:
+    plan = describe(with_method(tmp_path, algorithm))
+    for word in words:
+        assert word in plan
+
+
+def own(settings: Settings) -> Algorithm:
+    """A user's algorithm: online DPO as it stands."""
+    return replace(make(load(TINY)), name="mine")
+
+
+def test_an_own_algorithm_that_cannot_be_imported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"algorithm\.name.*no_such_module"):
+        describe(with_method(tmp_path, {"name": "no_such_module:f"}))
+
+
+def test_a_method_that_needs_pairs_says_so_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tiny-prompts.*:1: no fields `chosen` and `rejected`.*ranked_with=samples"):
+        describe(with_method(tmp_path, {"name": "selm"}))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(f'{{"prompt": "p{i}", "chosen": "yes", "rejected": "no"}}' for i in range(8)))
+    settings = with_method(tmp_path, {"name": "iterative_dpo", "pairs": "dataset"}, f"data.prompts={path}")
+    plan = describe(settings)
+    assert "responses to each prompt: the data set's chosen and rejected" in plan and "judged by nobody" in plan
+
+
+def test_the_critics_reward_model_is_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"algorithm\.critic_model.*no config\.json"):
+        describe(with_method(tmp_path, {"name": "ppo", "critic_model": str(tmp_path / "none")}))
+    model = Path(resolve("asset:tiny-llama"))
+    with pytest.raises(UserError, match=r"a llama of hidden size 64 with 2 labels.*critic_model: null"):
+        describe(with_method(tmp_path, {"name": "ppo", "critic_model": str(model)}))
+    config = json.loads((model / "config.json").read_text()) | {"num_labels": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert f"starts from {tmp_path}" in describe(with_method(tmp_path, {"name": "ppo", "critic_model": str(tmp_path)}))
+
+
+def test_a_pairwise_function_is_looked_at(tmp_path: Path) -> None:
+    good = ["reward.kind=pairwise_function", "reward.path=rlhf.reward.functions:prefers_more_letter_a"]
+    assert "the pairwise function rlhf.reward.functions:prefers_more_letter_a" in describe(tiny(*good))
+    with pytest.raises(UserError, match=r"must take 4 arguments"):
+        describe(tiny(*good, "reward.path=rlhf.reward.functions:share_of_letter_a"))
+
+
 def test_debug_mode_has_one_of_each() -> None:
     plan = describe(tiny(), debug=True)
     assert "1 x vLLM engine" in plan and "1 x DeepSpeed rank" in plan and "debug mode" in plan
@@ -57,21 +157,57 @@ def test_parameters_are_counted_as_the_real_model_counts_them() -> None:
 
 
 def test_memory_follows_precision_and_sharding() -> None:
-    shape = model_shape(AutoConfig.from_pretrained(resolve("asset:tiny-llama")))
-    plain = policy_memory(shape, tiny("policy.zero_stage=0").policy)
+    shape, dpo = tiny_shape(), make(tiny())
+    plain = policy_memory(shape, tiny("policy.zero_stage=0").policy, dpo)
     assert plain.policy == plain.reference == plain.gradients == 4 * shape.parameters
-    assert plain.optimizer == 8 * shape.parameters and plain.host == 0
-    sharded = policy_memory(shape, tiny("policy.zero_stage=3").policy)
+    assert plain.optimizer == 8 * shape.parameters and plain.host == plain.critic == plain.partner == 0
+    sharded = policy_memory(shape, tiny("policy.zero_stage=3").policy, dpo)
     for part in ("policy", "reference", "gradients", "optimizer"):
         assert getattr(sharded, part) == getattr(plain, part) / 2
-    bf16 = policy_memory(shape, tiny("policy.dtype=bf16", "policy.ranks=1").policy)
+    bf16 = policy_memory(shape, tiny("policy.dtype=bf16", "policy.ranks=1").policy, dpo)
     assert bf16.policy == 2 * shape.parameters and bf16.optimizer == 12 * shape.parameters
-    offloaded = policy_memory(shape, tiny("policy.offload_optimizer=cpu").policy)
+    offloaded = policy_memory(shape, tiny("policy.offload_optimizer=cpu").policy, dpo)
     assert offloaded.optimizer == 0 and offloaded.host == 4 * shape.parameters
-    checkpointed = policy_memory(shape, tiny("policy.gradient_checkpointing=true").policy)
+    checkpointed = policy_memory(shape, tiny("policy.gradient_checkpointing=true").policy, dpo)
     assert checkpointed.activations < plain.activations
     settings = tiny("rollout.dtype=bf16", "rollout.tensor_parallel_size=2")
     assert engine_weights(shape, settings.rollout, settings.policy) == shape.parameters
+
+
+def test_memory_follows_the_method(tmp_path: Path) -> None:
+    shape = tiny_shape()
+
+    def need(algorithm: dict[str, Any], *overrides: str) -> PolicyMemory:
+        settings = with_method(tmp_path, algorithm, "policy.zero_stage=0", *overrides)
+        return policy_memory(shape, settings.policy, make(settings))
+
+    plain = need({"name": "online_dpo"})
+    assert need({"name": "ppo"}).critic == plain.policy + plain.gradients + plain.optimizer
+    assert need({"name": "nash_ema"}).partner == plain.reference
+    assert need({"name": "nash_ema"}).host == 4 * shape.parameters, "the average, in fp32"
+    assert need({"name": "online_dpo", "reference": "extrapolated"}).host == 4 * shape.parameters
+    assert need({"name": "iterative_dpo"}) == plain
+    offloaded = need(
+        {"name": "ppo"}, "policy.zero_stage=3", "policy.offload_parameters=cpu", "policy.offload_optimizer=cpu"
+    )
+    assert offloaded.host == (2 * 8 + 3 * 4) * shape.parameters / 2, (
+        "two optimizers; policy, reference and critic; two ranks"
+    )
+    assert offloaded.critic == offloaded.gradients
+
+
+def test_a_mixing_engine_holds_everything_twice() -> None:
+    shape, settings = tiny_shape(), tiny()
+    assert shape.cached == 2 * 2 * 1 * 32, "key and value, 2 layers, 1 head of 32"
+    for size in (engine_weights, cached_token):
+        assert size(shape, settings.rollout, settings.policy, True) == 2 * size(
+            shape, settings.rollout, settings.policy
+        )
+    assert cached_token(shape, settings.rollout, settings.policy) == 4 * shape.cached
+
+
+def tiny_shape() -> ModelShape:
+    return model_shape(AutoConfig.from_pretrained(resolve("asset:tiny-llama")))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +222,6 @@ def test_memory_follows_precision_and_sharding() -> None:
         (["reward.path=no_such_module:f"], ["`reward.path`", "no_such_module"]),
         (["reward.path=rlhf.reward.functions:nothing"], ["`reward.path`", "nothing"]),
         (["reward.kind=model", "reward.path=no/model"], ["`reward.path`", "rlhf reward train"]),
-        (["algorithm.name=no_such_module:f"], ["algorithm.name", "no_such_module"]),
     ],
 )
 def test_what_cannot_work_is_refused(overrides: Sequence[str], words: Sequence[str]) -> None:

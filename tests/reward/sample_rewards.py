@@ -27,3 +27,14 @@ def blocking(prompt, response, payload):
 def sees(prompt, response, payload):
     """1 if the prompt's text and payload arrive."""
     return float(prompt == "Say it." and payload["n"] == 3)
+
+
+async def picky(prompt, a, b, payload):
+    """The longer one wins with 0.9, and the first place is worth 0.05; `bad` cannot be compared, `odd` gives no probability."""
+    if "bad" in (a, b):
+        raise ValueError("I do not compare this")
+    if "odd" in (a, b):
+        return 1.5
+    if "none" in (a, b):
+        return None
+    return (0.9 if len(a) > len(b) else 0.1) + 0.05

@@ -6,112 +6,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from rlhf.cluster import LocalRuntime, fetch
+from rlhf.cluster import LocalRuntime
 from rlhf.rollout import RolloutPool, Sampling, StaleWeights
-from rlhf.transfer import TransferFailed, TransferSession, WeightSender, WeightSpec, free_port
-from rlhf.types import Completion, Prompt, content_id
+from rlhf.transfer import TransferFailed
+from tests.rollout.publishing import GAP, PROMPTS, Publisher, largest_gap, load_model, make_prompt, sample_all
 
 pytestmark = pytest.mark.engine
-
-GAP = 1e-4  # nats; engine and transformers round differently
-
-
-def make_prompt(seed: int, n: int = 12) -> Prompt:
-    ids = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Prompt(content_id(ids), tuple(ids), "")
-
-
-Named = list[tuple[str, torch.Tensor]]
-PROMPTS = [make_prompt(seed, 5 + seed) for seed in range(8)]
-
-
-def load_model(folder: Path, scale: float = 1.0) -> torch.nn.Module:
-    """The tiny model with all its weights multiplied, as if it had learned something."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale)
-    return model
-
-
-def reference_logprobs(model: torch.nn.Module, prompt: Prompt, answer: Completion, temperature: float) -> torch.Tensor:
-    """Log-probs of the sampled tokens by transformers, [n_tokens]."""
-    tokens = torch.tensor(answer.token_ids, dtype=torch.long)
-    row = torch.cat([torch.tensor(prompt.token_ids), tokens])[None]
-    with torch.no_grad():
-        logits = model(row).logits[0, len(prompt.token_ids) - 1 : -1]
-    return (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-
-
-def largest_gap(model: torch.nn.Module, prompt: Prompt, answers: list[Completion], temperature: float = 1.0) -> float:
-    gaps = [
-        (reference_logprobs(model, prompt, answer, temperature) - torch.tensor(answer.logprobs)).abs().max()
-        for answer in answers
-    ]
-    return float(max(gaps))
-
-
-@dataclass
-class Publisher:
-    """A sender as policy rank 0 would be, with the driver's part of a publication."""
-
-    pool: RolloutPool
-    run: Callable[..., Any]
-    sender: WeightSender | None = None
-    version: int = 0
-
-    def connect(self) -> None:
-        session = TransferSession(self.pool.backend, "127.0.0.1", free_port(), self.pool.workers + 1, timeout_s=60)
-
-        async def both() -> WeightSender:
-            sender, _ = await asyncio.gather(asyncio.to_thread(WeightSender.open, session), self.pool.connect(session))
-            return sender
-
-        self.sender = self.run(both())
-
-    def publish(self, weights: torch.nn.Module | Named, really_sent: Named | None = None) -> str:
-        if self.sender is None:
-            self.connect()
-        self.version += 1
-        named = list(weights.named_parameters()) if isinstance(weights, torch.nn.Module) else weights
-        specs = [WeightSpec(name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in named]
-        tensors = named if really_sent is None else really_sent
-
-        async def send() -> str:
-            if self.pool.backend == "local":
-                return self.sender.send(tensors)
-            return await asyncio.to_thread(self.sender.send, tensors)
-
-        async def both() -> str:
-            _, mark = await asyncio.gather(self.pool.receive(specs, self.version), send())
-            return mark
-
-        mark = self.run(both())
-        self.pool.accept(self.version, mark)
-        return mark
-
-
-def sample_all(
-    pool: RolloutPool, run: Callable[..., Any], sampling: Sampling, prompts=PROMPTS
-) -> list[list[Completion]]:
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*(pool.sample(prompt, sampling) for prompt in prompts))
-
-    rollouts = run(gather())
-    answers = fetch([rollout.completions for rollout in rollouts])
-    for rollout, completions in zip(rollouts, answers, strict=True):
-        assert rollout.infos == tuple(completion.info() for completion in completions)
-    return answers
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +81,7 @@ def test_seeds_repeat_and_responses_differ(pool, run) -> None:
 
 def test_a_prompt_that_is_too_long_is_refused(pool, run) -> None:
     with pytest.raises(ValueError, match="raise data.max_prompt_tokens"):
-        run(pool.sample(make_prompt(0, 100), Sampling(1, 48)))
+        run(pool.sample(make_prompt(0, 100), [Sampling(1, 48)]))
 
 
 def test_the_debug_engine_draws_the_same_tokens(pool, debug_pool, run) -> None:
@@ -218,7 +125,7 @@ def test_requests_in_flight_finish_under_one_version(publisher, run, tiny_model)
     engine, sampling = publisher.pool._handles[0], Sampling(4, 48, seed=9)
 
     async def start() -> list[asyncio.Task]:
-        tasks = [asyncio.ensure_future(engine.call("sample", p, sampling, deadline=60)) for p in PROMPTS]
+        tasks = [asyncio.ensure_future(engine.call("sample", p, [sampling], deadline=60)) for p in PROMPTS]
         await asyncio.sleep(0.05)  # some requests have reached the engine, some not: the test holds either way
         return tasks
 
@@ -247,15 +154,15 @@ def test_the_pool_refuses_weights_that_differ_from_what_was_sent(publisher, run,
 def test_nothing_is_sampled_between_sending_and_accepting(publisher, run, tiny_model) -> None:
     pool, model = publisher.pool, load_model(tiny_model)
     publisher.publish(model)
-    accept, pool.accept = pool.accept, lambda version, fingerprint: None
+    accept, pool.accept = pool.accept, lambda version, fingerprint, half: None
     try:
         mark = publisher.publish(model)
         with pytest.raises(StaleWeights, match="not yet confirmed"):
-            run(pool.sample(PROMPTS[0], Sampling(1, 4)))
+            run(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
     finally:
         pool.accept = accept
     pool.accept(publisher.version, mark)
-    run(pool.sample(PROMPTS[0], Sampling(1, 4)))
+    run(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
 
 
 @pytest.mark.parametrize("which", ["publisher", "debug_publisher"])
@@ -267,7 +174,7 @@ def test_a_missing_tensor_is_an_error_and_the_next_update_heals(which, request, 
     with pytest.raises(TransferFailed, match="would have kept their old"):
         publisher.publish(most)
     with pytest.raises(StaleWeights):
-        run(publisher.pool.sample(PROMPTS[0], Sampling(1, 4)))
+        run(publisher.pool.sample(PROMPTS[0], [Sampling(1, 4)]))
     with pytest.raises(StaleWeights, match="also after a failed transfer"):
         run(publisher.pool.receive([], 99))
     publisher.connect()
@@ -295,7 +202,7 @@ def test_requests_of_a_killed_engine_go_to_the_other_one(pool, run) -> None:
     assert children, "vLLM's core and worker are processes of their own"
 
     async def kill_while_sampling() -> list[Any]:
-        tasks = [asyncio.ensure_future(pool.sample(prompt, Sampling(4, 48, seed=2))) for prompt in PROMPTS]
+        tasks = [asyncio.ensure_future(pool.sample(prompt, [Sampling(4, 48, seed=2)])) for prompt in PROMPTS]
         await asyncio.sleep(0)
         os.kill(victim.pid, signal.SIGKILL)
         return await asyncio.gather(*tasks)

@@ -68,7 +68,9 @@ def test_a_packed_row_equals_separate_sequences(
     assert torch.allclose(logprobs, separate(plain, order), atol=1e-5)
 
 
-def test_gradients_of_a_packed_row_equal_those_of_separate_sequences(model: LogProbModel, plain: torch.nn.Module) -> None:
+def test_gradients_of_a_packed_row_equal_those_of_separate_sequences(
+    model: LogProbModel, plain: torch.nn.Module
+) -> None:
     made = assignments()
     weights = torch.linspace(-1, 1, 18)
     model.zero_grad()
@@ -81,20 +83,31 @@ def test_gradients_of_a_packed_row_equal_those_of_separate_sequences(model: LogP
         assert torch.allclose(parameter.grad, theirs[name].grad, atol=1e-5), name
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_chunks_change_neither_values_nor_gradients(chunk: int) -> None:
+def test_chunks_change_neither_values_nor_gradients(chunk: int, temperature: float) -> None:
+    """Log-probs and entropies at a temperature, and the gradient of a loss of both, against autograd on whole logits."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets, upstream = torch.arange(7), torch.linspace(-1, 1, 7)
-    logprobs, _ = ChunkedLogProbs.apply(hidden, weight, bias, targets, chunk, 1.0)
-    expected = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    targets, upstream, bonus = torch.arange(7), torch.linspace(-1, 1, 7), torch.linspace(0.5, -0.3, 7)
+    logprobs, beside, entropy = ChunkedLogProbs.apply(hidden, weight, bias, targets, chunk, temperature, None, True)
+    assert beside is None
+    everything = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)
+    expected, entropies = everything.gather(1, targets[:, None])[:, 0], -(everything.exp() * everything).sum(-1)
     assert torch.allclose(logprobs.double(), expected, atol=1e-5)
-    ours = torch.autograd.grad(logprobs @ upstream, (hidden, weight, bias))
-    theirs = torch.autograd.grad(expected @ upstream.double(), (hidden, weight, bias))
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    assert torch.allclose(entropy.double(), entropies, atol=1e-5)
+    parameters = (hidden, weight, bias)
+    for mine, other in (
+        (logprobs @ upstream, expected @ upstream.double()),
+        (entropy @ bonus, entropies @ bonus.double()),
+        (logprobs @ upstream + entropy @ bonus, expected @ upstream.double() + entropies @ bonus.double()),
+    ):
+        ours = torch.autograd.grad(mine, parameters, retain_graph=True)
+        theirs = torch.autograd.grad(other, parameters, retain_graph=True)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_log_probs_at_the_sampling_temperature(tiny_model: Path, plain: torch.nn.Module) -> None:
@@ -105,6 +118,26 @@ def test_log_probs_at_the_sampling_temperature(tiny_model: Path, plain: torch.nn
     assert torch.allclose(logprobs, separate(plain), atol=1e-5)
     assert logprobs.requires_grad
     assert not tempered.requires_grad
+
+
+def test_a_tempered_model_gives_its_gradient_and_entropy_at_the_sampling_temperature(
+    tiny_model: Path, plain: torch.nn.Module
+) -> None:
+    model = LogProbModel(load_causal_lm(str(tiny_model), "fp32"), chunk_tokens=4, temperature=0.7, tempered=True)
+    made = assignments()
+    weights = torch.linspace(-1, 1, 18)
+    logprobs, entropy = model(pack(made, completions(made), CPU))
+    assert torch.allclose(logprobs, separate(plain, temperature=0.7), atol=1e-5)
+    assert (entropy > 0).all()
+    plain.zero_grad()
+    (logprobs * weights).sum().backward()
+    (separate(plain, temperature=0.7) * weights).sum().backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in model.causal_lm.named_parameters():
+        assert torch.allclose(parameter.grad, theirs[name].grad, atol=2e-5), name
+    with torch.no_grad():
+        assert model(pack(made, completions(made), CPU))[1] is None
+    assert check_forward(model, model.causal_lm.config.vocab_size, CPU, 1e-3) < 1e-4
 
 
 def test_the_check_at_start_passes_and_catches_a_model_that_scales_its_logits(tiny_model: Path) -> None:

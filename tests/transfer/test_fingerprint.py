@@ -60,3 +60,12 @@ def test_watching_passes_the_tensors_on() -> None:
 
 def test_empty_and_small_tensors() -> None:
     assert fingerprint([("w", torch.zeros(0))]) != fingerprint([("w", torch.zeros(1, dtype=torch.int8))])
+
+
+def test_the_half_that_weights_are_meant_for_counts() -> None:
+    marks = []
+    for half in ("policy", "partner"):
+        total = Fingerprint(half)
+        list(total.watch(tensors()))
+        marks.append(total.hexdigest())
+    assert marks[0] == fingerprint(tensors()) != marks[1]

@@ -1,0 +1,239 @@
+"""What a method's fields demand of each other and of the other sections. The findings read like those of `checks.py`.
+
+A rule names fields, so it holds for every method that has them; nothing here lists the methods one by one, except where
+the mathematics of one asks for it. A user's own algorithm checks its options itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from rlhf.config.algorithm import Gradient, IpoMd, NashEma, NashMd, OwnAlgorithm, Ppo, Selm
+from rlhf.config.base import Section
+from rlhf.config.settings import Settings
+
+
+class Unused(NamedTuple):
+    """Fields that change nothing while another field, the switch, has one of some values.
+
+    Attributes:
+        fields: each with what it is, as the message's predicate.
+        remedy: what to set so that they count.
+    """
+
+    switch: str
+    values: tuple[Any, ...]
+    fields: dict[str, str]
+    remedy: str
+
+
+_REFERENCE = {
+    "reference": "is what the KL is measured to",
+    "reference_every": "is the length of a round, after which the reference changes",
+    "reference_decay": "is the share that an average keeps",
+    "reference_alpha": "is how far the reference moves on",
+}
+
+UNUSED = (
+    Unused("labels", ("hard",), {"label_temperature": "shapes soft and sampled labels"}, "`algorithm.labels: soft`"),
+    Unused(
+        "labels",
+        ("soft", "sampled"),
+        {"label_smoothing": "is the doubt about a hard label, and the others already hold how uncertain they are"},
+        "`algorithm.labels: hard` (`algorithm.label_temperature` makes the other labels softer)",
+    ),
+    Unused(
+        "reference",
+        ("fixed", "ema"),
+        {"reference_every": _REFERENCE["reference_every"]},
+        "`algorithm.reference: previous`",
+    ),
+    Unused(
+        "reference",
+        ("fixed", "previous", "extrapolated"),
+        {"reference_decay": _REFERENCE["reference_decay"]},
+        "`algorithm.reference: ema`",
+    ),
+    Unused(
+        "reference",
+        ("fixed", "previous", "ema"),
+        {"reference_alpha": _REFERENCE["reference_alpha"]},
+        "`algorithm.reference: extrapolated`",
+    ),
+    Unused(
+        "pairs",
+        ("dataset",),
+        {
+            "samples_per_prompt": "is the number of sampled responses",
+            "pairing": "chooses among sampled responses",
+            "labels": "turns verdicts into targets",
+            "label_temperature": "turns rewards into targets",
+        },
+        "`algorithm.pairs: sampled`",
+    ),
+    Unused(
+        "ranked_with",
+        ("dataset",),
+        {"fresh_samples": "is the number of responses beside y_gen"},
+        "`algorithm.ranked_with: samples`",
+    ),
+    Unused("alpha", (0,), {"bonus_scale": "scales the bonus"}, "`algorithm.alpha` above 0"),
+    Unused(
+        "kl_placement",
+        ("none",),
+        {
+            "kl_estimator": "estimates the KL",
+            "kl_coef": "weighs the KL",
+            "kl_target": "steers the weight of the KL",
+            "kl_horizon": "steers the weight of the KL",
+            "kl_before_baseline": "places the KL",
+            **_REFERENCE,
+        },
+        "`algorithm.kl_placement` to reward or loss",
+    ),
+    Unused(
+        "kl_placement",
+        ("loss",),
+        {"kl_before_baseline": "places a KL that is part of the reward"},
+        "`algorithm.kl_placement: reward`",
+    ),
+    Unused(
+        "kl_target",
+        (None,),
+        {"kl_horizon": "is the pace of the adaptive controller"},
+        "`algorithm.kl_target` to the KL to hold",
+    ),
+    Unused(
+        "correction",
+        ("none",),
+        {"correction_low": "bounds the importance weights", "correction_high": "bounds the importance weights"},
+        "`algorithm.correction: tis`",
+    ),
+)
+
+
+def method_problems(settings: Settings) -> Iterator[str]:
+    """All findings about the method's own fields; none for a user's own algorithm."""
+    if isinstance(settings.algorithm, OwnAlgorithm):
+        return
+    for rule in (_unused, _robust, _kl, _correction, _critic, _distribution, _judges):
+        yield from rule(settings)
+
+
+def used_responses(algorithm: Section) -> int:
+    """Most responses of one prompt that are learned from together, and so must share a micro-batch."""
+    if isinstance(algorithm, OwnAlgorithm):
+        return 2  # a pair; what more it uses gets a micro-batch of its own
+    if isinstance(algorithm, NashMd | NashEma):
+        return 1  # the opponent's response is not learned from
+    if isinstance(algorithm, Gradient):
+        return algorithm.samples_per_prompt
+    if isinstance(algorithm, Selm):  # the pair, and y_gen if it is neither
+        return 3 if algorithm.ranked_with == "dataset" else min(3, 1 + algorithm.fresh_samples)
+    if getattr(algorithm, "pairing", None) == "all" and getattr(algorithm, "pairs", "sampled") == "sampled":
+        return algorithm.samples_per_prompt
+    return 2
+
+
+def changed(section: Section, name: str) -> bool:
+    """Whether a field has another value than its default."""
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _unused(settings: Settings) -> Iterator[str]:
+    algorithm = settings.algorithm
+    for switch, values, fields, remedy in UNUSED:
+        state = getattr(algorithm, switch, "")
+        if state not in values:
+            continue
+        for field, what in fields.items():
+            if field in type(algorithm).model_fields and changed(algorithm, field):
+                shown = "null" if state is None else state
+                yield (f"`algorithm.{field}` {what}, but `algorithm.{switch}` is {shown}. Remove it, or set {remedy}")
+
+
+def _robust(settings: Settings) -> Iterator[str]:
+    algorithm = settings.algorithm
+    if getattr(algorithm, "loss", "") != "robust":
+        return
+    if algorithm.labels != "hard":
+        yield (
+            f"`algorithm.loss`: robust corrects hard labels, but `algorithm.labels` is {algorithm.labels}. Set "
+            "`algorithm.labels: hard`, or `algorithm.loss: logistic`"
+        )
+    elif algorithm.label_smoothing == 0:
+        yield (
+            "`algorithm.loss`: robust corrects for labels flipped at the rate `algorithm.label_smoothing`, which is "
+            "0, so it would equal logistic. Set `algorithm.label_smoothing` above 0 (below 0.5), or "
+            "`algorithm.loss: logistic`"
+        )
+
+
+def _kl(settings: Settings) -> Iterator[str]:
+    algorithm = settings.algorithm
+    if getattr(algorithm, "kl_placement", "none") == "none":
+        return
+    if algorithm.kl_placement == "loss" and algorithm.kl_estimator == "k1":
+        yield (
+            "`algorithm.kl_estimator`: k1 as a loss has no gradient in expectation, so nothing would hold the policy "
+            "near the reference. Set `algorithm.kl_estimator: k2` (reverse KL) or k3 (forward KL), or "
+            "`algorithm.kl_placement: reward`"
+        )
+    if algorithm.kl_target is not None and algorithm.kl_coef == 0:
+        yield (
+            "`algorithm.kl_target`: the controller multiplies `algorithm.kl_coef`, and 0 stays 0. Set "
+            "`algorithm.kl_coef` above 0, or `algorithm.kl_target: null`"
+        )
+
+
+def _correction(settings: Settings) -> Iterator[str]:
+    algorithm = settings.algorithm
+    if getattr(algorithm, "correction", "none") != "none" and algorithm.correction_low >= algorithm.correction_high:
+        yield (
+            f"`algorithm.correction_low`: the lower bound {algorithm.correction_low:g} is not below "
+            f"`algorithm.correction_high`, {algorithm.correction_high:g}. Lower the one or raise the other"
+        )
+
+
+def _critic(settings: Settings) -> Iterator[str]:
+    algorithm, steps = settings.algorithm, settings.loop.steps
+    if isinstance(algorithm, Ppo) and algorithm.critic_warmup_steps >= steps:
+        yield (
+            f"`algorithm.critic_warmup_steps`: in the first {algorithm.critic_warmup_steps} steps only the critic "
+            f"learns, and the run has {steps} (`loop.steps`), so the policy never would. Lower it, or raise "
+            "`loop.steps`"
+        )
+
+
+def _distribution(settings: Settings) -> Iterator[str]:
+    """Log-probs that enter a ratio, a gradient or a mixture must be of the whole distribution."""
+    algorithm, rollout = settings.algorithm, settings.rollout
+    mixes = isinstance(algorithm, IpoMd | NashMd | NashEma)
+    if not (mixes or isinstance(algorithm, Gradient)):
+        return
+    why = "samples from a mixture" if mixes else "follows the gradient of the log-probs it samples with"
+    for name, off in (("top_p", 1), ("top_k", 0)):
+        if getattr(rollout, name) != off:
+            yield (
+                f"`rollout.{name}`: {algorithm.name} {why}, which is exact only without truncation. Set "
+                f"`rollout.{name}: {off}`"
+            )
+
+
+def _judges(settings: Settings) -> Iterator[str]:
+    """What pairwise judges make meaningless or impossible."""
+    algorithm, reward = settings.algorithm, settings.reward
+    if reward.kind not in ("pairwise_function", "pairwise_model"):
+        return
+    if "label_temperature" in type(algorithm).model_fields and changed(algorithm, "label_temperature"):
+        yield (
+            "`algorithm.label_temperature` turns rewards into probabilities, but pairwise judges (`reward.kind: "
+            f"{reward.kind}`) give probabilities. Remove it, or choose a `reward.kind` that scores"
+        )
+    if isinstance(algorithm, Gradient) and algorithm.samples_per_prompt == 1:
+        yield (
+            f"`algorithm.samples_per_prompt`: a pairwise judge (`reward.kind: {reward.kind}`) compares the responses to "
+            "one prompt, and there is one. Set `algorithm.samples_per_prompt` to 2 or more, or choose a `reward.kind` "
+            "that scores"
+        )

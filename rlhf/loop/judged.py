@@ -1,0 +1,56 @@
+"""One prompt's judged responses, and what a step's sampling and judging came to in numbers, for the record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf.algorithms.labels import scored
+from rlhf.types import DATASET_VERSION, Failed, Feedback, Invalid, Rollout, Score, TimedOut
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One prompt's responses and what the reward side says of them."""
+
+    rollout: Rollout
+    feedback: Feedback
+
+
+def rollout_metrics(judged: Sequence[Judged]) -> dict[str, float]:
+    """What was sampled and how it was judged: means over all sampled responses (with a score), counts of the other outcomes.
+
+    Responses of the data set do not count. With several sources, each one's mean reward follows as reward/SOURCE.
+    """
+    drawn = [
+        (info, outcome)
+        for one in judged
+        for info, outcome in zip(one.rollout.infos, one.feedback.outcomes, strict=True)
+        if info.weight_version != DATASET_VERSION
+    ]
+    infos, outcomes = [info for info, _ in drawn], [outcome for _, outcome in drawn]
+    by_source: dict[str, list[float]] = {}
+    for one in judged:
+        for index, value in scored(one.feedback):
+            by_source.setdefault(one.rollout.infos[index].source, []).append(value)
+    rewards = np.array([outcome.value for outcome in outcomes if isinstance(outcome, Score)])
+    metrics = {
+        "rollout/responses": float(len(infos)),
+        "rollout/tokens": float(sum(info.n_tokens for info in infos)),
+        "reward/invalid": float(sum(isinstance(outcome, Invalid) for outcome in outcomes)),
+        "reward/failed": float(sum(isinstance(outcome, Failed) for outcome in outcomes)),
+        "reward/timed_out": float(sum(isinstance(outcome, TimedOut) for outcome in outcomes)),
+    }
+    if infos:
+        metrics |= {
+            "rollout/length": float(np.mean([info.n_tokens for info in infos])),
+            "rollout/truncated": float(np.mean([info.finish_reason == "length" for info in infos])),
+            "rollout/logprob": float(np.mean([info.mean_logprob for info in infos])),
+        }
+    if len(rewards):
+        metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
+    if len(by_source) > 1:
+        metrics |= {f"reward/{source}": float(np.mean(values)) for source, values in by_source.items()}
+    return metrics

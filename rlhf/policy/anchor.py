@@ -1,0 +1,107 @@
+"""A frozen copy of the policy that follows an update rule: the reference, or the engines' second model.
+
+Owns the copy's weights and what its rule remembers (an fp32 average, the last iterate). Lives in one rank; under ZeRO-3 it is
+sharded exactly as the policy is, so every rule works on shards and no rank talks to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule, due
+from rlhf.policy.learner import InvariantBroken
+from rlhf.training.engine import Trainer, local_shards, whole_weights
+from rlhf.training.packing import Experience
+from rlhf.transfer.fingerprint import fingerprint
+
+
+class Anchor:
+    """A frozen model and its rule.
+
+    Args:
+        model: from `shard_frozen`, with the weights the run starts from.
+    """
+
+    def __init__(self, name: str, model: torch.nn.Module, rule: UpdateRule):
+        self.name, self.model, self.rule = name, model, rule
+        self._memory: list[torch.Tensor] = []
+        if isinstance(rule, Ema):  # steps of an average are far below the spacing of bf16 weights
+            self._memory = _copies(self._shards())
+        self._fingerprint = self._take_fingerprint()
+
+    @torch.no_grad()
+    def logprobs(self, experience: Experience) -> torch.Tensor:
+        """fp32 [N] log-probs of the response tokens."""
+        return self.model(experience)[0]
+
+    @torch.no_grad()
+    def follow(self, policy: Trainer, step: int) -> bool:
+        """Apply the rule after loop step `step`. Returns whether the weights changed. Collective for `Extrapolated`."""
+        if not due(self.rule, step):
+            return False
+        self.check()
+        if isinstance(self.rule, Previous):
+            self._take(local_shards(policy.engine.module))
+        elif isinstance(self.rule, Ema):
+            for average, shard, new in zip(self._memory, self._shards(), local_shards(policy.engine.module), strict=True):
+                average.lerp_(new.detach().float().cpu(), 1 - self.rule.decay)
+                shard.copy_(average)
+        elif isinstance(self.rule, Extrapolated):
+            self._extrapolate(policy, self.rule.alpha)
+        self._fingerprint = self._take_fingerprint()
+        return True
+
+    def _extrapolate(self, policy: Trainer, alpha: float) -> None:
+        iterate = _copies(local_shards(policy.engine.module))
+        if self._memory:
+            moved = [new + alpha * (new - old) for new, old in zip(iterate, self._memory, strict=True)]
+            policy.set_shards(moved)
+        self._memory = iterate
+        self._take(local_shards(policy.engine.module))
+
+    def _take(self, shards: Iterator[torch.Tensor]) -> None:
+        for mine, theirs in zip(self._shards(), shards, strict=True):
+            mine.copy_(theirs)
+
+    def check(self) -> None:
+        """Raises InvariantBroken if the weights changed outside `follow`."""
+        if self._take_fingerprint() != self._fingerprint:
+            raise InvariantBroken(f"the weights of the {self.name} changed by themselves; every log-ratio since is wrong")
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight, whole, one after the other. Collective."""
+        return whole_weights(getattr(self.model, "module", self.model).causal_lm)
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Write this rank's shard, unless the rule is `Fixed`: then the model's own files hold it."""
+        if isinstance(self.rule, Fixed):
+            return
+        shards = [shard.detach().cpu() for shard in self._shards()]
+        torch.save({"shards": shards, "memory": self._memory}, self._file(folder, rank))
+
+    def load(self, folder: Path, rank: int) -> None:
+        """Restore what `save` wrote."""
+        if isinstance(self.rule, Fixed):
+            return
+        state = torch.load(self._file(folder, rank), weights_only=True)
+        with torch.no_grad():
+            self._take(iter(state["shards"]))
+        self._memory = state["memory"]
+        self._fingerprint = self._take_fingerprint()
+
+    def _file(self, folder: Path, rank: int) -> Path:
+        return folder / f"{self.name}-{rank}.pt"
+
+    def _shards(self) -> Iterator[torch.Tensor]:
+        return local_shards(self.model)
+
+    def _take_fingerprint(self) -> str:
+        return fingerprint((str(number), shard) for number, shard in enumerate(self._shards()))
+
+
+def _copies(shards: Iterator[torch.Tensor]) -> list[torch.Tensor]:
+    """fp32 copies in host memory."""
+    return [shard.detach().to("cpu", torch.float32, copy=True) for shard in shards]

@@ -1,0 +1,51 @@
+"""The configurations that come with the package: one per method for the demo task, and one per method for eight GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.algorithms import make
+from rlhf.config import load
+from rlhf.config.algorithm import METHODS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FOLDERS = ("movie_reviews", "8b")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_method_has_one(folder: str) -> None:
+    assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_it_declares_its_method(folder: str, method: str) -> None:
+    settings = load(CONFIGS / folder / f"{method}.yaml")
+    assert make(settings).name == method
+    assert settings.run.dir == f"runs/{folder}/{method}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demo_runs_are_comparable(method: str) -> None:
+    """Equal sampled responses, model, judge, held-out prompts and seed as the demo's own configuration."""
+    demo, settings = load(CONFIGS / "movie_reviews.yaml"), load(CONFIGS / "movie_reviews" / f"{method}.yaml")
+
+    def responses(s) -> int:
+        return s.loop.steps * s.loop.prompts_per_step * sum(source.n for source in make(s).sources)
+
+    assert responses(settings) == responses(demo) == 768
+    assert settings.reward == demo.reward and settings.rollout == demo.rollout
+    assert settings.policy.model == demo.policy.model and settings.policy.dtype == demo.policy.dtype
+    assert settings.data.eval_prompts == demo.data.eval_prompts
+    assert settings.run.seed == demo.run.seed and settings.loop.eval_limit == demo.loop.eval_limit
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_large_runs_use_eight_gpus_and_say_that_they_have_not_run(method: str) -> None:
+    path = CONFIGS / "8b" / f"{method}.yaml"
+    settings = load(path)
+    engines = settings.rollout.engines * settings.rollout.tensor_parallel_size
+    assert engines + settings.policy.ranks + settings.reward.servers * settings.reward.gpus == 8
+    assert path.read_text().startswith("# Designed, not yet run on a GPU")

@@ -1,0 +1,93 @@
+"""Every method through the whole loop: the real vLLM and DeepSpeed in one process, on the tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config import Settings, load
+from rlhf.config.algorithm import METHODS
+from rlhf.loop.run import Training
+
+pytestmark = pytest.mark.engine
+STEPS = 3
+
+CONFIG = """
+data: {{prompts: asset:tiny-prompts.jsonl, eval_prompts: asset:tiny-prompts.jsonl, max_prompt_tokens: 128}}
+policy: {{model: asset:tiny-llama, dtype: fp32, learning_rate: 1e-3, micro_batch_tokens: 2048}}
+rollout: {{max_tokens: 12, cpu_kv_cache_gb: 0.1, enforce_eager: true}}
+reward: {{kind: function, path: "tests.helpers:mean_byte"}}
+loop: {{steps: {steps}, prompts_per_step: 6, eval_limit: 4}}
+tracking: {{console: "off"}}
+checkpoint: {{every: 0, export: false}}
+cluster: {{device: cpu, threads: 1}}
+algorithm: {{name: {method}}}
+"""
+
+# Away from the defaults where these would hide what the method does.
+OPTIONS: dict[str, list[str]] = {
+    "iterative_dpo": ["algorithm.samples_per_prompt=3", "loop.updates_per_step=2", "loop.epochs_per_step=2"],
+    "ipo_md": ["algorithm.mixture=0.5"],
+    "selm": ["algorithm.ranked_with=samples", "algorithm.fresh_samples=3", "algorithm.alpha=0.1"],
+    "xpo": ["algorithm.alpha=0.01"],
+    "ppo": ["algorithm.kl_target=0.5", "algorithm.critic_learning_rate=1e-3", "loop.updates_per_step=2"],
+    "grpo": ["algorithm.samples_per_prompt=4", "algorithm.entropy_coef=0.01"],
+    "nash_ema": ["algorithm.opponent_decay=0.5"],
+}
+
+
+def settings(method: str, folder: Path, *more: str) -> Settings:
+    path = folder.with_suffix(".yaml")
+    path.write_text(CONFIG.format(steps=STEPS, method=method))
+    return load(path, [f"run.dir={folder}", *OPTIONS.get(method, []), *more])
+
+
+def train(method: str, folder: Path, *more: str, resume: bool = False) -> list[dict[str, Any]]:
+    """The metrics of each step."""
+    asyncio.run(Training(settings(method, folder, *more), debug=True, resume=resume).run())
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_runs_and_moves_the_policy(method: str, tmp_path: Path) -> None:
+    steps = train(method, tmp_path / "run")
+    evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert len(steps) == STEPS
+    assert evaluations[0]["policy/kl"] == pytest.approx(0, abs=1e-6), "policy and reference start as one"
+    assert evaluations[-1]["policy/kl"] != 0
+    assert all(math.isfinite(step["policy/loss"]) and step["policy/grad_norm"] > 0 for step in steps)
+    gaps = [step["policy/logprob_gap"] for step in steps if "policy/logprob_gap" in step]
+    assert all(gap < 1e-4 for gap in gaps), "engine and trainer agree on what the policy wrote, after each publication"
+    assert gaps or method == "ipo_md", "only a method that samples from nothing but a mixture has no such tokens"
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        ("online_dpo", math.log(2)),
+        ("selm", math.log(2)),
+        ("online_ipo", None),
+        ("ipo_md", None),
+    ],
+)
+def test_the_first_step_has_the_loss_that_theory_says(method: str, loss: float | None, tmp_path: Path) -> None:
+    """At pi = ref: log 2 for the logistic link, 1/(4 tau^2) for the square link with hard labels."""
+    more = ["algorithm.labels=hard", "algorithm.tau=0.5"] if loss is None else []
+    first = train(method, tmp_path / "run", "loop.steps=1", *more)[0]
+    assert first["policy/loss"] == pytest.approx(1.0 if loss is None else loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["iterative_dpo", "ppo", "nash_ema"])
+def test_a_resumed_run_equals_the_uninterrupted_one(method: str, tmp_path: Path) -> None:
+    """With what moves besides the policy: a reference, a critic and an adaptive KL, an average in the engines."""
+    whole = train(method, tmp_path / "whole")
+    train(method, tmp_path / "run", "loop.steps=2", "checkpoint.every=2")
+    resumed = train(method, tmp_path / "run", "checkpoint.every=2", resume=True)
+    for one, other in zip(resumed, whole, strict=True):
+        for name in ("reward/mean", "policy/loss", "policy/grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), (one["step"], name)

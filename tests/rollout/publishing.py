@@ -1,0 +1,107 @@
+"""What tests of engines and their weights share: prompts, the tiny model, log-probs by transformers, a publisher."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf.cluster import fetch
+from rlhf.rollout import RolloutPool, Sampling
+from rlhf.transfer import TransferSession, WeightSender, WeightSpec, free_port
+from rlhf.types import Completion, Half, Prompt, content_id
+
+GAP = 1e-4  # nats; engine and transformers round differently
+
+
+def make_prompt(seed: int, n: int = 12) -> Prompt:
+    ids = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Prompt(content_id(ids), tuple(ids), "")
+
+
+Named = list[tuple[str, torch.Tensor]]
+PROMPTS = [make_prompt(seed, 5 + seed) for seed in range(8)]
+
+
+def load_model(folder: Path, scale: float = 1.0) -> torch.nn.Module:
+    """The tiny model with all its weights multiplied, as if it had learned something."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def reference_logprobs(model: torch.nn.Module, prompt: Prompt, answer: Completion, temperature: float) -> torch.Tensor:
+    """Log-probs of the sampled tokens by transformers, [n_tokens]."""
+    tokens = torch.tensor(answer.token_ids, dtype=torch.long)
+    row = torch.cat([torch.tensor(prompt.token_ids), tokens])[None]
+    with torch.no_grad():
+        logits = model(row).logits[0, len(prompt.token_ids) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def largest_gap(model: torch.nn.Module, prompt: Prompt, answers: list[Completion], temperature: float = 1.0) -> float:
+    gaps = [
+        (reference_logprobs(model, prompt, answer, temperature) - torch.tensor(answer.logprobs)).abs().max()
+        for answer in answers
+    ]
+    return float(max(gaps))
+
+
+@dataclass
+class Publisher:
+    """A sender as policy rank 0 would be, with the driver's part of a publication."""
+
+    pool: RolloutPool
+    run: Callable[..., Any]
+    sender: WeightSender | None = None
+    version: int = 0
+
+    def connect(self) -> None:
+        session = TransferSession(self.pool.backend, "127.0.0.1", free_port(), self.pool.workers + 1, timeout_s=60)
+
+        async def both() -> WeightSender:
+            sender, _ = await asyncio.gather(asyncio.to_thread(WeightSender.open, session), self.pool.connect(session))
+            return sender
+
+        self.sender = self.run(both())
+
+    def publish(self, weights: torch.nn.Module | Named, really_sent: Named | None = None, half: Half = "policy") -> str:
+        if self.sender is None:
+            self.connect()
+        self.version += half == "policy"
+        named = list(weights.named_parameters()) if isinstance(weights, torch.nn.Module) else weights
+        specs = [WeightSpec(name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in named]
+        tensors = named if really_sent is None else really_sent
+
+        async def send() -> str:
+            if self.pool.backend == "local":
+                return self.sender.send(tensors, half)
+            return await asyncio.to_thread(self.sender.send, tensors, half)
+
+        async def both() -> str:
+            _, mark = await asyncio.gather(self.pool.receive(specs, self.version, half), send())
+            return mark
+
+        mark = self.run(both())
+        self.pool.accept(self.version, mark, half)
+        return mark
+
+
+def sample_all(
+    pool: RolloutPool, run: Callable[..., Any], *samplings: Sampling, prompts: Sequence[Prompt] = PROMPTS
+) -> list[list[Completion]]:
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*(pool.sample(prompt, samplings) for prompt in prompts))
+
+    rollouts = run(gather())
+    answers = fetch([rollout.completions for rollout in rollouts])
+    for rollout, completions in zip(rollouts, answers, strict=True):
+        assert rollout.infos == tuple(completion.info() for completion in completions)
+    return answers
