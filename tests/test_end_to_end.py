@@ -24,7 +24,9 @@ def rlhf(*arguments: str, check: bool = True, timeout: float = 300) -> subproces
     command = [sys.executable, "-m", "rlhf.cli", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+        raise AssertionError(
+            f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+        )
     return done
 
 
@@ -113,7 +115,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(debug_run: Path, tmp_path: P
 def test_online_dpo_learns(tmp_path: Path) -> None:
     """The share of the letter a in held-out responses, which random weights put near chance, becomes most of them."""
     folder = tmp_path / "run"
-    train(folder, "--debug", "loop.steps=60", "loop.prompts_per_step=16", "checkpoint.every=0", "checkpoint.export=false")
+    train(
+        folder, "--debug", "loop.steps=60", "loop.prompts_per_step=16", "checkpoint.every=0", "checkpoint.export=false"
+    )
     before, after = (line["reward/mean"] for line in lines(folder / "evaluations.jsonl"))
     assert before < 0.05
     assert after > 0.3
@@ -123,7 +127,9 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_resume_goes_on(tmp_path: P
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "rlhf.cli", "train", "configs/tiny.yaml", f"run.dir={folder}", "loop.steps=400"]
     options = ("checkpoint.every=1", "tracking.console=off", "cluster.device=cpu")
-    process = subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         wait_for(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) >= 2, process)
         session = os.getsid(process.pid)
@@ -136,7 +142,14 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_resume_goes_on(tmp_path: P
     assert "died while the driver waited for" in stderr
     assert "policy[" in stderr
     done = len(lines(folder / "metrics.jsonl"))
-    train(folder, "--resume", f"loop.steps={done + 1}", "checkpoint.every=0", "checkpoint.export=false", "rollout.engines=1")
+    train(
+        folder,
+        "--resume",
+        f"loop.steps={done + 1}",
+        "checkpoint.every=0",
+        "checkpoint.export=false",
+        "rollout.engines=1",
+    )
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, done + 2))
 
 

@@ -4,15 +4,15 @@
     python examples/movie_reviews/compare.py report [--folder runs/compare] [--docs docs/algorithms]
 
 `run` trains each `configs/movie_reviews/METHOD.yaml` with each seed, all roles as Ray actors, into
-`FOLDER/METHOD-SEED`; runs that are complete are kept, so it can be interrupted. `report` reads these folders and writes
-`results.json`, a curve for each method, and `comparison.png` and `comparison_table.md` into the folder of `--docs`.
+`FOLDER/METHOD-SEED`; runs that are complete or under way are left alone, so it can be interrupted, and two of it can share the
+work. `report` reads these folders and writes `results.json`, a curve for each method and `comparison.png` into the folder
+of `--docs`, and prints the table; what an earlier report found stays, unless the same method, seed and steps were run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -49,29 +49,41 @@ def main() -> None:
         one.add_argument("--folder", type=Path, default=Path("runs/compare"))
     args = parser.parse_args()
     if args.action == "run":
-        run(args.methods or sorted(path.stem for path in CONFIGS.glob("*.yaml")), args.seeds, args.folder, args.fraction, args.set)
+        run(
+            args.methods or sorted(path.stem for path in CONFIGS.glob("*.yaml")),
+            args.seeds,
+            args.folder,
+            args.fraction,
+            args.set,
+        )
     else:
         write_report(args.folder, args.docs)
 
 
-def run(
-    methods: Sequence[str], seeds: Sequence[int], folder: Path, fraction: float, overrides: Sequence[str]
-) -> None:
+def run(methods: Sequence[str], seeds: Sequence[int], folder: Path, fraction: float, overrides: Sequence[str]) -> None:
     """Train what is not there yet; a run that failed is told and does not stop the others."""
     prepare.prepare(REWARD_MODEL, method="ridge", threads=None)
     for seed in seeds:
         for method in methods:
             target = folder / f"{method}-{seed}"
-            if (target / "heldout_after.jsonl").exists():
+            if target.exists():
                 continue
-            shutil.rmtree(target, ignore_errors=True)
-            loop = load(CONFIGS / f"{method}.yaml").loop
-            steps, every = (max(1, round(fraction * number)) for number in (loop.steps, loop.eval_every))
-            shorter = [f"loop.steps={steps}", f"loop.eval_every={every}"]
-            options = [*shorter, f"run.dir={target}", f"run.seed={seed}", "checkpoint.every=0", "checkpoint.export=false", *overrides]
+            target.mkdir(parents=True)
+            steps = max(1, round(fraction * load(CONFIGS / f"{method}.yaml").loop.steps))
+            shorter = [f"loop.steps={steps}", f"loop.eval_every={-(-steps // 3)}"]
+            options = [
+                *shorter,
+                f"run.dir={target}",
+                f"run.seed={seed}",
+                "checkpoint.every=0",
+                "checkpoint.export=false",
+                *overrides,
+            ]
             command = [sys.executable, "-m", "rlhf.cli", "train", str(CONFIGS / f"{method}.yaml"), *options]
             done = subprocess.run(command, check=False)
             print(f"{target}: {'done' if done.returncode == 0 else f'FAILED ({done.returncode})'}", flush=True)
+            if done.returncode:
+                target.rename(target.with_name(f"failed-{target.name}"))
 
 
 def write_report(folder: Path, docs: Path) -> None:
@@ -80,8 +92,10 @@ def write_report(folder: Path, docs: Path) -> None:
     if not results:
         sys.exit(f"{folder}: no complete run; start with `compare.py run`")
     docs.mkdir(parents=True, exist_ok=True)
-    (docs / "results.json").write_text(json.dumps(jsonl.finite(results), indent=1) + "\n", encoding="utf-8")
-    (docs / "comparison_table.md").write_text(table(results), encoding="utf-8")
+    record = docs / "results.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+    results = list({(one["method"], one["seed"], one["steps"]): one for one in known + results}.values())
+    record.write_text(json.dumps(jsonl.finite(results), indent=1) + "\n", encoding="utf-8")
     for method in sorted({result["method"] for result in results}):
         curves([one for one in results if one["method"] == method], docs / f"{method}.png", by="seed")
     curves(results, docs / "comparison.png", by="method")

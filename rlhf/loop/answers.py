@@ -105,9 +105,7 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     baseline = baseline or settings.policy.model
     tokenizer = load_tokenizer(resolve(settings.policy.model))
     prompts = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)[: settings.loop.eval_limit]
-    ours, theirs = (
-        asyncio.run(_judged_answers(settings, prompts, model, tokenizer)) for model in (policy, baseline)
-    )
+    ours, theirs = (asyncio.run(_judged_answers(settings, prompts, model, tokenizer)) for model in (policy, baseline))
     rate, (low, high) = win_rate(theirs.rewards, ours.rewards, seed=settings.run.seed)
     figures = {
         "prompts": len(prompts),

@@ -46,7 +46,9 @@ class Anchor:
         if isinstance(self.rule, Previous):
             self._take(local_shards(policy.engine.module))
         elif isinstance(self.rule, Ema):
-            for average, shard, new in zip(self._memory, self._shards(), local_shards(policy.engine.module), strict=True):
+            for average, shard, new in zip(
+                self._memory, self._shards(), local_shards(policy.engine.module), strict=True
+            ):
                 average.lerp_(new.detach().float().cpu(), 1 - self.rule.decay)
                 shard.copy_(average)
         elif isinstance(self.rule, Extrapolated):
@@ -69,7 +71,9 @@ class Anchor:
     def check(self) -> None:
         """Raises InvariantBroken if the weights changed outside `follow`."""
         if self._take_fingerprint() != self._fingerprint:
-            raise InvariantBroken(f"the weights of the {self.name} changed by themselves; every log-ratio since is wrong")
+            raise InvariantBroken(
+                f"the weights of the {self.name} changed by themselves; every log-ratio since is wrong"
+            )
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight, whole, one after the other. Collective."""
