@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf.data.assets import resolve
 from rlhf.training import attention
+from rlhf.training.cpu_products import use_fast_linear
 from rlhf.training.model import DTYPES, ModelError, disable_dropout, load_causal_lm
 from rlhf.training.packing import Experience
 
@@ -93,6 +94,7 @@ def _from_reward_model(policy: str, path: str, dtype: str) -> ValueModel:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise _unusable(path, "it has no linear head `score` with one output")
+    use_fast_linear(model.base_model)
     critic = ValueModel(model.base_model, head.weight)
     if head.bias is not None:
         critic.head.bias.data.copy_(head.bias.data)

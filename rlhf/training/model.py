@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.loader import UserError
 from rlhf.training import attention
+from rlhf.training.cpu_products import faster_in_fp32, use_fast_linear
 from rlhf.training.packing import Experience, pack
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 
@@ -54,6 +55,8 @@ class ChunkedLogProbs(torch.autograd.Function):
         logprobs = torch.empty_like(normaliser)
         tempered = None if temperature is None else torch.empty_like(normaliser)
         entropy = torch.empty_like(normaliser) if with_entropy else None
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
+        hidden, weight, bias = _for_products(hidden, weight, bias)
         for part in _parts(0, len(targets), chunk):
             projected = nn.functional.linear(hidden[part], weight, bias)
             for rows in _parts(part.start, part.stop, ROWS):
@@ -70,7 +73,6 @@ class ChunkedLogProbs(torch.autograd.Function):
                     tempered[rows] = logprobs[rows]
                 elif temperature is not None:
                     tempered[rows] = chosen / temperature - logits.div_(temperature).logsumexp(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
         ctx.chunk, ctx.divisor = chunk, divisor
         ctx.set_materialize_grads(False)
         if tempered is not None:
@@ -83,11 +85,12 @@ class ChunkedLogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
         gradient = torch.zeros_like(normaliser) if gradient is None else gradient
-        grad_hidden = torch.empty_like(hidden)
+        dtype, grad_hidden = weight.dtype, torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = (
             torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
         )
+        hidden, weight, bias = _for_products(hidden, weight, bias)
         for part in _parts(0, len(targets), ctx.chunk):
             projected = nn.functional.linear(hidden[part], weight, bias)
             for rows in _parts(part.start, part.stop, ROWS):
@@ -111,10 +114,15 @@ class ChunkedLogProbs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += projected.T @ hidden[part]
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = grad_weight.to(dtype)
         if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
+            grad_bias = grad_bias.to(dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _for_products(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors in the precision in which this machine multiplies them fastest."""
+    return [t.float() if t is not None and faster_in_fp32(t) else t for t in tensors]
 
 
 def _parts(start: int, stop: int, size: int) -> list[slice]:
@@ -187,6 +195,7 @@ def load_causal_lm(path: str, dtype: str) -> nn.Module:
         raise ModelError(
             f"policy.model: {type(model).__name__} has no linear output projection; it cannot be trained here"
         )
+    use_fast_linear(model.base_model)
     return model
 
 

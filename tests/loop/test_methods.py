@@ -82,6 +82,17 @@ def test_the_first_step_has_the_loss_that_theory_says(method: str, loss: float |
     assert first["policy/loss"] == pytest.approx(1.0 if loss is None else loss, rel=1e-4)
 
 
+def test_a_reference_that_moves_is_published_to_the_engines_that_sample_from_it(tmp_path: Path) -> None:
+    """XPO's second response is the reference's, here that of a policy that moved far in the first step, or of the start."""
+    options = ["algorithm.alpha=0", "policy.learning_rate=1e-2"]
+    fixed = train("xpo", tmp_path / "fixed", *options)
+    moved = train("xpo", tmp_path / "moved", *options, "algorithm.reference=previous")
+    assert moved[0]["rollout/logprob"] == fixed[0]["rollout/logprob"], "the first step has one reference in both runs"
+    assert moved[1]["rollout/logprob"] != fixed[1]["rollout/logprob"]
+    assert moved[1]["policy/loss"] == pytest.approx(math.log(2), rel=1e-4), "policy and reference are one in each round"
+    assert fixed[1]["policy/loss"] != pytest.approx(math.log(2), rel=1e-2)
+
+
 @pytest.mark.parametrize("method", ["iterative_dpo", "ppo", "nash_ema"])
 def test_a_resumed_run_equals_the_uninterrupted_one(method: str, tmp_path: Path) -> None:
     """With what moves besides the policy: a reference, a critic and an adaptive KL, an average in the engines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,30 @@ def test_a_rank_without_work_has_a_row_that_runs(model: LogProbModel) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="policy.model"):
         load_causal_lm(str(tmp_path / "nothing"), "fp32")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_fp32_are_those_of_bf16_layers(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    """On a CPU without a bf16 matrix unit; forward and gradients, to the rounding of bf16."""
+    from rlhf.training import cpu_products
+
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16)
+    fast = copy.deepcopy(plain)
+    cpu_products.use_fast_linear(torch.nn.Sequential(fast))
+    inputs = [torch.randn(5, 7, 64, dtype=torch.bfloat16, requires_grad=True)]
+    inputs.append(inputs[0].detach().clone().requires_grad_())
+    monkeypatch.setattr(cpu_products, "_has_bf16_unit", lambda: False)
+    outputs = [layer(x) for layer, x in zip((plain, fast), inputs, strict=True)]
+    for output in outputs:
+        output.square().sum().backward()
+    pairs = [
+        outputs,
+        [x.grad for x in inputs],
+        *zip(*([p.grad for p in m.parameters()] for m in (plain, fast)), strict=True),
+    ]
+    for one, other in pairs:
+        assert one.dtype == other.dtype == torch.bfloat16
+        assert torch.allclose(one.float(), other.float(), rtol=0.02, atol=0.02 * one.float().abs().max().item())
+    monkeypatch.setattr(cpu_products, "_has_bf16_unit", lambda: True)
+    assert torch.equal(fast(inputs[1]), plain(inputs[1])), "elsewhere it is the plain layer"
