@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import workload
 
 from rlhf.data.assets import resolve
@@ -191,6 +192,7 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "cores": CORES,
         "machine": platform.machine(),
+        "amx": torch.cpu._is_amx_tile_supported(),
         "versions": versions,
         "rounds": args.rounds,
         "steps": args.steps,

@@ -29,7 +29,7 @@ from rlhf.policy.learner import Moment, Update, kl_meters
 from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.training.engine import Trainer, shard_frozen, whole_weights
-from rlhf.training.model import LogProbModel, check_forward, load_causal_lm
+from rlhf.training.model import FORWARD_TOLERANCE, LogProbModel, check_forward, load_causal_lm
 from rlhf.training.packing import Experience, idle, pack
 from rlhf.transfer import TransferSession, WeightSender, WeightSpec, free_port, host_address
 from rlhf.types import Assignment, Completion, Half
@@ -89,9 +89,8 @@ class PolicyRank:
         self.start = self.reference
         if not isinstance(self.algorithm.reference, Fixed) and settings.data.eval_prompts is not None:
             self.start = self._anchor("start", path, Fixed())  # what an evaluation measures the distance to
-        check_forward(
-            self.policy.engine.module, model.causal_lm.config.vocab_size, self.device, settings.run.max_logprob_gap
-        )
+        tolerance = FORWARD_TOLERANCE[settings.policy.dtype]
+        check_forward(self.policy.engine.module, model.causal_lm.config.vocab_size, self.device, tolerance)
         self.learner = self._learner(path)
 
     def _model(self, path: str) -> LogProbModel:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.algorithms import Algorithm, PolicyGradient
-from rlhf.algorithms.anchors import Ema, Extrapolated
+from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed
 from rlhf.config.policy import PolicySettings
 from rlhf.config.rollout import RolloutSettings
 
@@ -40,12 +40,14 @@ class PolicyMemory:
 
     Attributes:
         partner: the engines' second model, where it is not the reference.
+        start: the model the run started from, where an evaluation needs it beside a reference that moves.
         critic: its weights, gradients and optimizer states.
     """
 
     policy: float
     reference: float
     partner: float
+    start: float
     gradients: float
     optimizer: float
     critic: float
@@ -85,7 +87,9 @@ def model_shape(config: Any) -> ModelShape:
     )
 
 
-def policy_memory(shape: ModelShape, settings: PolicySettings, algorithm: Algorithm) -> PolicyMemory:
+def policy_memory(
+    shape: ModelShape, settings: PolicySettings, algorithm: Algorithm, evaluates: bool = False
+) -> PolicyMemory:
     """Bytes per rank.
 
     bf16 training keeps fp32 master weights and, from ZeRO 1 on, accumulates gradients in fp32 beside the bf16 ones.
@@ -93,6 +97,9 @@ def policy_memory(shape: ModelShape, settings: PolicySettings, algorithm: Algori
     gradient checkpointing plus one layer; in fp32 twice as much. The vocabulary is projected in fp32 chunks, two of
     which live at the same time. A critic is as large as the policy and takes turns with it. An average, or the last iterate that an
     extrapolation remembers, is kept in fp32 in host memory.
+
+    Args:
+        evaluates: on held-out prompts: with a reference that moves, the start is kept as well, to measure the distance to.
     """
     size, stage, ranks = BYTES[settings.dtype], settings.zero_stage, settings.ranks
     mixed = settings.dtype == "bf16"
@@ -104,6 +111,7 @@ def policy_memory(shape: ModelShape, settings: PolicySettings, algorithm: Algori
     chunks = 2 * settings.logprob_chunk_tokens * shape.vocabulary * 4
     trained = 2 if isinstance(algorithm.objective, PolicyGradient) and algorithm.objective.critic is not None else 1
     anchors = [rule for rule in (algorithm.reference, algorithm.partner) if rule is not None]
+    start = weights if evaluates and not isinstance(algorithm.reference, Fixed) else 0
     remembered = sum(isinstance(rule, Ema | Extrapolated) for rule in anchors)
     device_weights = weights if settings.offload_parameters == "none" else 0
     device_optimizer = optimizer if settings.offload_optimizer == "none" else 0
@@ -111,12 +119,13 @@ def policy_memory(shape: ModelShape, settings: PolicySettings, algorithm: Algori
         policy=device_weights,
         reference=device_weights,
         partner=device_weights * (len(anchors) - 1),
+        start=start if settings.offload_parameters == "none" else 0,
         gradients=gradients,
         optimizer=device_optimizer,
         critic=(device_weights + gradients + device_optimizer) * (trained - 1),
         activations=stored + chunks,
         host=(optimizer - device_optimizer) * trained
-        + (weights - device_weights) * (trained + len(anchors))
+        + (weights - device_weights) * (trained + len(anchors) + (start > 0))
         + remembered * 4 * weights / size,
     )
 

@@ -216,7 +216,7 @@ def _tokens(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterato
 
 
 def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str) -> Iterator[str]:
-    need = policy_memory(inputs.shape, settings.policy, algorithm)
+    need = policy_memory(inputs.shape, settings.policy, algorithm, settings.data.eval_prompts is not None)
     words = ", ".join(f"{name} {_size(size)}" for name, size in need.parts().items())
     yield f"each policy rank: {_size(need.device)} ({words})"
     if need.host:

@@ -177,9 +177,9 @@ def test_memory_follows_precision_and_sharding() -> None:
 def test_memory_follows_the_method(tmp_path: Path) -> None:
     shape = tiny_shape()
 
-    def need(algorithm: dict[str, Any], *overrides: str) -> PolicyMemory:
+    def need(algorithm: dict[str, Any], *overrides: str, evaluates: bool = False) -> PolicyMemory:
         settings = with_method(tmp_path, algorithm, "policy.zero_stage=0", *overrides)
-        return policy_memory(shape, settings.policy, make(settings))
+        return policy_memory(shape, settings.policy, make(settings), evaluates)
 
     plain = need({"name": "online_dpo"})
     assert need({"name": "ppo"}).critic == plain.policy + plain.gradients + plain.optimizer
@@ -187,6 +187,8 @@ def test_memory_follows_the_method(tmp_path: Path) -> None:
     assert need({"name": "nash_ema"}).host == 4 * shape.parameters, "the average, in fp32"
     assert need({"name": "online_dpo", "reference": "extrapolated"}).host == 4 * shape.parameters
     assert need({"name": "iterative_dpo"}) == plain
+    assert need({"name": "iterative_dpo"}, evaluates=True).start == plain.reference
+    assert need({"name": "online_dpo"}, evaluates=True) == plain, "a fixed reference is the start"
     offloaded = need(
         {"name": "ppo"}, "policy.zero_stage=3", "policy.offload_parameters=cpu", "policy.offload_optimizer=cpu"
     )
