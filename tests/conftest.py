@@ -13,9 +13,11 @@ import pytest
 
 from rlhf.config.settings import Settings
 
-# No test is timed: how long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# No test is timed: how long an example takes says how busy the machine is. The same code gives the same examples, so that a
+# change is not blamed for what an earlier one did; `HYPOTHESIS_PROFILE=search` looks for new ones.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Every test process shares two cores with the engines that it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -61,7 +61,7 @@ def test_a_liking_for_the_first_place_cancels(strengths: list[float], bias: floa
     for i, j in permutations(range(len(strengths)), 2):
         margin = strengths[i] - strengths[j]
         assert verdict.preferences[i, j] == pytest.approx(0.5) if margin == 0 else True
-        assert (verdict.preferences[i, j] - 0.5) * margin >= 0
+        assert (verdict.preferences[i, j] - 0.5) * margin >= -1e-15
 
 
 def test_a_score_is_the_mean_win_rate_over_the_others() -> None:
