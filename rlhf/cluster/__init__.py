@@ -1,24 +1,38 @@
 """Where actors live and how one waits for them.
 
-Owns: starting and stopping actors, in Ray (`RayRuntime`) or in this process (`LocalRuntime`, which is debug mode), the
-handles through which they are called, and references to results that the caller does not want to hold.
+Owns: deciding which actor runs on which node with which GPUs (`place`), starting and stopping actors, in Ray (`RayRuntime`)
+or in this process (`LocalRuntime`, which is debug mode), the handles through which they are called, and references to
+results that the caller does not want to hold.
 Does not know: what any actor does. Rule: every remote wait has a deadline and says who waited for whom.
 """
 
-from rlhf.cluster.handles import ActorDied, DeadlineExpired, Handle, LocalHandle, LocalRef, RayHandle, fetch
-from rlhf.cluster.runtime import LocalRuntime, RayRuntime, Runtime, compute_env, uses_gpu
+from rlhf.cluster.devices import compute_env, shared_engines, takes_turns, uses_gpu
+from rlhf.cluster.handles import ActorDied, DeadlineExpired, Handle, LocalHandle, LocalRef, RayHandle, fetch, together
+from rlhf.cluster.placement import CannotPlace, Placement, Seat, place
+from rlhf.cluster.runtime import LocalRuntime, RayRuntime, Runtime
+from rlhf.cluster.wishes import Node, Wishes, wishes
 
 __all__ = [
     "ActorDied",
+    "CannotPlace",
     "DeadlineExpired",
     "Handle",
     "LocalHandle",
     "LocalRef",
     "LocalRuntime",
+    "Node",
+    "Placement",
     "RayHandle",
     "RayRuntime",
     "Runtime",
+    "Seat",
+    "Wishes",
     "compute_env",
     "fetch",
+    "place",
+    "shared_engines",
+    "takes_turns",
+    "together",
     "uses_gpu",
+    "wishes",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,6 +54,38 @@ def fetch(references: Sequence[Any]) -> list[Any]:
     import ray
 
     return ray.get(list(references))
+
+
+DEATH_NOTICE_S = 30.0
+"""How long Ray's health checks take, at most, to tell that a node has crashed."""
+
+
+async def together(*calls: Awaitable[Any]) -> list[Any]:
+    """Results, in order, of calls to actors that need one another to answer.
+
+    When an actor dies, those who were in a collective with it often fail first, with words that do not name it. So after a
+    failure the other calls get `DEATH_NOTICE_S` more, and the error of a dead actor goes before all others.
+
+    Raises:
+        Whatever a call raises: `ActorDied` if there is one, else the first error.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    clock = asyncio.get_running_loop().time
+    errors: list[BaseException] = []
+    waiting, end = set(tasks), None
+    while waiting and not any(isinstance(error, ActorDied) for error in errors):
+        patience = None if end is None else max(0.0, end - clock())
+        done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            break
+        errors += [task.exception() for task in tasks if task in done and task.exception() is not None]
+        if errors and end is None:
+            end = clock() + DEATH_NOTICE_S
+    for task in waiting:  # nobody will ask for their errors
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    if errors:
+        raise next((error for error in errors if isinstance(error, ActorDied)), errors[0])
+    return [task.result() for task in tasks]
 
 
 class RayHandle:

@@ -7,29 +7,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from rlhf.cluster.handles import Handle, LocalHandle, RayHandle
-from rlhf.config.cluster import ClusterSettings
+from rlhf.cluster.placement import CannotPlace, Placement, place
+from rlhf.cluster.reservation import Reservation, cluster_nodes
+from rlhf.cluster.wishes import Wishes
+from rlhf.cluster.worker_setup import job_environment
+from rlhf.config.cluster import ClusterSettings, Role
 
-CPU_MALLOC = {"hugetlb": 1, "mmap_threshold": 2**25, "trim_threshold": 2**33}
-"""glibc's settings for actors that compute on CPU; thresholds in bytes."""
-
-
-def uses_gpu(settings: ClusterSettings) -> bool:
-    """Whether models run on GPUs: as `cluster.device` says, or, for `auto`, whether this process sees one."""
-    if settings.device != "auto":
-        return settings.device == "cuda"
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def compute_env(settings: ClusterSettings, actors: int) -> dict[str, str]:
-    """Environment of an actor that computes: its CPU threads, of which `actors` actors of the same role share the cores."""
-    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // actors)
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    if not uses_gpu(settings):
-        # Keep freed memory, in huge pages: a training step on CPU otherwise spends a fifth of its time in page faults.
-        env["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in CPU_MALLOC.items())
-    return env
+Files = Mapping[Role, Mapping[str, str]]
 
 
 class Runtime(Protocol):
@@ -37,17 +21,41 @@ class Runtime(Protocol):
 
     local: bool
 
-    def start(self, name: str, cls: type, *args: Any, gpus: float = 0, env: Mapping[str, str] | None = None) -> Handle:
-        """Start `cls(*args)` under `name`. Returns before the constructor has run; ask the actor whether it is ready.
+    def reserve(self, wishes: Wishes) -> Placement | None:
+        """Decide which actor runs where, and hold what it needs; to be called once, before the first `start`.
+
+        Returns:
+            Who runs where; None if everybody runs in this process.
+
+        Raises:
+            CannotPlace: the cluster does not have, or others hold, what is wanted.
+            DeadlineExpired: a node does not start processes.
+        """
+        ...
+
+    def check_files(self, files: Files) -> None:
+        """Make sure that on every node the roles find the files they read.
 
         Args:
-            gpus: devices to reserve, in GPUs.
+            files: role -> field of the settings -> absolute path.
+
+        Raises:
+            UserError: a node cannot read a file.
+            DeadlineExpired: a node does not start processes.
+        """
+        ...
+
+    def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
+        """Start `cls(*args)` under `name`, in the seat that was reserved for this name. Without a reservation it runs on any
+        node, without a GPU. Returns before the constructor has run; ask the actor whether it is ready.
+
+        Args:
             env: environment variables the actor's process needs before its first import.
         """
         ...
 
     def stop(self) -> None:
-        """End all actors started here."""
+        """End all actors started here and give back what was reserved."""
         ...
 
 
@@ -65,17 +73,39 @@ class RayRuntime:
         import ray
 
         self._ray = ray
+        self._settings = settings
         self._actors: list[Any] = []
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+        self._reservation: Reservation | None = None
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": job_environment()}
         if settings.address is None:
             options |= {"address": "local", "num_cpus": max(actors, os.cpu_count() or 1), "include_dashboard": False}
         else:
             options["address"] = settings.address
         ray.init(**options)
 
-    def start(self, name: str, cls: type, *args: Any, gpus: float = 0, env: Mapping[str, str] | None = None) -> Handle:
-        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": dict(env or {})}}
-        actor = self._ray.remote(cls).options(**options).remote(*args)
+    def reserve(self, wishes: Wishes) -> Placement:
+        settings, nodes = self._settings, cluster_nodes()
+        idle = [node.address for node in nodes if node.gpus]
+        if settings.device == "auto" and not wishes.gpu and idle:
+            raise CannotPlace(
+                "`cluster.device`: auto means CPU here, because this process sees no usable GPU, but Ray knows of GPUs on "
+                f"{', '.join(idle)}. Set `cluster.device` to cuda or cpu"
+            )
+        placement = place(wishes, nodes)
+        self._reservation = Reservation(placement, settings.placement_deadline_s, settings.startup_deadline_s)
+        return placement
+
+    def check_files(self, files: Files) -> None:
+        if self._reservation is not None and self._settings.address is not None:  # else there is only this machine
+            self._reservation.check_files(files)
+
+    def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
+        options: dict[str, Any] = {"num_cpus": 1}
+        variables = dict(env or {})
+        if self._reservation is not None:
+            options = self._reservation.options(name)
+            variables |= self._reservation.env(name)
+        actor = self._ray.remote(cls).options(**options, runtime_env={"env_vars": variables}).remote(*args)
         self._actors.append(actor)
         return RayHandle(name, actor)
 
@@ -83,6 +113,9 @@ class RayRuntime:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors.clear()
+        if self._reservation is not None:
+            self._reservation.release()
+            self._reservation = None
         self._ray.shutdown()
 
 
@@ -94,7 +127,13 @@ class LocalRuntime:
     def __init__(self) -> None:
         self._targets: list[Any] = []
 
-    def start(self, name: str, cls: type, *args: Any, gpus: float = 0, env: Mapping[str, str] | None = None) -> Handle:
+    def reserve(self, wishes: Wishes) -> None:
+        """Nothing to reserve: all roles share this process and its device."""
+
+    def check_files(self, files: Files) -> None:
+        """Nothing to check: there is only this machine."""
+
+    def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
         os.environ.update(env or {})
         target = cls(*args)
         self._targets.append(target)

@@ -9,13 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf.config.lora_checks import lora_problems
 from rlhf.config.method_checks import changed, method_problems, used_responses
+from rlhf.config.placement_checks import placement_problems
 from rlhf.config.settings import Settings
 
 
 def problems(settings: Settings) -> list[str]:
     """All findings, each a sentence or two; empty for a plan that can run."""
-    rules = (_batches, _tokens, _steps, _sampling, method_problems, _zero, _devices, _reward, _evaluation)
+    rules = (
+        _batches,
+        _tokens,
+        _steps,
+        _sampling,
+        method_problems,
+        lora_problems,
+        _zero,
+        _devices,
+        placement_problems,
+        _reward,
+        _evaluation,
+    )
     return [problem for rule in rules for problem in rule(settings)]
 
 
@@ -120,14 +134,6 @@ def _devices(settings: Settings) -> Iterator[str]:
         )
     if device == "cuda" and changed(rollout, "cpu_kv_cache_gb"):
         yield "`rollout.cpu_kv_cache_gb` is unused with `cluster.device: cuda`. Set `rollout.gpu_memory_utilization`"
-    workers = rollout.engines * rollout.tensor_parallel_size
-    if rollout.transfer == "ipc" and (workers > 1 or policy.ranks > 1):
-        yield (
-            "`rollout.transfer`: ipc hands weights over inside one GPU that one policy rank and one engine share, but"
-            f" there are {policy.ranks} rank(s) (`policy.ranks`) and {rollout.engines} x "
-            f"{rollout.tensor_parallel_size} = {workers} engine worker(s) (`rollout.engines` x "
-            "`rollout.tensor_parallel_size`). Set `rollout.transfer` to nccl or auto, or bring both to 1"
-        )
 
 
 def _reward(settings: Settings) -> Iterator[str]:

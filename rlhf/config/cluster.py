@@ -8,6 +8,8 @@ from pydantic import Field
 
 from rlhf.config.base import Section
 
+Role = Literal["policy", "rollout", "reward"]
+
 
 class ClusterSettings(Section):
     address: str | None = Field(
@@ -19,11 +21,36 @@ class ClusterSettings(Section):
         "auto",
         description="Where models run. auto: CUDA if a GPU is visible.",
     )
+    placement: Literal["disaggregated", "colocated", "mixed"] = Field(
+        "disaggregated",
+        description="Whose GPUs the engines use. disaggregated: their own; colocated: those of policy ranks, in turns with them; "
+        "mixed: `colocated_engines` of them share with the policy, the others have their own. On CPUs all roles share the cores.",
+    )
+    colocated_engines: int | None = Field(
+        None,
+        ge=1,
+        description="How many engines share the policy's GPUs. For `placement: mixed` only.",
+    )
+    policy_nodes: int | None = Field(
+        None,
+        ge=1,
+        description="Nodes over which the policy's ranks are spread evenly. None: as few as possible.",
+    )
+    node_resources: dict[Role, str] = Field(
+        {},
+        description="Role (policy, rollout, reward) -> the custom resource of Ray that a node must offer to be used for it, as in "
+        "`ray start --resources '{\"big_gpu\": 1}'`. It is not used up. Roles without an entry run on any node.",
+    )
     threads: int | None = Field(
         None,
         ge=1,
         description="CPU threads of each actor that computes. None: the machine's cores, since the roles of a "
         "synchronous loop take turns, divided by the actors of the same role.",
+    )
+    placement_deadline_s: float = Field(
+        60.0,
+        gt=0,
+        description="Longest wait for CPUs and GPUs that the cluster has but others still hold, in seconds.",
     )
     startup_deadline_s: float = Field(
         600.0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from rlhf.config import yamls
 from rlhf.config.algorithm import METHODS, OwnAlgorithm
+from rlhf.config.base import Section
 from rlhf.config.checks import problems
 from rlhf.config.settings import Settings
 
@@ -34,7 +35,8 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Setting
 
     Args:
         path: a YAML file with the sections as its keys.
-        overrides: `section.key=value`, the value in YAML; they win over the file, and a later one over an earlier one.
+        overrides: `section.key=value` (`policy.lora.rank=8` where a section lies in a section), the value in YAML; they win over
+            the file, and a later one over an earlier one.
 
     Raises:
         ConfigError: with all mistakes found, each with its line or override, its field and a remedy.
@@ -46,7 +48,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Setting
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
-        raise _config_error(path, [_explain(detail, places) for detail in error.errors()]) from None
+        raise _config_error(path, [_explain(details, places) for details in _by_field(error)]) from None
     found = problems(settings)
     if found:
         raise _config_error(path, found)
@@ -81,27 +83,44 @@ def _read(path: str) -> tuple[dict[str, Any], dict[yamls.Path, str]]:
             f"{path}: expected sections, such as `policy:` with indented fields under it, but the file holds "
             f"{_describe(raw)}"
         )
-    # A section whose fields are all commented out reads as null; it means the defaults.
-    sections = {str(name): {} if section is None else section for name, section in raw.items()}
-    return sections, {field: f"line {line}" for field, line in found.items()}
+    return _filled(raw, ()), {field: f"line {line}" for field, line in found.items()}
+
+
+def _filled(raw: dict[Any, Any], path: yamls.Path) -> dict[str, Any]:
+    """The same with {} for a section that is null: its fields are all commented out, which means the defaults."""
+    filled: dict[str, Any] = {}
+    for name, value in raw.items():
+        here = (*path, str(name))
+        if _fields(here) is not None or not path:
+            value = _filled(value, here) if isinstance(value, dict) else {} if value is None else value
+        filled[str(name)] = value
+    return filled
 
 
 def _apply(override: str, raw: dict[str, Any], places: dict[yamls.Path, str]) -> None:
     name, equals, text = override.partition("=")
     field = tuple(name.strip().split("."))
-    if not equals or len(field) != 2 or not all(field):
+    nested = len(field) > 2 and _fields(field[:-1]) is not None
+    # Only `policy` and its like are meant: a method has no section inside it.
+    if len(field) == 3 and field[0] != "algorithm" and field[1] not in (_fields(field[:1]) or field):
+        raise ConfigError(
+            f"override `{override}`: there is no section `{'.'.join(field[:2])}`{_suggestion(field[:2], None)}"
+        )
+    if not equals or not (len(field) == 2 or nested) or not all(field):
         raise ConfigError(f"override `{override}`: write it as section.key=value, for example loop.steps=5")
     try:
         value = yamls.parse(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"override `{override}`: the value is not valid YAML ({problem}); put it in quotes") from None
-    section = raw.setdefault(field[0], {})
-    if not isinstance(section, dict):
-        raise ConfigError(
-            f"override `{override}`: the file gives no fields under `{field[0]}:`, so there are none to set"
-        )
-    section[field[1]] = value
+    section = raw
+    for depth, part in enumerate(field[:-1], start=1):
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"override `{override}`: the file gives no fields under `{'.'.join(field[:depth])}:`, so there are none to set"
+            )
+    section[field[-1]] = value
     places[field] = f"override `{override}`"
 
 
@@ -111,28 +130,47 @@ def _config_error(path: str, messages: Sequence[str]) -> ConfigError:
     return ConfigError("\n  - ".join([f"{path}: {len(messages)} problems", *messages]))
 
 
-def _explain(detail: Any, places: dict[yamls.Path, str]) -> str:
-    """One of pydantic's findings, in words, with its place in front."""
-    location, kind = tuple(str(part) for part in detail["loc"]), detail["type"]
-    method = None
+def _by_field(error: ValidationError) -> list[list[Any]]:
+    """pydantic's findings; those about one value (a field that takes one of several types) together."""
+    groups: dict[yamls.Path, list[Any]] = {}
+    for detail in error.errors():
+        field, _, inside = _place(detail)
+        groups.setdefault((*field, *inside), []).append(detail)
+    return list(groups.values())
+
+
+def _place(detail: Any) -> tuple[yamls.Path, str | None, yamls.Path]:
+    """The field that a finding is about, the method whose field it is, and the position in the field's list if it has one."""
+    location, method = tuple(str(part) for part in detail["loc"]), None
     if location[0] == "algorithm" and len(location) > 1:  # the union's tag stands between section and field
         method, location = location[1], (location[0], *location[2:])
-    field = location[:2]
-    place = places.get(field) or places.get(field[:1]) or _within(field, places)
-    if kind == "missing" and len(location) <= 2:
+    depth = 1
+    while depth < len(location) and _fields(location[:depth], method) is not None:
+        depth += 1
+    return location[:depth], method, tuple(part for part in location[depth:] if part.isdigit())
+
+
+def _explain(details: Sequence[Any], places: dict[yamls.Path, str]) -> str:
+    """What pydantic found wrong with one value, in words, with its place in front."""
+    detail = details[0]
+    kind, (field, method, inside) = detail["type"], _place(detail)
+    outwards = (field[:depth] for depth in range(len(field), 0, -1))
+    place = next((places[path] for path in outwards if path in places), None) or _within(field, places)
+    if kind == "missing" and not inside:
         what = _missing(field)
     elif kind == "extra_forbidden":
         owner = f" of `algorithm.name: {method}`" if method in METHODS else ""
-        noun = "field" if len(field) == 2 else "section"
+        noun = "field" if len(field) > 1 else "section"
         what = f"`{'.'.join(field)}` is not a known {noun}{owner}{_suggestion(field, method)}"
     elif kind == "union_tag_not_found" and isinstance(detail["input"], dict):
         place = places.get(("algorithm", "name"), place)
         what = _unknown_method(detail["input"])
     elif kind == "missing":
-        what = f"`{'.'.join(field)}` needs a value at position {int(location[2]) + 1} of its list"
+        what = f"`{'.'.join(field)}` needs a value at position {int(inside[0]) + 1} of its list"
     else:
-        inner = f"[{location[2]}]" if len(location) > 2 else ""
-        what = f"`{'.'.join(field)}{inner}` must be {_expected(detail)}, not {_describe(detail['input'])}"
+        expected = " or ".join(_expected(detail) for detail in details)
+        position = f"[{inside[0]}]" if inside else ""
+        what = f"`{'.'.join(field)}{position}` must be {expected}, not {_describe(detail['input'])}"
     return f"{place}: {what}" if place else what
 
 
@@ -143,25 +181,37 @@ def _within(section: yamls.Path, places: dict[yamls.Path, str]) -> str | None:
 
 def _missing(field: yamls.Path) -> str:
     if len(field) == 1:
-        needed = [name for name, info in _section_fields(field[0]).items() if info.is_required()]
+        needed = [name for name, info in _fields(field).items() if info.is_required()]
         return f"the section `{field[0]}` is missing; it needs at least " + " and ".join(f"`{n}`" for n in needed)
-    return f"`{'.'.join(field)}` is missing; it has no default: {_section_fields(field[0])[field[1]].description}"
+    return f"`{'.'.join(field)}` is missing; it has no default: {_fields(field[:-1])[field[-1]].description}"
 
 
 def _required() -> str:
-    return ", ".join(
-        f"`{section}.{name}`"
-        for section in Settings.model_fields
-        for name, info in _section_fields(section).items()
-        if info.is_required()
-    )
+    return ", ".join(f"`{'.'.join(field)}`" for field, info in _all_fields() if info.is_required())
 
 
-def _section_fields(name: str, method: str | None = None) -> dict[str, FieldInfo]:
-    """A section's fields; of `algorithm`, those of one method (by default the one that is the default)."""
-    if name == "algorithm":
-        return METHODS.get(method or "online_dpo", OwnAlgorithm).model_fields
-    return Settings.model_fields[name].annotation.model_fields
+def _fields(section: yamls.Path, method: str | None = None) -> dict[str, FieldInfo] | None:
+    """The fields of the section at this place; of `algorithm`, those of one method (by default the one that is the default). None:
+    there is no such section."""
+    fields = Settings.model_fields
+    for name in section:
+        kind = METHODS.get(method or "online_dpo", OwnAlgorithm) if name == "algorithm" else None
+        if name in fields and kind is None:
+            kind = fields[name].annotation
+        if not isinstance(kind, type) or not issubclass(kind, Section):
+            return None
+        fields = kind.model_fields
+    return fields
+
+
+def _all_fields(section: yamls.Path = (), method: str | None = None) -> Iterator[tuple[yamls.Path, FieldInfo]]:
+    """Every field that is no section itself, with its place."""
+    for name, info in _fields(section, method).items():
+        here = (*section, name)
+        if _fields(here, method) is None:
+            yield here, info
+        else:
+            yield from _all_fields(here, method)
 
 
 def _unknown_method(given: dict[str, Any]) -> str:
@@ -176,25 +226,14 @@ def _unknown_method(given: dict[str, Any]) -> str:
 
 def _suggestion(field: yamls.Path, method: str | None) -> str:
     """`. Did you mean ...?`: the nearest field, in the same section first, else in any; nothing if none is near."""
-    known = [f"{section}.{name}" for section in Settings.model_fields for name in _section_fields(section, method)]
-    if len(field) == 1:
-        near = difflib.get_close_matches(field[0], list(Settings.model_fields), 1)
-    else:
-        siblings = [name.partition(".")[2] for name in known if name.startswith(f"{field[0]}.")]
-        near = [f"{field[0]}.{name}" for name in difflib.get_close_matches(field[1], siblings, 1)]
+    siblings = list(_fields(field[:-1], method))
+    near = [(*field[:-1], name) for name in difflib.get_close_matches(field[-1], siblings, 1)]
     if not near:
-        leaves = {name.partition(".")[2]: name for name in known}
+        leaves = {place[-1]: place for place, _ in _all_fields(method=method)}
         near = [leaves[leaf] for leaf in difflib.get_close_matches(field[-1], list(leaves), 1)]
     if near:
-        return f". Did you mean `{near[0]}`?"
-    return f". Known {'fields are' if len(field) == 2 else 'sections are'}: {', '.join(_names(field, method))}"
-
-
-def _names(field: yamls.Path, method: str | None) -> list[str]:
-    """What could have stood in the place of this unknown key."""
-    if len(field) == 2 and field[0] in Settings.model_fields:
-        return list(_section_fields(field[0], method))
-    return list(Settings.model_fields)
+        return f". Did you mean `{'.'.join(near[0])}`?"
+    return f". Known {'fields are' if len(field) > 1 else 'sections are'}: {', '.join(siblings)}"
 
 
 _KINDS = {
@@ -204,6 +243,7 @@ _KINDS = {
     "string_type": "text (put a value that looks like a number in quotes)",
     "bool_type": "true or false",
     "tuple_type": "a list",
+    "list_type": "a list",
     "finite_number": "a finite number",
     "model_type": "a section: indented `field: value` lines",
     "union_tag_not_found": "a section: indented `field: value` lines",

@@ -11,6 +11,34 @@ from rlhf.config.base import Section
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
+class LoraSettings(Section):
+    rank: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="Rank of the trained product. 0 trains all weights; any other freezes them, and the reference shares them.",
+    )
+    alpha: float = Field(
+        16.0,
+        gt=0,
+        description="The product is scaled by `alpha` / `rank`.",
+    )
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Which layers are adapted: every linear layer but the output layer, or a list of ends of names, such as "
+        "[q_proj, v_proj].",
+    )
+    publish: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="How new weights reach the engines: added to the base and rounded to its precision, or as an adapter that vLLM "
+        "applies itself: far fewer bytes, nothing rounded, slower decoding.",
+    )
+    quantize_base: Literal["none", "4bit"] = Field(
+        "none",
+        description="Hold the frozen weights in 4 bits (QLoRA, NF4 with double quantization, through bitsandbytes; extra `qlora`).",
+    )
+
+
 class PolicySettings(Section):
     model: str = Field(
         description="Folder or hub name of a causal language model in Hugging Face format; also the fixed reference.",
@@ -75,4 +103,8 @@ class PolicySettings(Section):
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass: about a third slower, far less memory.",
+    )
+    lora: LoraSettings = Field(
+        LoraSettings(),
+        description="Train small matrices beside frozen weights.",
     )

@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -60,12 +61,18 @@ def method_text(name: str, method: type[Section]) -> str:
 
 def _section(name: str) -> str:
     section: type[Section] = Settings.model_fields[name].annotation
-    rows = [
-        f"| `{field}` | {_type(section, field)} | {_default(info.default)} | {info.description} |"
-        for field, info in section.model_fields.items()
-    ]
     head = ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-    return "\n".join([f"## `{name}`", "", _summary(section.__module__), "", *head, *rows, ""])
+    return "\n".join([f"## `{name}`", "", _summary(section.__module__), "", *head, *_rows(section), ""])
+
+
+def _rows(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """One row for each field; the fields of a section inside it follow under `name.field`."""
+    for field, info in section.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _rows(inner, f"{prefix}{field}.")
+        else:
+            yield f"| `{prefix}{field}` | {_type(section, field)} | {_default(info.default)} | {info.description} |"
 
 
 def _summary(module: str) -> str:
@@ -123,7 +130,7 @@ def _type(section: type[Section], field: str) -> str:
     """The declared type and bounds, in words."""
     schema = section.model_json_schema()["properties"][field]
     branches = [branch for branch in schema.get("anyOf", [schema]) if branch.get("type") != "null"]
-    words = _words(branches[0])
+    words = " or ".join(_words(branch) for branch in branches)
     return f"{words}, or null" if len(branches) < len(schema.get("anyOf", branches)) else words
 
 
@@ -133,10 +140,14 @@ def _words(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return f"`{schema['const']}`"
     if schema["type"] == "array":
-        return f"list of {schema['minItems']}: {_words(schema['prefixItems'][0])}"
-    name = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}[
-        schema["type"]
-    ]
+        fixed = "prefixItems" in schema
+        return (
+            f"list of {schema['minItems']}: {_words(schema['prefixItems'][0])}"
+            if fixed
+            else f"list of {_words(schema['items'])}"
+        )
+    names = {"integer": "whole number", "string": "text", "boolean": "`true`, `false`", "object": "mapping"}
+    name = names.get(schema["type"], schema["type"])
     symbols = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{symbol} {_number(schema[key])}" for key, symbol in symbols.items() if key in schema]
     return " ".join([name, ", ".join(bounds)]).strip()

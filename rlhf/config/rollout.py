@@ -16,6 +16,11 @@ class RolloutSettings(Section):
         description="Number of vLLM engines; prompts go to the one with the fewest outstanding tokens.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Devices per engine.")
+    straddle_nodes: bool = Field(
+        False,
+        description="Let an engine that fits into no single node span several (through vLLM's Ray executor): slower, because its "
+        "devices then talk over the network in every layer.",
+    )
     dtype: Literal["policy", "bf16", "fp32"] = Field(
         "policy",
         description="Precision of the engines' weights; `policy` follows `policy.dtype`.",
@@ -55,9 +60,15 @@ class RolloutSettings(Section):
         gt=0,
         description="Size of an engine's key-value cache on CPU, in GiB. Unused on a GPU.",
     )
+    sleep_level: Literal[1, 2] = Field(
+        1,
+        description="What engines do with their weights while the policy has the GPUs they share: 1: keep them in host memory; 2: drop "
+        "them, and receive all again.",
+    )
     transfer: Literal["auto", "gloo", "nccl", "ipc"] = Field(
         "auto",
-        description="How new weights reach the engines: gloo (CPU), nccl (GPU to GPU), ipc (same GPU). auto: nccl on "
-        "GPUs, gloo on CPUs.",
+        description="How new weights reach the engines: gloo (CPU), nccl (GPU to GPU), ipc (same GPU). auto: gloo on "
+        "CPUs; on GPUs nccl, except where engines share GPUs with the policy (`cluster.placement`): there ipc for one rank with one "
+        "engine worker, and gloo for more, because NCCL refuses two ranks on one GPU.",
     )
     request_deadline_s: float = Field(600.0, gt=0, description="Longest wait for one prompt's responses, in seconds.")

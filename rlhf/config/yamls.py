@@ -63,11 +63,11 @@ def parse(text: str) -> Any:
 
 
 def lines(text: str) -> dict[Path, int]:
-    """Line (from 1) of each key of the outermost mapping, `(key,)`, and of the mappings inside it, `(key, inner)`."""
+    """Line (from 1) of each key of the outermost mapping, `(key,)`, and of the mappings inside it, `(key, inner, ...)`."""
     found: dict[Path, int] = {}
 
     def walk(node: yaml.Node | None, path: Path) -> None:
-        if isinstance(node, yaml.MappingNode) and len(path) < 2:
+        if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*path, str(key.value))
                 found[here] = key.start_mark.line + 1

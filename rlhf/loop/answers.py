@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.cluster import LocalRuntime, RayRuntime
+from rlhf.cluster import LocalRuntime, RayRuntime, wishes
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
+from rlhf.config.policy import LoraSettings
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
 from rlhf.loop.evaluation import evaluation_sampling, held_out
@@ -123,10 +124,12 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
 
 
 async def _judged_answers(settings: Settings, prompts: Sequence[Prompt], model: str, tokenizer: Any) -> HeldOut:
-    """The judged answers of one model, from engines and servers of its own."""
-    settings = settings.model_copy(update={"policy": settings.policy.model_copy(update={"model": model})})
+    """The judged answers of one model, from engines and servers of its own. It is whole, whatever was trained in it."""
+    policy = settings.policy.model_copy(update={"model": model, "lora": LoraSettings()})
+    settings = settings.model_copy(update={"policy": policy})
     runtime = RayRuntime(settings.cluster, settings.rollout.engines + settings.reward.servers)
     try:
+        runtime.reserve(wishes(settings, policy=False))
         pool, rewards = await asyncio.gather(RolloutPool.start(runtime, settings), RewardPool.start(runtime, settings))
         rollouts = await asyncio.gather(*(pool.sample(prompt, [evaluation_sampling(settings)]) for prompt in prompts))
         feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))

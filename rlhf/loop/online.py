@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from rlhf.algorithms import Algorithm
 from rlhf.algorithms.anchors import equals_policy
 from rlhf.algorithms.builders import Dropped
+from rlhf.cluster import together
 from rlhf.config import Settings
 from rlhf.data.ledger import Ledger
 from rlhf.loop.clock import Clock
@@ -36,7 +38,8 @@ class Roles:
     """Who takes part.
 
     Attributes:
-        turns: policy and engines share one GPU, so the engines sleep while the policy works.
+        turns: policy and engines share devices. Then the engines sleep while the policy works, and the policy's optimizer
+            states and frozen models rest in host memory otherwise.
     """
 
     policy: PolicyGroup
@@ -48,8 +51,22 @@ class Roles:
 class OnlineLoop:
     """The steps of a run. Owns the order of things; every part does its own work."""
 
-    def __init__(self, settings: Settings, algorithm: Algorithm, roles: Roles, ledger: Ledger, record: Record):
+    def __init__(
+        self,
+        settings: Settings,
+        algorithm: Algorithm,
+        roles: Roles,
+        ledger: Ledger,
+        record: Record,
+        full_length: bool = False,
+    ):
+        """
+        Args:
+            full_length: responses go on after the end-of-sequence token: the most that a step can ask of the machines.
+        """
         self.settings, self.algorithm, self.roles, self.ledger, self.record = settings, algorithm, roles, ledger, record
+        self._full_length = full_length
+        self._version = 0
 
     async def step(self, step: int) -> list[Judged]:
         """Step number `step` (1-based). After it, all engines hold weight version `step`.
@@ -63,14 +80,14 @@ class OnlineLoop:
         self._require_verdicts(judged)
         assignments, dropped = self._build(step, judged)
         metrics = rollout_metrics(judged)
-        if assignments:
-            await self._rest_engines()
-            moment = Moment(step, equal=equals_policy(self.algorithm.reference, step))
-            metrics |= await self.roles.policy.learn(assignments, moment)
-        changed = await self.roles.policy.follow(step)
+        async with self.policy_turn(publish=False):
+            if assignments:
+                moment = Moment(step, equal=equals_policy(self.algorithm.reference, step))
+                metrics |= await self.roles.policy.learn(assignments, moment)
+            changed = await self.roles.policy.follow(step)
         clock.lap("time/train")
         await self.publish(version=step)
-        if self.algorithm.mixes and changed["partner"]:
+        if self.algorithm.mixes and (changed["partner"] or self._weights_lost()):
             await self.publish(version=step, half="partner")
         clock.lap("time/sync")
         self._settle(assignments, dropped)
@@ -104,18 +121,38 @@ class OnlineLoop:
 
     async def measure(self, assignments: Sequence[Assignment]) -> dict[str, float]:
         """KL of the policy to the model the run started from, on given responses."""
-        await self._rest_engines()
-        metrics = await self.roles.policy.measure(assignments)
-        await self._wake_engines()
-        return metrics
+        async with self.policy_turn():
+            return await self.roles.policy.measure(assignments)
 
     async def publish(self, version: int, half: Half = "policy") -> None:
         """Bring the weights of the policy, or of the engines' second model, into all engines, as `version`, attested by each."""
-        await self._wake_engines()
-        fingerprint, _ = await asyncio.gather(
+        fingerprint, _ = await together(
             self.roles.policy.send_weights(half), self.roles.rollouts.receive(self.roles.policy.specs, version, half)
         )
         self.roles.rollouts.accept(version, fingerprint, half)
+        self._version = version
+
+    @asynccontextmanager
+    async def policy_turn(self, publish: bool = True) -> AsyncIterator[None]:
+        """Inside, the policy has the devices that it shares with engines to itself.
+
+        Args:
+            publish: give the engines back what they lost in sleep; the caller publishes something newer otherwise.
+        """
+        if self.roles.turns:
+            await self.roles.rollouts.sleep()
+            await self.roles.policy.wake()
+        yield
+        if self.roles.turns:
+            await self.roles.policy.rest()
+            await self.roles.rollouts.wake()
+        if publish and self._weights_lost():
+            await self.publish(self._version)
+            if self.algorithm.mixes:
+                await self.publish(self._version, half="partner")
+
+    def _weights_lost(self) -> bool:
+        return self.roles.turns and self.settings.rollout.sleep_level == 2
 
     def _samplings(self, step: int) -> list[Sampling]:
         rollout = self.settings.rollout
@@ -129,6 +166,7 @@ class OnlineLoop:
                 seed=self.settings.run.seed * 1_000_003 + step,
                 source=source.name,
                 mixture=source.mixture,
+                ignore_eos=self._full_length,
             )
             for source in self.algorithm.sources
         ]
@@ -159,14 +197,6 @@ class OnlineLoop:
                 f"{len(broken)} of {len(outcomes)} responses got no verdict; the first: {broken[0]}. Nothing was learned from this "
                 "step. Mend the reward (reward.path), or allow more failures with reward.max_failed_fraction."
             )
-
-    async def _rest_engines(self) -> None:
-        if self.roles.turns:
-            await self.roles.rollouts.sleep()
-
-    async def _wake_engines(self) -> None:
-        if self.roles.turns:
-            await self.roles.rollouts.wake()
 
 
 async def _unjudged(rollout: Rollout) -> Feedback:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+import os
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from rlhf.algorithms import Algorithm, make
-from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, RayRuntime, Runtime, uses_gpu
+from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, Placement, RayRuntime, Runtime, takes_turns, wishes
 from rlhf.config import Settings
+from rlhf.config.cluster import Role
 from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
 from rlhf.data.assets import resolve
@@ -34,26 +36,27 @@ from rlhf.transfer import TransferSession
 from rlhf.types import Prompt, content_id
 
 
-def train(settings: Settings, debug: bool = False, resume: bool = False) -> None:
+def train(settings: Settings, debug: bool = False, resume: bool = False, full_length: bool = False) -> None:
     """Run the configured loop to its end.
 
     Args:
         debug: all roles in this process, one of each, so that a breakpoint works anywhere.
         resume: continue the run in `run.dir` from its last complete checkpoint.
+        full_length: no response ends before `rollout.max_tokens`.
 
     Raises:
         UserError: something the user can put right.
     """
     if debug:
         settings = single_process(settings)
-    asyncio.run(Training(settings, debug, resume).run())
+    asyncio.run(Training(settings, debug, resume, full_length).run())
 
 
 class Training:
     """One run, from its files to its files."""
 
-    def __init__(self, settings: Settings, debug: bool, resume: bool):
-        self.settings, self.debug, self.resume = settings, debug, resume
+    def __init__(self, settings: Settings, debug: bool, resume: bool, full_length: bool = False):
+        self.settings, self.debug, self.resume, self.full_length = settings, debug, resume, full_length
         self.algorithm = make(settings)
         self.tokenizer = load_tokenizer(resolve(settings.policy.model))
         pair_tokens = settings.rollout.max_tokens if self.algorithm.dataset_pairs else None
@@ -67,24 +70,33 @@ class Training:
         self.checkpoints = Checkpoints(settings.run.dir, settings.checkpoint.keep)
 
     async def run(self) -> None:
-        """Start the roles, take the remaining steps, evaluate, export."""
+        """Reserve the devices, start the roles, take the remaining steps, evaluate, export."""
         settings = self.settings
-        with Record(settings, self.resume, resolve) as self.record:
-            start, tag = self._starting_point()
-            async with started_roles(settings, self.algorithm, self.debug) as roles:
-                self.loop = OnlineLoop(settings, self.algorithm, roles, self.ledger, self.record)
-                if tag is not None:
+        with reserved_runtime(settings, self.debug) as (runtime, placement):
+            with Record(settings, self.resume, resolve) as self.record:
+                if placement is not None:
+                    self.record.placed(placement.lines())
+                await self._train(runtime)
+
+    async def _train(self, runtime: Runtime) -> None:
+        settings = self.settings
+        start, tag = self._starting_point()
+        async with started_roles(runtime, settings, self.algorithm) as roles:
+            self.loop = OnlineLoop(settings, self.algorithm, roles, self.ledger, self.record, self.full_length)
+            if tag is not None:
+                async with self.loop.policy_turn(publish=False):
                     await roles.policy.load(str(self.checkpoints.folder), tag)
-                    roles.policy.restore(self.policy_state)
-                await self.loop.publish(version=start)
-                if self.algorithm.mixes:
-                    await self.loop.publish(version=start, half="partner")
-                if start == 0:
-                    await self._evaluate(0, "before")
-                for step in range(start + 1, settings.loop.steps + 1):
-                    await self._step(step)
+                roles.policy.restore(self.policy_state)
+            await self.loop.publish(version=start)
+            if self.algorithm.mixes:
+                await self.loop.publish(version=start, half="partner")
+            if start == 0:
+                await self._evaluate(0, "before")
+            for step in range(start + 1, settings.loop.steps + 1):
+                await self._step(step)
+            await self._evaluate(settings.loop.steps, "after")
+            async with self.loop.policy_turn(publish=False):
                 await roles.policy.check_anchors()
-                await self._evaluate(settings.loop.steps, "after")
                 if settings.checkpoint.export:
                     await roles.policy.export(str((self.record.folder / "export").absolute()))
 
@@ -113,7 +125,8 @@ class Training:
 
     async def _save(self, step: int) -> None:
         tag = self.checkpoints.tag(step)
-        await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
+        async with self.loop.policy_turn():
+            await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
         state = {"step": step, "ledger": self.ledger.state(), "data": self.data_id, "seed": self.settings.run.seed}
         state["policy"] = self.loop.roles.policy.state()
         self.checkpoints.complete(tag, state)
@@ -137,20 +150,41 @@ class Training:
         return state["step"], tag
 
 
-@asynccontextmanager
-async def started_roles(settings: Settings, algorithm: Algorithm, debug: bool) -> AsyncIterator[Roles]:
-    """All roles, ready and connected; taken down on the way out."""
+@contextmanager
+def reserved_runtime(settings: Settings, debug: bool) -> Iterator[tuple[Runtime, Placement | None]]:
+    """A runtime that holds all that the roles want, and who runs where in it (None in debug mode). Ended on the way out.
+
+    Raises:
+        UserError: the cluster cannot hold the roles, or one of its nodes cannot read the models.
+    """
     runtime = make_runtime(settings, debug)
+    try:
+        placement = runtime.reserve(wishes(settings))
+        runtime.check_files(model_folders(settings))
+        yield runtime, placement
+    finally:
+        runtime.stop()
+
+
+@asynccontextmanager
+async def started_roles(runtime: Runtime, settings: Settings, algorithm: Algorithm) -> AsyncIterator[Roles]:
+    """All roles, ready and connected; taken down on the way out. The run folder must exist."""
     started: list[PolicyGroup | RolloutPool | RewardPool] = []
 
     async def start(role: Coroutine[Any, Any, Any]) -> Any:
         started.append(await role)
         return started[-1]
 
+    turns = takes_turns(settings, runtime.local)
     try:
+        if settings.checkpoint.every:
+            runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
         updates = settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
+        policy_ready = asyncio.ensure_future(start(PolicyGroup.start(runtime, settings, algorithm, updates)))
+        if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
+            await (await policy_ready).rest()
         policy, rollouts, rewards = await asyncio.gather(
-            start(PolicyGroup.start(runtime, settings, algorithm, updates)),
+            policy_ready,
             start(RolloutPool.start(runtime, settings, algorithm.mixes)),
             start(RewardPool.start(runtime, settings)),
         )
@@ -163,12 +197,11 @@ async def started_roles(settings: Settings, algorithm: Algorithm, debug: bool) -
             timeout_s=settings.cluster.publish_deadline_s,
         )
         await asyncio.gather(policy.open_transfer(session), rollouts.connect(session))
-        yield Roles(policy, rollouts, rewards, turns=debug and uses_gpu(settings.cluster))
+        yield Roles(policy, rollouts, rewards, turns=turns)
     finally:
         for role in reversed(started):
             with suppress(ActorDied, DeadlineExpired):  # it may be what ended the run
                 await role.close()
-        runtime.stop()
 
 
 def make_runtime(settings: Settings, debug: bool) -> Runtime:
@@ -176,3 +209,18 @@ def make_runtime(settings: Settings, debug: bool) -> Runtime:
     if debug:
         return LocalRuntime()
     return RayRuntime(settings.cluster, settings.policy.ranks + settings.rollout.engines + settings.reward.servers)
+
+
+def model_folders(settings: Settings) -> dict[Role, dict[str, str]]:
+    """Role -> field -> folder that its actors will read; assets and names of a model hub are found by each node itself."""
+    policy, reward = settings.policy.model, settings.reward
+    critic = getattr(settings.algorithm, "critic_model", None)
+    folders: dict[Role, dict[str, str | None]] = {
+        "policy": {"policy.model": policy, "algorithm.critic_model": critic},
+        "rollout": {"policy.model": policy},
+        "reward": {"policy.model": policy, "reward.path": reward.path},
+    }
+    return {
+        role: {name: os.path.abspath(path) for name, path in paths.items() if path is not None and os.path.isdir(path)}
+        for role, paths in folders.items()
+    }

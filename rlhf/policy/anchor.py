@@ -13,8 +13,11 @@ import torch
 
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule, due
 from rlhf.policy.learner import InvariantBroken
-from rlhf.training.engine import Trainer, local_shards, whole_weights
+from rlhf.training import lora
+from rlhf.training.engine import Trainer
 from rlhf.training.packing import Experience
+from rlhf.training.resting import Resting
+from rlhf.training.weights import local_shard, local_shards, whole_weights
 from rlhf.transfer.fingerprint import fingerprint
 
 
@@ -27,6 +30,7 @@ class Anchor:
 
     def __init__(self, name: str, model: torch.nn.Module, rule: UpdateRule):
         self.name, self.model, self.rule = name, model, rule
+        self._resting = Resting()
         self._memory: list[torch.Tensor] = []
         if isinstance(rule, Ema):  # steps of an average are far below the spacing of bf16 weights
             self._memory = _copies(self._shards())
@@ -44,11 +48,9 @@ class Anchor:
             return False
         self.check()
         if isinstance(self.rule, Previous):
-            self._take(local_shards(policy.engine.module))
+            self._take(policy.shards())
         elif isinstance(self.rule, Ema):
-            for average, shard, new in zip(
-                self._memory, self._shards(), local_shards(policy.engine.module), strict=True
-            ):
+            for average, shard, new in zip(self._memory, self._shards(), policy.shards(), strict=True):
                 average.lerp_(new.detach().float().cpu(), 1 - self.rule.decay)
                 shard.copy_(average)
         elif isinstance(self.rule, Extrapolated):
@@ -57,12 +59,12 @@ class Anchor:
         return True
 
     def _extrapolate(self, policy: Trainer, alpha: float) -> None:
-        iterate = _copies(local_shards(policy.engine.module))
+        iterate = _copies(policy.shards())
         if self._memory:
             moved = [new + alpha * (new - old) for new, old in zip(iterate, self._memory, strict=True)]
             policy.set_shards(moved)
         self._memory = iterate
-        self._take(local_shards(policy.engine.module))
+        self._take(policy.shards())
 
     def _take(self, shards: Iterator[torch.Tensor]) -> None:
         for mine, theirs in zip(self._shards(), shards, strict=True):
@@ -78,6 +80,19 @@ class Anchor:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight, whole, one after the other. Collective."""
         return whole_weights(getattr(self.model, "module", self.model).causal_lm)
+
+    def rest(self, device: torch.device) -> None:
+        """Give this device's memory back; the weights lie in host memory until `wake`."""
+        self._resting.rest(self._shards(), device)
+
+    def wake(self) -> None:
+        """Undo `rest`."""
+        self._resting.wake()
+
+    @property
+    def resting(self) -> bool:
+        """Whether the weights are in host memory."""
+        return self._resting.nbytes > 0
 
     def save(self, folder: Path, rank: int) -> None:
         """Write this rank's shard, unless the rule is `Fixed`: then the model's own files hold it."""
@@ -103,7 +118,64 @@ class Anchor:
         return local_shards(self.model)
 
     def _take_fingerprint(self) -> str:
-        return fingerprint((str(number), shard) for number, shard in enumerate(self._shards()))
+        return fingerprint((str(number), shard) for number, shard in enumerate(self._all_shards()))
+
+    def _all_shards(self) -> Iterator[torch.Tensor]:
+        """What must not change by itself."""
+        return self._shards()
+
+
+class SharedAnchor(Anchor):
+    """A frozen policy without a model of its own, under LoRA: the policy's base with no adapter, or with the anchor's own.
+
+    An adapter of its own, under the anchor's name, is there if the rule is `Previous`. No other rule that moves is possible: what it
+    would make of adapters is none of the same rank.
+
+    Args:
+        policy: whose base it shares.
+
+    Raises:
+        LoraError: the rule averages or extrapolates.
+    """
+
+    def __init__(self, name: str, policy: Trainer, rule: UpdateRule):
+        self._policy = policy
+        self._adapter = name if needs_adapter(name, rule) else None
+        super().__init__(name, policy.engine.module, rule)
+
+    @torch.no_grad()
+    def logprobs(self, experience: Experience) -> torch.Tensor:
+        with lora.adapter_in_use(self.model.causal_lm, self._adapter):
+            return self._policy.forward(experience)[0]
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return whole_weights(self.model.causal_lm, self._adapter)
+
+    def rest(self, device: torch.device) -> None:
+        """The base is the policy's and stays with it; an adapter is too small to matter."""
+
+    def _shards(self) -> Iterator[torch.Tensor]:
+        if self._adapter is None:
+            return iter(())
+        return map(local_shard, lora.adapter_parameters(self.model.causal_lm, self._adapter))
+
+    def _all_shards(self) -> Iterator[torch.Tensor]:
+        yield from map(local_shard, lora.base_parameters(self.model.causal_lm))
+        yield from self._shards()
+
+
+def needs_adapter(name: str, rule: UpdateRule) -> bool:
+    """Whether an anchor that shares the policy's base needs an adapter of its own.
+
+    Raises:
+        LoraError: see `SharedAnchor`.
+    """
+    if isinstance(rule, Fixed | Previous):
+        return isinstance(rule, Previous)
+    raise lora.LoraError(
+        f"policy.lora.rank: the {name} mixes the weights of several iterates ({type(rule).__name__}), and adapters of rank r do not add up "
+        "to one of rank r. Use a fixed or previous one, or policy.lora.rank=0."
+    )
 
 
 def _copies(shards: Iterator[torch.Tensor]) -> list[torch.Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from rlhf.config.policy import LoraSettings
 from rlhf.data.assets import resolve
-from rlhf.training import attention
+from rlhf.training import attention, lora
 from rlhf.training.cpu_products import use_fast_linear
 from rlhf.training.model import DTYPES, ModelError, disable_dropout, load_causal_lm
 from rlhf.training.packing import Experience
@@ -52,7 +53,7 @@ class ValueModel(nn.Module):
         return self.head(output.last_hidden_state[0, experience.source])
 
 
-def load_critic(policy: str, reward_model: str | None, dtype: str) -> ValueModel:
+def load_critic(policy: str, reward_model: str | None, dtype: str, adapters: LoraSettings | None = None) -> ValueModel:
     """The value model as training starts.
 
     With a reward model (a transformers sequence classifier with one output), its body and its head. Without, the policy's body
@@ -62,15 +63,22 @@ def load_critic(policy: str, reward_model: str | None, dtype: str) -> ValueModel
     Args:
         policy: folder of the policy's model.
         reward_model: folder or asset of the reward model, or None.
+        adapters: freeze the body and give it adapters; they and the head learn. It shares nothing with the policy. A reward model's
+            body stays in `dtype`.
 
     Raises:
         ModelError: the reward model cannot be used as a critic of this policy.
+        LoraError: its body cannot be adapted as the policy's is.
     """
     if reward_model is not None:
-        return _from_reward_model(policy, resolve(reward_model), dtype)
-    causal_lm = load_causal_lm(policy, dtype)
-    hidden = causal_lm.get_output_embeddings().in_features
-    return ValueModel(causal_lm.base_model, torch.randn(1, hidden, dtype=DTYPES[dtype]) / (hidden + 1))
+        critic = _from_reward_model(policy, resolve(reward_model), dtype)
+    else:
+        causal_lm = load_causal_lm(policy, dtype, "none" if adapters is None else adapters.quantize_base)
+        hidden = causal_lm.get_output_embeddings().in_features
+        critic = ValueModel(causal_lm.base_model, torch.randn(1, hidden, dtype=DTYPES[dtype]) / (hidden + 1))
+    if adapters is not None:
+        lora.add_adapters(critic.body, adapters)
+    return critic
 
 
 def _from_reward_model(policy: str, path: str, dtype: str) -> ValueModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from rlhf.algorithms import Algorithm, PolicyGradient
 from rlhf.algorithms.algorithm import Objective
 from rlhf.algorithms.kl import AdaptiveKl
-from rlhf.cluster import Handle, Runtime, compute_env, uses_gpu
+from rlhf.cluster import Handle, Runtime, compute_env, together
 from rlhf.config import Settings
 from rlhf.policy.learner import InvariantBroken, Moment
 from rlhf.policy.meters import means, merge
@@ -46,7 +45,6 @@ class PolicyGroup:
                 rank,
                 algorithm,
                 total_updates,
-                gpus=1 if uses_gpu(settings.cluster) else 0,
                 env=compute_env(settings.cluster, count),
             )
             for rank in range(count)
@@ -88,7 +86,7 @@ class PolicyGroup:
             rank.call("learn", share, moment, deadline=settings.cluster.learn_deadline_s)
             for rank, share in zip(self._ranks, shares, strict=True)
         )
-        metrics = means(merge(await asyncio.gather(*calls)))
+        metrics = means(merge(await together(*calls)))
         self._check_gap(metrics.get("policy/logprob_gap", 0.0))
         if self._kl is not None:
             metrics["policy/kl_coef"] = self._kl.coef
@@ -133,7 +131,7 @@ class PolicyGroup:
             )
             for rank, share in zip(self._ranks, shares, strict=True)
         )
-        return means(merge(await asyncio.gather(*calls)))
+        return means(merge(await together(*calls)))
 
     async def open_transfer(self, session: TransferSession) -> None:
         """Join the engines' transfer group; to be awaited together with the pool's `connect`."""
@@ -159,6 +157,14 @@ class PolicyGroup:
         """
         return (await self._all("follow", step, deadline=self._settings.cluster.learn_deadline_s))[0]
 
+    async def rest(self) -> None:
+        """Leave only the policy's weights on the devices, for engines that share them."""
+        await self._all("rest", deadline=self._settings.cluster.learn_deadline_s)
+
+    async def wake(self) -> None:
+        """Undo `rest`; before everything but `send_weights`."""
+        await self._all("wake", deadline=self._settings.cluster.learn_deadline_s)
+
     async def save(self, folder: str, tag: str) -> None:
         """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share)."""
         await self._all("save", folder, tag, deadline=self._settings.cluster.learn_deadline_s)
@@ -180,4 +186,4 @@ class PolicyGroup:
         await self._all("close", deadline=self._settings.cluster.startup_deadline_s)
 
     async def _all(self, method: str, *args: Any, deadline: float) -> list[Any]:
-        return await asyncio.gather(*(rank.call(method, *args, deadline=deadline) for rank in self._ranks))
+        return await together(*(rank.call(method, *args, deadline=deadline) for rank in self._ranks))

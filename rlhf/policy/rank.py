@@ -22,15 +22,24 @@ from rlhf.algorithms.anchors import Fixed, UpdateRule
 from rlhf.cluster import fetch, uses_gpu
 from rlhf.config import Settings
 from rlhf.data.assets import resolve
-from rlhf.policy.anchor import Anchor
+from rlhf.policy.anchor import Anchor, SharedAnchor, needs_adapter
 from rlhf.policy.critic import load_critic
 from rlhf.policy.gradient_learner import GradientLearner
 from rlhf.policy.learner import Moment, Update, kl_meters
 from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
-from rlhf.training.engine import Trainer, shard_frozen, whole_weights
-from rlhf.training.model import FORWARD_TOLERANCE, LogProbModel, check_forward, load_causal_lm
+from rlhf.training import lora
+from rlhf.training.engine import Trainer, shard_frozen
+from rlhf.training.model import (
+    FORWARD_TOLERANCE,
+    LogProbModel,
+    check_forward,
+    checkpoint_activations,
+    load_causal_lm,
+    save_causal_lm,
+)
 from rlhf.training.packing import Experience, idle, pack
+from rlhf.training.weights import described_weights, whole_weights
 from rlhf.transfer import TransferSession, WeightSender, WeightSpec, free_port, host_address
 from rlhf.types import Assignment, Completion, Half
 
@@ -77,32 +86,48 @@ class PolicyRank:
             verbose=False,
         )
         path = resolve(settings.policy.model)
+        rules = self._rules()
         model = self._model(path)
+        if settings.policy.lora.rank:
+            lora.add_adapters(
+                model.causal_lm,
+                settings.policy.lora,
+                [name for name, rule in rules.items() if needs_adapter(name, rule)],
+            )
         if settings.policy.gradient_checkpointing:
-            model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.causal_lm)
         self.policy = Trainer(model, settings.policy, self.total_updates - self._critic_updates())
         self.device = self.policy.device
-        self.reference = self._anchor("reference", path, self.algorithm.reference)
-        self.partner = self.reference
-        if self.algorithm.partner is not None:
-            self.partner = self._anchor("partner", path, self.algorithm.partner)
-        self.start = self.reference
-        if not isinstance(self.algorithm.reference, Fixed) and settings.data.eval_prompts is not None:
-            self.start = self._anchor("start", path, Fixed())  # what an evaluation measures the distance to
+        anchors = {name: self._anchor(name, path, rule) for name, rule in rules.items()}
+        self.reference = anchors["reference"]
+        self.partner = anchors.get("partner", self.reference)
+        self.start = anchors.get("start", self.reference)
         tolerance = FORWARD_TOLERANCE[settings.policy.dtype]
         check_forward(self.policy.engine.module, model.causal_lm.config.vocab_size, self.device, tolerance)
         self.learner = self._learner(path)
 
+    def _rules(self) -> dict[str, UpdateRule]:
+        """The anchors by name. A partner that is missing is the reference; so is a missing start, what an evaluation measures the
+        distance to."""
+        rules = {"reference": self.algorithm.reference}
+        if self.algorithm.partner is not None:
+            rules["partner"] = self.algorithm.partner
+        if not isinstance(self.algorithm.reference, Fixed) and self.settings.data.eval_prompts is not None:
+            rules["start"] = Fixed()
+        return rules
+
     def _model(self, path: str) -> LogProbModel:
         policy = self.settings.policy
         return LogProbModel(
-            load_causal_lm(path, policy.dtype),
+            load_causal_lm(path, policy.dtype, policy.lora.quantize_base),
             policy.logprob_chunk_tokens,
             self.settings.rollout.temperature or 1.0,
             tempered=isinstance(self.algorithm.objective, PolicyGradient),
         )
 
     def _anchor(self, name: str, path: str, rule: UpdateRule) -> Anchor:
+        if self.settings.policy.lora.rank:
+            return SharedAnchor(name, self.policy, rule)
         return Anchor(name, shard_frozen(self._model(path), self.settings.policy, self.device), rule)
 
     def _learner(self, path: str) -> PreferenceLearner | GradientLearner:
@@ -114,9 +139,9 @@ class PolicyRank:
 
     def _critic(self, path: str, critic: Critic) -> Trainer:
         settings = self.settings.policy.model_copy(update={"learning_rate": critic.learning_rate})
-        model = load_critic(path, critic.model, settings.dtype)
+        model = load_critic(path, critic.model, settings.dtype, settings.lora if settings.lora.rank else None)
         if settings.gradient_checkpointing:
-            model.body.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.body)
         return Trainer(model, settings, self.total_updates)
 
     def _critic_updates(self) -> int:
@@ -186,9 +211,10 @@ class PolicyRank:
 
     def weight_specs(self) -> list[WeightSpec]:
         """Names, types and whole shapes of the policy's weights, in the order in which `send_weights` sends them."""
+        described = lora.described_adapter if self._sends_adapter() else described_weights
         return [
-            WeightSpec(name, str(p.dtype).removeprefix("torch."), tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in self.policy.engine.module.causal_lm.named_parameters()
+            WeightSpec(name, str(dtype).removeprefix("torch."), shape)
+            for name, dtype, shape in described(self._causal_lm)
         ]
 
     def open_transfer(self, session: TransferSession) -> None:
@@ -198,15 +224,52 @@ class PolicyRank:
 
     def send_weights(self, half: Half = "policy") -> str | None:
         """Send all weights of the policy or of the engines' second model; rank 0 returns their fingerprint. Collective."""
-        weights = self._weights(half)
+        resting = half == "partner" and self.partner.resting
+        if resting:
+            self.partner.wake()
+        fingerprint = self._send(self._weights(half), half)
+        if resting:
+            self.partner.rest(self.device)
+        return fingerprint
+
+    def _send(self, weights: Iterable[tuple[str, torch.Tensor]], half: Half) -> str | None:
         if self._sender is not None:
             return self._sender.send(weights, half)
-        for _ in weights:
+        for _ in weights:  # to take part in gathering
             pass
         return None
 
+    @property
+    def _causal_lm(self) -> torch.nn.Module:
+        return self.policy.engine.module.causal_lm
+
+    def _sends_adapter(self) -> bool:
+        """Whether the engines keep the base and are sent the policy's adapter alone."""
+        return self.settings.policy.lora.publish == "adapter"
+
     def _weights(self, half: Half) -> Iterator[tuple[str, torch.Tensor]]:
-        return whole_weights(self.policy.engine.module.causal_lm) if half == "policy" else self.partner.weights()
+        if half == "partner":
+            return self.partner.weights()
+        return lora.adapter_weights(self._causal_lm) if self._sends_adapter() else self._whole()
+
+    def _whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return whole_weights(self._causal_lm, lora.POLICY if self.settings.policy.lora.rank else None)
+
+    # Taking turns with engines on the same device
+
+    def rest(self) -> None:
+        """Leave only the policy's weights on the device: optimizer states and frozen models move to host memory."""
+        for trainer in self.learner.trainers.values():
+            trainer.rest()
+        for anchor in self._anchors():
+            anchor.rest(self.device)
+
+    def wake(self) -> None:
+        """Undo `rest`; before everything but `send_weights`."""
+        for anchor in self._anchors():
+            anchor.wake()
+        for trainer in self.learner.trainers.values():
+            trainer.wake()
 
     # Files
 
@@ -216,6 +279,7 @@ class PolicyRank:
             trainer.save(Path(folder) / tag, name)
         for anchor in self._anchors():
             anchor.save(Path(folder) / tag, self.rank)
+        self._save_adapter(Path(folder) / tag / "adapter")
 
     def load(self, folder: str, tag: str) -> None:
         """Restore what `save` wrote. Collective."""
@@ -225,14 +289,25 @@ class PolicyRank:
             anchor.load(Path(folder) / tag, self.rank)
 
     def export(self, folder: str) -> None:
-        """Write the policy in Hugging Face format, with its tokenizer, to `folder` on rank 0's machine. Collective."""
-        weights = {}
-        for name, tensor in self._weights("policy"):
-            if self.rank == 0:
-                weights[name] = tensor.to("cpu", copy=True)
+        """Write the policy in Hugging Face format, with its tokenizer, to `folder` on rank 0's machine; under LoRA its adapter too, in
+        peft's format, to `folder/adapter`. Collective."""
+        weights = self._in_host_memory(self._whole())
         if self.rank == 0:
-            self.policy.engine.module.causal_lm.save_pretrained(folder, state_dict=weights)
+            save_causal_lm(self._causal_lm, weights, folder)
             AutoTokenizer.from_pretrained(resolve(self.settings.policy.model)).save_pretrained(folder)
+        self._save_adapter(Path(folder) / "adapter")
+
+    def _save_adapter(self, folder: Path) -> None:
+        """In peft's format, by rank 0; nothing without LoRA. Collective."""
+        settings = self.settings.policy
+        if settings.lora.rank:
+            weights = self._in_host_memory(lora.adapter_weights(self._causal_lm))
+            if self.rank == 0:
+                lora.save_adapter(folder, lora.adapter_config(settings.lora, resolve(settings.model)), weights)
+
+    def _in_host_memory(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Copies on rank 0; the other ranks only take part in gathering. Collective."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in weights if self.rank == 0}
 
     def close(self) -> None:
         """Leave the group. A lone rank keeps its own for the process's life: DeepSpeed cannot join a second one."""

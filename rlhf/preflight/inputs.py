@@ -16,7 +16,7 @@ from rlhf.algorithms import make
 from rlhf.config import Settings, UserError
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
-from rlhf.preflight.memory import ModelShape, model_shape
+from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.reward.functions import COMPARE, SCORE, load_function
 from rlhf.types import Prompt
 

@@ -1,47 +1,53 @@
-"""How much memory the roles need, from the model's shape alone. Estimates, meant to be right within a fifth or so.
+"""How much memory the roles need, from the model's shape alone.
 
-Pure arithmetic: knows bytes per parameter and how ZeRO divides them, not what a device has.
+Pure arithmetic: knows bytes per parameter, how ZeRO divides them and what DeepSpeed and vLLM set aside, not what a device has.
+How far the estimates are off is measured by `benchmarks/planner_accuracy.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from rlhf.algorithms import Algorithm, PolicyGradient
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed
 from rlhf.config.policy import PolicySettings
 from rlhf.config.rollout import RolloutSettings
+from rlhf.preflight.shapes import ModelShape
+from rlhf.transfer.buckets import BUCKET_BYTES
 
 BYTES = {"bf16": 2, "fp32": 4}
 GIB = 2**30
 
+REDUCE_BUCKET = 500_000_000
+"""DeepSpeed's default `reduce_bucket_size`, in elements; it is allocated whole, however small the model."""
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default `stage3_max_live_parameters`: weights that ZeRO-3 keeps gathered, in elements."""
+QUANTISED_BYTES = 0.516
+"""Of a weight in 4 bits, with its share of the scales: one per 64 weights, itself in 8 bits."""
+TRANSFER_CHUNK = 2**30
+"""vLLM's nccl back end packs tensors until they exceed this many bytes, and keeps two such chunks."""
+# Repeated from `rlhf.training.model` and `.engine`, whose imports take seconds; a test holds them equal.
+ROWS = 64
+GATHER_ELEMENTS = 64 * 2**20
 
-@dataclass(frozen=True)
-class ModelShape:
-    """What the estimates need to know of a model.
 
-    Attributes:
-        parameters: tied weights count once.
-        cached: numbers that one token leaves in the key-value cache.
-    """
-
-    parameters: int
-    layers: int
-    hidden: int
-    vocabulary: int
-    context: int | None
-    cached: int
+ELSEWHERE = ("host", "publishing", "resting")
+"""Fields of `PolicyMemory` that are not on the device in a learning step."""
 
 
 @dataclass(frozen=True)
 class PolicyMemory:
-    """Bytes on one policy rank's device, and in host memory for what is offloaded.
+    """Bytes on one policy rank's device at the peak of a learning step, and in host memory for what is offloaded.
 
     Attributes:
         partner: the engines' second model, where it is not the reference.
         start: the model the run started from, where an evaluation needs it beside a reference that moves.
         critic: its weights, gradients and optimizer states.
+        head: the gradient of the output projection and a chunk of logits.
+        buckets: what DeepSpeed reduces gradients in, and what ZeRO-3 keeps gathered.
+        publishing: beside what is resident, while weights leave for the engines; not at the same time as a step's.
+        resting: what stays on the device while engines have it, where they share it.
     """
 
     policy: float
@@ -52,93 +58,226 @@ class PolicyMemory:
     optimizer: float
     critic: float
     activations: float
+    head: float
+    buckets: float
     host: float
+    publishing: float
+    resting: float
 
     def parts(self) -> dict[str, float]:
-        """What lies on the device, by name; what the method does not have is left out."""
-        return {name: size for name, size in vars(self).items() if name != "host" and size}
+        """What lies on the device in a learning step, by name; what the method does not have is left out."""
+        return {name: size for name, size in vars(self).items() if name not in ELSEWHERE and size}
 
     @property
     def device(self) -> float:
-        return sum(self.parts().values())
+        """The peak: of a learning step or, where that is more, of publishing."""
+        return max(sum(self.parts().values()), self.resident + self.publishing)
+
+    @property
+    def resident(self) -> float:
+        """What stays between steps."""
+        return self.policy + self.reference + self.partner + self.start + self.optimizer + self.critic
 
 
-def model_shape(config: Any) -> ModelShape:
-    """The shape of the causal language model that a transformers configuration describes; no weights are made.
+class Batch(NamedTuple):
+    """One micro-batch.
 
-    Raises:
-        ValueError: the configuration is not a causal language model's.
+    Attributes:
+        group: tokens of one prompt with its responses.
+        responses: how many of them share the prompt.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return ModelShape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", None),
-        cached=2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head_size,
+    group: int
+    responses: int
+
+
+class Trained(NamedTuple):
+    """What one model of the policy group holds on each rank, in bytes."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def trained_parameters(shape: ModelShape, settings: PolicySettings) -> int:
+    """Parameters that the optimizer moves: all, or those of the adapters."""
+    lora = settings.lora
+    if lora.rank == 0:
+        return shape.parameters
+    wanted = lora.target_modules
+    return lora.rank * sum(
+        width
+        for layer, width in shape.adapter_widths.items()
+        if wanted == "all-linear" or any(layer.endswith(end) for end in wanted)
     )
+
+
+def model_states(shape: ModelShape, settings: PolicySettings) -> Trained:
+    """Weights, gradients and optimizer states of the policy, on each rank.
+
+    ZeRO 0 updates in place: bf16 weights have fp32 master copies, fp32 weights none. From stage 1 on DeepSpeed keeps fp32
+    master copies in either precision, and with bf16 it accumulates gradients in fp32, at stage 1 beside the bf16 ones.
+    """
+    size, stage, ranks = BYTES[settings.dtype], settings.zero_stage, settings.ranks
+    mixed, count = settings.dtype == "bf16", trained_parameters(shape, settings)
+    weights = (frozen_weights(shape, settings) if settings.lora.rank else 0) + count * size
+    if stage == 1:
+        gradients = count * (size + (4 if mixed else 0))
+    else:
+        gradients = count * (size if stage == 0 else 4)
+    master = 4 if mixed or stage >= 1 else 0
+    return Trained(
+        weights / (ranks if stage == 3 else 1),
+        gradients / (ranks if stage >= 2 else 1),
+        count * (8 + master) / (ranks if stage >= 1 else 1),
+    )
+
+
+def frozen_weights(shape: ModelShape, settings: PolicySettings) -> float:
+    """Bytes of the whole base model under adapters: its linear layers may be quantised."""
+    size = BYTES[settings.dtype]
+    if settings.lora.quantize_base == "none":
+        return shape.parameters * size
+    return shape.linear * QUANTISED_BYTES + (shape.parameters - shape.linear) * size
+
+
+def activations(shape: ModelShape, settings: PolicySettings, batch: Batch, gpu: bool = True) -> float:
+    """Bytes that the forward pass of one micro-batch keeps for the backward pass.
+
+    Per token and layer: two norms (an fp32 copy of the stream, the normalised stream and the scaled one each), queries, keys,
+    values and the attention's output twice, and the feed-forward block's gate, its activation, its up projection and
+    their product. With gradient checkpointing a layer keeps only its input, and one layer at a time the rest. Attention
+    adds per group and layer: on a GPU the mask, where responses share a prompt; on CPU the weights of all heads.
+    """
+    size, tokens = BYTES[settings.dtype], settings.micro_batch_tokens
+    norms = 2 * shape.hidden * (4 + 2 * size)
+    attention = size * (3 * shape.queries + shape.cached // shape.layers)
+    layer = tokens * (norms + attention + 4 * size * shape.feedforward)
+    square = batch.group**2 * (max(1, tokens // batch.group))
+    if not gpu:
+        layer += square * shape.heads * size
+    elif batch.responses > 1:
+        layer += square * size
+    if settings.gradient_checkpointing:
+        return shape.layers * tokens * shape.hidden * size + layer
+    return shape.layers * layer
+
+
+def head(shape: ModelShape, settings: PolicySettings) -> float:
+    """Bytes of the output projection's backward pass: logits of a chunk, and the weight's gradient in fp32 and in its own type."""
+    size = BYTES[settings.dtype]
+    logits = shape.vocabulary * (settings.logprob_chunk_tokens * size + 2 * ROWS * 4)
+    return logits + (0 if settings.lora.rank else shape.vocabulary * shape.hidden * (4 + size))
+
+
+def buckets(shape: ModelShape, settings: PolicySettings, gpu: bool = True) -> float:
+    """Bytes of DeepSpeed's buffers in the backward pass. A host gives memory only to the part that is written to."""
+    size, stage, count = BYTES[settings.dtype], settings.zero_stage, trained_parameters(shape, settings)
+    bucket = REDUCE_BUCKET if gpu else min(REDUCE_BUCKET, count)
+    if stage == 0:
+        return min(bucket, count) * size if settings.ranks > 1 else 0
+    if stage == 3:
+        return (bucket + min(LIVE_PARAMETERS, shape.parameters)) * size
+    return bucket * (4 if stage == 1 else size)
 
 
 def policy_memory(
-    shape: ModelShape, settings: PolicySettings, algorithm: Algorithm, evaluates: bool = False
+    shape: ModelShape,
+    settings: PolicySettings,
+    algorithm: Algorithm,
+    evaluates: bool = False,
+    batch: Batch | None = None,
+    gpu: bool = True,
 ) -> PolicyMemory:
     """Bytes per rank.
 
-    bf16 training keeps fp32 master weights and, from ZeRO 1 on, accumulates gradients in fp32 beside the bf16 ones.
-    Activations are about 34 bytes per token, layer and hidden unit in bf16 (attention matrices never whole), or 2 with
-    gradient checkpointing plus one layer; in fp32 twice as much. The vocabulary is projected in fp32 chunks, two of
-    which live at the same time. A critic is as large as the policy and takes turns with it. An average, or the last iterate that an
-    extrapolation remembers, is kept in fp32 in host memory.
+    A critic is as large as the policy and takes turns with it. With adapters the frozen base is shared: the reference is the
+    base itself, and an anchor that moves is a second set of adapters. An average, or the last iterate that an extrapolation
+    remembers, is kept in fp32 in host memory.
 
     Args:
         evaluates: on held-out prompts: with a reference that moves, the start is kept as well, to measure the distance to.
+        batch: what a micro-batch is made of; None: one group fills it.
+        gpu: where it runs.
     """
-    size, stage, ranks = BYTES[settings.dtype], settings.zero_stage, settings.ranks
-    mixed = settings.dtype == "bf16"
-    weights = shape.parameters * size / (ranks if stage == 3 else 1)
-    gradients = shape.parameters * (size + (4 if mixed and stage > 0 else 0)) / (ranks if stage >= 2 else 1)
-    optimizer = shape.parameters * (8 + (4 if mixed else 0)) / (ranks if stage >= 1 else 1)
-    per_layer = settings.micro_batch_tokens * shape.hidden * size
-    stored = per_layer * (shape.layers + 17) if settings.gradient_checkpointing else per_layer * 17 * shape.layers
-    chunks = 2 * settings.logprob_chunk_tokens * shape.vocabulary * 4
+    states, lora = model_states(shape, settings), settings.lora.rank > 0
+    batch = batch or Batch(settings.micro_batch_tokens, 2)
+    on_device = settings.offload_parameters == "none"
+    weights = states.weights if on_device else 0
+    optimizer = states.optimizer if settings.offload_optimizer == "none" else 0
+    shards = settings.ranks if settings.zero_stage == 3 else 1
+    adapters = trained_parameters(shape, settings) * BYTES[settings.dtype] / shards
     trained = 2 if isinstance(algorithm.objective, PolicyGradient) and algorithm.objective.critic is not None else 1
     anchors = [rule for rule in (algorithm.reference, algorithm.partner) if rule is not None]
-    start = weights if evaluates and not isinstance(algorithm.reference, Fixed) else 0
+    copies = [0.0 if lora and isinstance(rule, Fixed) else adapters if lora else states.weights for rule in anchors]
+    start = 0.0
+    if evaluates and not isinstance(algorithm.reference, Fixed):
+        start = 0.0 if lora else states.weights
     remembered = sum(isinstance(rule, Ema | Extrapolated) for rule in anchors)
-    device_weights = weights if settings.offload_parameters == "none" else 0
-    device_optimizer = optimizer if settings.offload_optimizer == "none" else 0
+    # At stage 3 anchors are shards that stay, and so do DeepSpeed's own buffers for gradients.
+    kept = (sum(copies) + start if on_device else 0) + trained * (
+        states.gradients + REDUCE_BUCKET * BYTES[settings.dtype]
+    )
+    another = 0 if settings.zero_stage < 3 or not gpu else (trained - 1) * REDUCE_BUCKET * BYTES[settings.dtype]
     return PolicyMemory(
-        policy=device_weights,
-        reference=device_weights,
-        partner=device_weights * (len(anchors) - 1),
-        start=start if settings.offload_parameters == "none" else 0,
-        gradients=gradients,
-        optimizer=device_optimizer,
-        critic=(device_weights + gradients + device_optimizer) * (trained - 1),
-        activations=stored + chunks,
-        host=(optimizer - device_optimizer) * trained
-        + (weights - device_weights) * (trained + len(anchors) + (start > 0))
-        + remembered * 4 * weights / size,
+        policy=weights,
+        reference=copies[0] if on_device else 0,
+        partner=sum(copies[1:]) if on_device else 0,
+        start=start if on_device else 0,
+        gradients=states.gradients,
+        optimizer=optimizer,
+        critic=(weights + states.gradients + optimizer) * (trained - 1),
+        activations=activations(shape, settings, batch, gpu),
+        head=head(shape, settings),
+        buckets=buckets(shape, settings, gpu) + another,
+        host=(states.optimizer - optimizer) * trained
+        + (0 if on_device else states.weights * trained + sum(copies) + start)
+        + remembered * trained_parameters(shape, settings) * 4 / shards,
+        publishing=publishing(shape, settings, gpu),
+        resting=weights * trained + (kept if settings.zero_stage == 3 else 0),
     )
 
 
-def engine_weights(shape: ModelShape, rollout: RolloutSettings, policy: PolicySettings, mixes: bool = False) -> float:
-    """Bytes of weights on each device of one engine, which holds two models if it mixes."""
-    return (1 + mixes) * shape.parameters * _engine_bytes(rollout, policy) / rollout.tensor_parallel_size
+def publishing(shape: ModelShape, settings: PolicySettings, gpu: bool = True) -> float:
+    """Bytes that publishing the weights needs for a moment on a rank: what ZeRO-3 gathers, and the messages on their way."""
+    size = BYTES[settings.dtype]
+    whole, largest = shape.parameters * size, shape.vocabulary * shape.hidden * size
+    gathered = min(GATHER_ELEMENTS * size + largest, whole) if settings.zero_stage == 3 else 0
+    return gathered + _messages(whole, largest, gpu)
 
 
-def cached_token(shape: ModelShape, rollout: RolloutSettings, policy: PolicySettings, mixes: bool = False) -> float:
-    """Bytes that one token takes in the key-value cache on each device of one engine."""
-    return (1 + mixes) * shape.cached * _engine_bytes(rollout, policy) / rollout.tensor_parallel_size
+def _messages(whole: float, largest: float, gpu: bool) -> float:
+    """Bytes of the messages in which weights travel: two of vLLM's chunks by nccl, one of our buckets by gloo."""
+    return 2 * min(TRANSFER_CHUNK + largest, whole) if gpu else min(max(BUCKET_BYTES, largest), whole)
 
 
-def _engine_bytes(rollout: RolloutSettings, policy: PolicySettings) -> int:
-    return BYTES[policy.dtype if rollout.dtype == "policy" else rollout.dtype]
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes on each device of one engine.
+
+    Attributes:
+        cached_token: what one token takes in the key-value cache.
+        arriving: buffers for new weights, outside the share that vLLM takes.
+    """
+
+    weights: float
+    cached_token: float
+    arriving: float
+
+    def room(self, size: float) -> int:
+        """Tokens that a key-value cache of `size` bytes holds."""
+        return max(0, int(size // self.cached_token))
+
+
+def engine_memory(
+    shape: ModelShape, rollout: RolloutSettings, policy: PolicySettings, mixes: bool = False, gpu: bool = True
+) -> EngineMemory:
+    """An engine that mixes holds two models, each with its own cache."""
+    size = BYTES[policy.dtype if rollout.dtype == "policy" else rollout.dtype]
+    models, devices = 1 + mixes, rollout.tensor_parallel_size
+    sent = BYTES[policy.dtype]
+    return EngineMemory(
+        weights=models * shape.parameters * size / devices,
+        cached_token=models * shape.cached * size / devices,
+        arriving=_messages(shape.parameters * sent, shape.vocabulary * shape.hidden * sent, gpu),
+    )

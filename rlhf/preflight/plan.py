@@ -8,19 +8,22 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from rlhf.algorithms import Algorithm, PolicyGradient, Source, catalogue, make
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule
-from rlhf.cluster import uses_gpu
+from rlhf.cluster.devices import shared_engines, uses_gpu
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
 from rlhf.config.checks import largest_assignment, optimizer_steps
 from rlhf.config.method_checks import used_responses
 from rlhf.config.settings import single_process
+from rlhf.preflight.estimate import Cluster, batch_of, estimate
+from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
-from rlhf.preflight.memory import GIB, cached_token, engine_weights, policy_memory
+from rlhf.preflight.memory import GIB, engine_memory, policy_memory
 from rlhf.types import Prompt
 
 
@@ -53,22 +56,22 @@ def describe(settings: Settings, debug: bool = False) -> str:
 
 
 def _devices(settings: Settings) -> int:
-    """GPUs of all engines, policy ranks and reward servers together."""
+    """GPUs of all engines that have their own, policy ranks and reward servers together."""
     rollout, reward = settings.rollout, settings.reward
-    return (
-        rollout.engines * rollout.tensor_parallel_size + settings.policy.ranks + math.ceil(reward.servers * reward.gpus)
-    )
+    engines = rollout.engines - len(shared_engines(settings, debug=False))
+    return engines * rollout.tensor_parallel_size + settings.policy.ranks + math.ceil(reward.servers * reward.gpus)
 
 
 def _check_gpus(settings: Settings, needed: int) -> None:
     visible = torch.cuda.device_count()
     if visible < needed:
+        engines = settings.rollout.engines - len(shared_engines(settings, debug=False))
         raise PlanError(
-            f"the run needs {needed} GPU(s): {settings.rollout.engines} x {settings.rollout.tensor_parallel_size} for "
-            f"`rollout.engines` x `rollout.tensor_parallel_size`, {settings.policy.ranks} for `policy.ranks` and "
+            f"the run needs {needed} GPU(s): {engines} x {settings.rollout.tensor_parallel_size} for engines with GPUs of their "
+            f"own (`rollout.engines` x `rollout.tensor_parallel_size`), {settings.policy.ranks} for `policy.ranks` and "
             f"{settings.reward.servers} x {settings.reward.gpus:g} for `reward.servers` x `reward.gpus`, but this machine shows "
-            f"{visible}. Lower them, join a cluster with `cluster.address`, use `--debug` (all roles on one GPU), or set "
-            "`cluster.device: cpu`"
+            f"{visible}. Lower them, let engines share the policy's GPUs (`cluster.placement: colocated`), join a cluster with "
+            "`cluster.address`, use `--debug` (all roles on one GPU), or set `cluster.device: cpu`"
         )
 
 
@@ -216,26 +219,45 @@ def _tokens(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterato
 
 
 def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str) -> Iterator[str]:
-    need = policy_memory(inputs.shape, settings.policy, algorithm, settings.data.eval_prompts is not None)
+    gpu, evaluates = device == "cuda", settings.data.eval_prompts is not None
+    need = policy_memory(inputs.shape, settings.policy, algorithm, evaluates, batch_of(settings), gpu)
     words = ", ".join(f"{name} {_size(size)}" for name, size in need.parts().items())
     yield f"each policy rank: {_size(need.device)} ({words})"
     if need.host:
         yield f"kept in host memory by each policy rank: {_size(need.host)}"
-    engine = (inputs.shape, settings.rollout, settings.policy, algorithm.mixes)
-    weights = engine_weights(*engine)
-    shown = f"weights {_size(weights)}" + (" for two models" if algorithm.mixes else "")
-    if device == "cpu":
-        cache = settings.rollout.cpu_kv_cache_gb * GIB
-        tokens = f"room for {int(cache // cached_token(*engine)):,} tokens"
-        yield f"each engine: {_size(weights + cache)} ({shown}, key-value cache {_size(cache)}: {tokens})"
-        yield f"this machine has {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
+    engine = engine_memory(inputs.shape, settings.rollout, settings.policy, algorithm.mixes, gpu)
+    shown = f"weights {_size(engine.weights)}" + (" for two models" if algorithm.mixes else "")
+    if gpu:
+        fraction = settings.rollout.gpu_memory_utilization
+        token = f"{engine.cached_token / 2**10:,.0f} KiB per token"
+        yield f"each engine worker: {fraction:.0%} of its GPU: {shown}, the rest key-value cache ({token})"
+        yield from _gpu_fit(settings, inputs, algorithm)
         return
-    fraction = settings.rollout.gpu_memory_utilization
-    token = f"{cached_token(*engine) / 2**10:,.0f} KiB per token"
-    yield f"each engine worker: {fraction:.0%} of its GPU: {shown}, the rest key-value cache ({token})"
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+    cache = settings.rollout.cpu_kv_cache_gb * GIB
+    yield (
+        f"each engine: {_size(engine.weights + cache)} ({shown}, key-value cache {_size(cache)}: room for "
+        f"{engine.room(cache):,} tokens)"
+    )
+    policy, rollout = settings.policy.ranks * need.device, settings.rollout.engines * (engine.weights + cache)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    verdict = "fits" if policy + rollout <= machine else "DOES NOT FIT"
+    yield f"all ranks and engines: {_size(policy + rollout)}; this machine has {_size(machine)}: {verdict}"
+
+
+def _gpu_fit(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterator[str]:
+    """What this machine's GPUs are, and whether the layout fits them."""
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    for index, properties in enumerate(found):
         yield f"GPU {index}: {properties.name}, {_size(properties.total_memory)}"
+    kind = visible_gpu([properties.name for properties in found])
+    if kind is None:
+        yield "whether it fits: `rlhf plan --gpu KIND` says so for the kinds of GPU that it knows"
+        return
+    cluster = Cluster(1, len(found), replace(kind, memory=float(min(one.total_memory for one in found))))
+    problems = estimate(settings, inputs.shape, algorithm, cluster).problems
+    yield from (f"DOES NOT FIT: {problem}" for problem in problems)
+    if not problems:
+        yield "fits"
 
 
 def _size(size: float) -> str:

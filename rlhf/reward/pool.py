@@ -41,7 +41,7 @@ class RewardPool:
         """
         reward, patience = settings.reward, settings.cluster.startup_deadline_s
         handles = [
-            runtime.start(f"reward-{index}", RewardServer, settings, index, runtime.local, gpus=reward.gpus)
+            runtime.start(f"reward-{index}", RewardServer, settings, index, runtime.local)
             for index in range(reward.servers)
         ]
         try:

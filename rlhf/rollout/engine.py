@@ -17,6 +17,7 @@ from typing import Any, get_args
 import numpy as np
 
 from rlhf.config.settings import Settings
+from rlhf.rollout.adapters import peft_config, sends_adapters
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.vllm_adapter import InProcessEngine, Sampled, VllmEngine, engine_arguments, start_engine
 from rlhf.transfer import Backend, TransferFailed, TransferSession, WeightSpec
@@ -225,13 +226,18 @@ class RolloutEngine:
             if half == "policy":
                 await self._engine.set_version(version)
                 self._version = version
+                if sends_adapters(self._settings):
+                    self._engine.use_adapter()
         finally:
             await self._engine.resume()
         self._broken.discard(half)
         return Attestation(self._index, self._version, fingerprint, await self._held())
 
+    def _halves(self) -> tuple[Half, ...]:
+        return get_args(Half) if self._mixes else ("policy",)
+
     async def _held(self) -> dict[Half, tuple[str, ...]]:
-        halves = get_args(Half) if self._mixes else ()
+        halves = self._halves() if self._mixes else ()  # alone there is no other half to keep
         return {
             half: tuple(await self._engine.workers("held", half=half)) for half in halves if half not in self._broken
         }
@@ -255,10 +261,13 @@ class RolloutEngine:
             "dtypes": [spec.dtype for spec in specs],
             "shapes": [list(spec.shape) for spec in specs],
         }
-        await self._engine.workers("aim", half=half)
-        await self._engine.workers("start_weight_update")
-        await self._engine.workers("update_weights", update_info=announcement)
-        await self._engine.workers("finish_weight_update")
+        if sends_adapters(self._settings):
+            await self._engine.workers("receive_adapter", update_info=announcement, config=peft_config(self._settings))
+        else:
+            await self._engine.workers("aim", half=half)
+            await self._engine.workers("start_weight_update")
+            await self._engine.workers("update_weights", update_info=announcement)
+            await self._engine.workers("finish_weight_update")
         fingerprints = set(await self._engine.workers("attest"))
         if len(fingerprints) != 1:
             raise TransferFailed(
@@ -272,18 +281,21 @@ class RolloutEngine:
         self._broken.add(half)
         self._delivery = None
         try:
-            fingerprint = self._engine.load(weights, half)
+            fingerprint = self._engine.load(weights, half, peft_config(self._settings))
             self._delivery = (half, fingerprint)
         finally:
             self._delivered.set()  # also after an error: `receive_weights` must not wait for what will not come
         return fingerprint
 
     async def sleep(self) -> None:
-        """Give the GPU's memory to others until `wake`."""
-        await self._engine.sleep()
+        """Give the GPU's memory to others until `wake`. At `rollout.sleep_level` 2 the weights are lost."""
+        level = self._settings.rollout.sleep_level
+        if level == 2:
+            self._broken |= set(self._halves())
+        await self._engine.sleep(level)
 
     async def wake(self) -> None:
-        """Take the memory back. The weights are as they were; cached prefixes are gone."""
+        """Take the memory back. The weights are as they were, unless sleep dropped them; cached prefixes are gone."""
         await self._engine.wake()
 
     def close(self) -> None:

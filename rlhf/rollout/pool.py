@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, uses_gpu
+from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, takes_turns, uses_gpu
 from rlhf.config.settings import Settings
 from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
 from rlhf.rollout.router import Router
@@ -37,11 +37,13 @@ class RolloutPool:
         self._settings = settings
         self._handles = dict(enumerate(handles))
         self._infos = infos
+        self._shared = shared_engines(settings, debug=backend == "local")
         self._router = Router(len(handles))
         self._joined: tuple[int, ...] = ()
         self._attested: tuple[Attestation, ...] = ()
         self._accepted = 0  # the model's own files
         self._unconfirmed: set[Half] = set()
+        self._halves: set[Half] = {"policy", *(half for info in infos for half in info.held)}
         self._held = {index: info.held for index, info in enumerate(infos)}
         self._deaths: list[str] = []
 
@@ -59,7 +61,6 @@ class RolloutPool:
         gpu = uses_gpu(settings.cluster)
         backend = choose_backend(settings, gpu, runtime.local)
         count = 1 if runtime.local else settings.rollout.engines
-        gpus = settings.rollout.tensor_parallel_size if gpu and not runtime.local else 0
         env = engine_environment(settings, runtime.local)
         handles = [
             runtime.start(
@@ -71,7 +72,6 @@ class RolloutPool:
                 backend,
                 gpu,
                 mixes,
-                gpus=gpus,
                 env=env,
             )
             for index in range(count)
@@ -203,29 +203,38 @@ class RolloutPool:
         self._unconfirmed.discard(half)
 
     async def sleep(self) -> None:
-        """Let all engines give back their GPU memory."""
-        await self._all("sleep")
+        """Let the engines that share GPUs with the policy give back their memory. At `rollout.sleep_level` 2 all weights must be
+        sent again after `wake`."""
+        if self._settings.rollout.sleep_level == 2:
+            self._unconfirmed |= self._halves
+        await self._all("sleep", self._shared)
 
     async def wake(self) -> None:
         """Undo `sleep`; needed before sampling and before receiving weights."""
-        await self._all("wake")
+        await self._all("wake", self._shared)
 
     async def close(self) -> None:
         """End all engines and their processes."""
         await self._all("close")
 
-    async def _all(self, method: str) -> None:
+    async def _all(self, method: str, engines: Container[int] | None = None) -> None:
         deadline = self._settings.cluster.publish_deadline_s
-        await asyncio.gather(*(handle.call(method, deadline=deadline) for handle in self._handles.values()))
+        handles = [handle for index, handle in self._handles.items() if engines is None or index in engines]
+        await asyncio.gather(*(handle.call(method, deadline=deadline) for handle in handles))
 
 
 def choose_backend(settings: Settings, gpu: bool, local: bool) -> Backend:
     """The back end for weights: always `local` within one process, else as `rollout.transfer` says."""
+    rollout = settings.rollout
     if local:
         return "local"
-    if settings.rollout.transfer != "auto":
-        return settings.rollout.transfer
-    return "nccl" if gpu else "gloo"
+    if rollout.transfer != "auto":
+        return rollout.transfer
+    if gpu and not takes_turns(settings, debug=False):
+        return "nccl"
+    # NCCL refuses two ranks on one GPU; one rank and one worker on the same GPU need no network at all.
+    alone = settings.policy.ranks == rollout.engines * rollout.tensor_parallel_size == 1
+    return "ipc" if gpu and alone else "gloo"
 
 
 def engine_environment(settings: Settings, local: bool) -> dict[str, str]:

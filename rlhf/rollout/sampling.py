@@ -24,6 +24,7 @@ class Sampling:
         source: marks the completions.
         mixture: 0 is the policy, 1 its partner, between them policy^(1 - mixture) partner^mixture, token by token. The
             temperature applies to the mixture. Above 0 it needs engines that mix.
+        ignore_eos: go on after the end-of-sequence token, up to `max_tokens` (`rlhf doctor` looks for the memory that this takes).
     """
 
     n: int
@@ -34,6 +35,7 @@ class Sampling:
     seed: int = 0
     source: str = "policy"
     mixture: float = 0.0
+    ignore_eos: bool = False
 
     def request_seed(self, prompt_id: str) -> int:
         """The engine's seed for this prompt. vLLM adds the response's index to it, so neighbours must not occur."""

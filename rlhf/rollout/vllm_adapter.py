@@ -18,7 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rlhf.cluster.devices import spans_nodes, takes_turns
+from rlhf.config.rollout import RolloutSettings
 from rlhf.config.settings import Settings
+from rlhf.rollout.adapters import adapter_arguments, adapter_request
 from rlhf.rollout.sampling import MIXTURE_ARGUMENT, Sampling
 from rlhf.transfer import TransferFailed
 from rlhf.types import Half, Prompt
@@ -73,8 +76,13 @@ class VllmEngine(Protocol):
         """What completions from now on are marked with."""
         ...
 
-    async def sleep(self) -> None:
-        """Give back GPU memory (weights go to host memory, the cache is dropped). Nothing happens on CPU."""
+    def use_adapter(self) -> None:
+        """Let requests from now on run with the LoRA adapter that the workers hold."""
+        ...
+
+    async def sleep(self, level: int) -> None:
+        """Give back GPU memory: the cache is dropped; weights go to host memory (level 1) or are dropped too (level 2).
+        Nothing happens on CPU."""
         ...
 
     async def wake(self) -> None:
@@ -100,6 +108,7 @@ def engine_arguments(
 
     Raises:
         CannotMix: vLLM cannot run two such models as one.
+        UserError: the engine is to mix, and is to be sent adapters.
     """
     rollout = settings.rollout
     dtype = settings.policy.dtype if rollout.dtype == "policy" else rollout.dtype
@@ -108,11 +117,12 @@ def engine_arguments(
         "dtype": _DTYPES[dtype],
         "max_model_len": settings.data.max_prompt_tokens + rollout.max_tokens,
         "tensor_parallel_size": rollout.tensor_parallel_size,
+        "distributed_executor_backend": _executor(rollout),
         "max_num_seqs": rollout.max_num_seqs,
         "enforce_eager": rollout.enforce_eager or not gpu,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
         "kv_cache_memory_bytes": None if gpu else int(rollout.cpu_kv_cache_gb * 2**30),
-        "enable_sleep_mode": gpu and local,
+        "enable_sleep_mode": gpu and takes_turns(settings, local),
         "enable_prefix_caching": True,
         # A prompt prefilled in parts makes vLLM rewind the request's own generator, which torch cannot do on CPU.
         "enable_chunked_prefill": gpu,
@@ -123,6 +133,7 @@ def engine_arguments(
         "weight_transfer_config": {"backend": engine_name},
         "worker_extension_cls": "rlhf.transfer.receivers.AttestingWorker",
     }
+    arguments |= adapter_arguments(settings, mixes)
     if mixes:
         from rlhf.rollout.mixture import mixture_overrides
         from rlhf.rollout.mixture_processors import processor_name
@@ -133,6 +144,14 @@ def engine_arguments(
         with _torch_as_it_was():
             arguments["logits_processors"] = [processor_name(arguments)]
     return arguments
+
+
+def _executor(rollout: RolloutSettings) -> str | None:
+    """Who runs the workers of an engine with several devices. Inside a placement group vLLM would choose Ray by itself, which
+    is only for engines that span nodes (designed, not yet run on a GPU)."""
+    if rollout.tensor_parallel_size == 1:
+        return None
+    return "ray" if spans_nodes() else "mp"
 
 
 def start_engine(arguments: dict[str, Any], in_process: bool) -> VllmEngine:
@@ -158,6 +177,7 @@ def _sampling_params(sampling: Sampling, request_seed: int) -> Any:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         seed=request_seed,
+        ignore_eos=sampling.ignore_eos,
         logprobs=0,  # of the sampled token only
         flat_logprobs=True,
         detokenize=False,
@@ -195,6 +215,7 @@ class AsyncEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._adapter: Any = None
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Sampled]:
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -202,7 +223,8 @@ class AsyncEngine:
         params = _sampling_params(sampling, sampling.request_seed(prompt.id))
         tokens = {"prompt_token_ids": list(prompt.token_ids)}
         try:
-            async for output in self._llm.generate(tokens, params, str(next(_request_numbers))):
+            request = str(next(_request_numbers))
+            async for output in self._llm.generate(tokens, params, request, lora_request=self._adapter):
                 final = output
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's core process ended: {error}") from error
@@ -229,9 +251,12 @@ class AsyncEngine:
     async def set_version(self, version: int) -> None:
         await self._llm.update_weight_version(str(version))
 
-    async def sleep(self) -> None:
+    def use_adapter(self) -> None:
+        self._adapter = adapter_request()
+
+    async def sleep(self, level: int) -> None:
         if self._llm.vllm_config.model_config.enable_sleep_mode:
-            await self._llm.sleep(level=1)
+            await self._llm.sleep(level=level)
 
     async def wake(self) -> None:
         if self._llm.vllm_config.model_config.enable_sleep_mode:
@@ -250,6 +275,7 @@ class InProcessEngine:
 
         with _torch_as_it_was():
             self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._adapter: Any = None
         self._waiting: dict[str, asyncio.Future] = {}
         self._stepper: asyncio.Task | None = None
         self._gate = asyncio.Event()
@@ -259,7 +285,8 @@ class InProcessEngine:
         await self._gate.wait()
         request_id = str(next(_request_numbers))
         params = _sampling_params(sampling, sampling.request_seed(prompt.id))
-        self._llm.add_request(request_id, {"prompt_token_ids": list(prompt.token_ids)}, params)
+        tokens = {"prompt_token_ids": list(prompt.token_ids)}
+        self._llm.add_request(request_id, tokens, params, lora_request=self._adapter)
         future = self._waiting[request_id] = asyncio.get_running_loop().create_future()
         if self._stepper is None or self._stepper.done():
             self._stepper = asyncio.create_task(self._step_until_idle())
@@ -288,19 +315,26 @@ class InProcessEngine:
     async def workers(self, method: str, **arguments: Any) -> list[Any]:
         return self._llm.collective_rpc(method, kwargs=arguments)
 
-    def load(self, weights: Iterable[tuple[str, Any]], half: Half) -> str:
+    def load(self, weights: Iterable[tuple[str, Any]], half: Half, adapter: dict[str, Any] | None = None) -> str:
         """Load new weights into one half, now. Returns their fingerprint. Needs an idle engine: call it between
-        requests."""
+        requests.
+
+        Args:
+            adapter: the weights are a LoRA adapter with this configuration (`rlhf.rollout.adapters.peft_config`).
+        """
         if self._llm.has_unfinished_requests():
             raise RuntimeError(
                 "weights were sent while requests were running: publish after all responses have arrived"
             )
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not forget its cached prefixes, which belong to the old weights")
-        self._llm.collective_rpc("aim", kwargs={"half": half})
-        self._llm.collective_rpc("start_weight_update")
-        self._llm.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
-        self._llm.collective_rpc("finish_weight_update")
+        if adapter is not None:
+            self._llm.collective_rpc("receive_adapter", kwargs={"update_info": {"weights": weights}, "config": adapter})
+        else:
+            self._llm.collective_rpc("aim", kwargs={"half": half})
+            self._llm.collective_rpc("start_weight_update")
+            self._llm.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
+            self._llm.collective_rpc("finish_weight_update")
         return self._llm.collective_rpc("attest")[0]
 
     async def pause(self) -> None:
@@ -314,9 +348,12 @@ class InProcessEngine:
     async def set_version(self, version: int) -> None:
         self._llm.set_weight_version(str(version))
 
-    async def sleep(self) -> None:
+    def use_adapter(self) -> None:
+        self._adapter = adapter_request()
+
+    async def sleep(self, level: int) -> None:
         if self._llm.model_config.enable_sleep_mode:
-            self._llm.sleep(level=1)
+            self._llm.sleep(level=level)
 
     async def wake(self) -> None:
         if self._llm.model_config.enable_sleep_mode:

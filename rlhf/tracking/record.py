@@ -94,6 +94,17 @@ class Record:
         for row in rows:
             self._append("samples", {"step": step} | dict(row))
 
+    def placed(self, lines: Sequence[str]) -> None:
+        """Note in manifest.json which actors run on which node in this start of the run, one line per node."""
+        path = self.folder / "manifest.json"
+        try:
+            described = json.loads(path.read_text())
+            start = described["resumed"][-1] if described["resumed"] else described
+            start["placement"] = list(lines)
+            _write_whole(path, json.dumps(described, indent=2) + "\n")
+        except OSError as error:
+            log.warning("%s: the placement was not noted (%s); training goes on", path, error.strerror or error)
+
     def rewind(self, step: int) -> None:
         """Forget everything recorded of steps after `step`: they will be done again.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ import torch
 from torch import nn
 
 from rlhf.config.policy import PolicySettings
+from rlhf.training.resting import Resting
+from rlhf.training.weights import local_shard
 
-GATHER_ELEMENTS = 64 * 2**20
-"""Parameters gathered at a time when weights leave the group, in elements."""
+FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
+"""Where DeepSpeed's optimizers keep master weights and gradients besides the inner optimizer's own."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -75,8 +76,9 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, settings: PolicySettings, total_updates: int):
+        model.register_state_dict_post_hook(_only_what_learns)
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             weight_decay=settings.weight_decay,
@@ -87,6 +89,7 @@ class Trainer:
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(settings, learn=True)
         )
         self.ranks = torch.distributed.get_world_size()
+        self._resting = Resting()
         self._norm = 0.0
         self._max_grad_norm = settings.max_grad_norm
         # Without ZeRO in fp32 DeepSpeed clips but does not keep the norm.
@@ -132,18 +135,42 @@ class Trainer:
             )
         return norm, rate
 
+    def shards(self) -> Iterator[torch.Tensor]:
+        """This rank's part of each weight that learns: its ZeRO-3 partition, or the whole of it."""
+        return (local_shard(parameter) for parameter in self.engine.module.parameters() if parameter.requires_grad)
+
     @torch.no_grad()
     def set_shards(self, shards: Iterable[torch.Tensor]) -> None:
-        """Overwrite the weights with these (one per parameter, as `local_shards` gives them). Collective."""
-        for mine, theirs in zip(local_shards(self.engine.module), shards, strict=True):
+        """Overwrite the weights that learn with these (one per parameter, as `shards` gives them). Collective."""
+        for mine, theirs in zip(self.shards(), shards, strict=True):
             mine.copy_(theirs)
         refresh = getattr(self.engine.optimizer, "refresh_fp32_params", None)
         if refresh is not None:  # the optimizer's own copies of the weights
             refresh()
 
+    def rest(self) -> None:
+        """Move optimizer states, master weights and gradient buffers to host memory; the weights stay on the device. Until `wake`,
+        neither learn nor save."""
+        self._resting.rest(self._states(), self.device, needed=self.engine.module.parameters())
+
+    def wake(self) -> None:
+        """Undo `rest`."""
+        self._resting.wake()
+
+    def _states(self) -> Iterator[torch.Tensor]:
+        outer = self.engine.optimizer
+        optimizer = getattr(outer, "optimizer", outer)
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+        for group in optimizer.param_groups:
+            yield from group["params"]
+        for name in FLAT_BUFFERS:
+            found = getattr(outer, name, None)
+            yield from [found] if torch.is_tensor(found) else found or ()
+
     def save(self, folder: Path, name: str) -> None:
-        """Write weights, optimizer and schedule to `folder/name`; collective."""
-        self.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+        """Write weights that learn, optimizer and schedule to `folder/name`; collective."""
+        self.engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
         """Restore what `save` wrote; collective.
@@ -153,7 +180,34 @@ class Trainer:
         """
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"no DeepSpeed checkpoint {name!r} in {folder}")
-        self.engine.load_checkpoint(str(folder), tag=name)
+        self.engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_what_learns)
+
+
+def _only_what_learns(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave all else out of a checkpoint: the model's own files hold it."""
+    learned = {prefix + name for name in _names_that_learn(module)}
+    for name in [name for name in state if name.startswith(prefix) and name not in learned]:
+        del state[name]
+
+
+def _load_what_learns(src: dict[str, Any], dst: nn.Module) -> None:
+    """Restore every weight that learns, and no other.
+
+    Raises:
+        RuntimeError: the checkpoint was made with other weights learning.
+    """
+    differ = src.keys() ^ _names_that_learn(dst)
+    if differ:
+        raise RuntimeError(
+            f"the checkpoint does not hold the weights that learn now ({min(differ)} is in only one of the two): it was made with other "
+            "settings under policy.lora"
+        )
+    dst.load_state_dict(src, strict=False)
+
+
+def _names_that_learn(module: nn.Module) -> set[str]:
+    """With all names of a tied weight."""
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
 
 
 def shard_frozen(model: nn.Module, settings: PolicySettings, device: torch.device) -> nn.Module:
@@ -164,38 +218,3 @@ def shard_frozen(model: nn.Module, settings: PolicySettings, device: torch.devic
         return model.to(device)
     engine, _, _, _ = deepspeed.initialize(model=model, config=deepspeed_config(settings, learn=False))
     return engine
-
-
-@contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters sharded by ZeRO-3 are whole (read-only) on every rank; a no-op for others. Collective."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
-        yield
-
-
-def local_shards(module: nn.Module) -> Iterator[torch.Tensor]:
-    """This rank's part of each parameter: its ZeRO-3 partition, or the whole of it."""
-    for parameter in module.parameters():
-        yield getattr(parameter, "ds_tensor", parameter)
-
-
-def whole_weights(causal_lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight, whole, one after the other; under ZeRO-3 gathered in chunks. Collective."""
-    chunk: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in causal_lm.named_parameters():
-        chunk.append((name, parameter))
-        size += getattr(parameter, "ds_numel", parameter.numel())
-        if size >= GATHER_ELEMENTS:
-            yield from _gather(chunk)
-            chunk, size = [], 0
-    yield from _gather(chunk)
-
-
-def _gather(chunk: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
-    with gathered([parameter for _, parameter in chunk]):
-        for name, parameter in chunk:
-            yield name, parameter.detach()

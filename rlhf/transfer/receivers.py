@@ -2,7 +2,8 @@
 
 All back ends load through vLLM's layerwise reload (on CPU vLLM repacks weights after loading, so they must never be
 written in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter
-unloaded. An update goes into one half of the model (`rlhf.transfer.halves`); the other is not touched.
+unloaded. An update goes into one half of the model (`rlhf.transfer.halves`); the other is not touched. Or it is a LoRA adapter, which
+leaves the model's own weights alone (`rlhf.transfer.adapters`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from rlhf.transfer import gloo
+from rlhf.transfer.adapters import AdapterInbox
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.gpu import ipc_store
 from rlhf.transfer.halves import checksum, halves
@@ -98,7 +100,7 @@ class _Attesting(WeightTransferEngine):
     init_info_cls = JoinInfo
     update_info_cls = Announcement
     supports_draft_weight_update = False
-    _watched: _WatchedModel
+    _watched: _WatchedModel | AdapterInbox
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
@@ -138,6 +140,22 @@ class _Attesting(WeightTransferEngine):
         for name in self._names[self._half].tied:
             layer = self.model.get_submodule(name.rpartition(".")[0])
             layer.quant_method.process_weights_after_loading(layer)
+
+        self.release()
+
+    def receive_adapter(self, update_info: dict[str, Any], config: dict[str, Any]) -> None:
+        """Take a LoRA adapter, whole: vLLM's three steps of an update are for the model's own weights, and end in forgetting adapters.
+
+        Args:
+            config: peft's `r`, `lora_alpha` and `target_modules`.
+        """
+        self._watched = AdapterInbox(self._default_model, config)
+        self.receive_weights(self.parse_update_info(update_info))
+        self._watched.install()
+        self.release()
+
+    def release(self) -> None:
+        """Called when nothing refers to the sender's memory any more."""
 
     def attested(self) -> str:
         """Fingerprint of the last update, over the bytes as they arrived."""
@@ -231,8 +249,7 @@ class IpcReceiver(_Attesting, IPCWeightTransferEngine):
         finally:
             self.model = model
 
-    def finish_weight_update(self) -> None:
-        super().finish_weight_update()  # until here layers may still refer to the sender's memory
+    def release(self) -> None:
         torch.cuda.synchronize()
         self._store.set(f"read/{self._round}/{self._rank}", b"")
         self._round += 1
@@ -247,6 +264,10 @@ class AttestingWorker:
     def aim(self, half: Half) -> None:
         """The next weight update goes into this half of the model."""
         self.weight_transfer_engine.aim(half)
+
+    def receive_adapter(self, update_info: dict[str, Any], config: dict[str, Any]) -> None:
+        """Take the policy's LoRA adapter and use it from now on."""
+        self.weight_transfer_engine.receive_adapter(update_info, config)
 
     def attest(self) -> str:
         """Fingerprint of the weights this worker received last."""

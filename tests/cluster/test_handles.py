@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, Runtime, compute_env, fetch
+from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, Runtime, compute_env, fetch, handles, together
 from rlhf.config.cluster import ClusterSettings
 
 
@@ -88,3 +88,47 @@ def test_threads_are_shared_by_the_actors_of_a_role() -> None:
     cores = len(os.sched_getaffinity(0))
     assert compute_env(ClusterSettings(), 1)["OMP_NUM_THREADS"] == str(cores)
     assert compute_env(ClusterSettings(), 2 * cores)["OMP_NUM_THREADS"] == "1"
+
+
+async def after(event: asyncio.Event | None, outcome: Any) -> Any:
+    """A call that answers, or fails, when the event happens (None: at once)."""
+    if event is not None:
+        await event.wait()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def test_calls_that_need_one_another_answer_in_order(run: Callable) -> None:
+    async def use() -> list[Any]:
+        event = asyncio.Event()
+        asyncio.get_running_loop().call_soon(event.set)
+        return await together(after(event, 1), after(None, 2))
+
+    assert run(use()) == [1, 2]
+
+
+def test_the_dead_actor_is_named_and_not_those_who_missed_it(run: Callable) -> None:
+    """The survivor of a collective fails first, with words about a connection; Ray tells of the death later."""
+
+    async def use() -> None:
+        news = asyncio.Event()
+        asyncio.get_running_loop().call_soon(news.set)
+        lost = after(None, RuntimeError("connection closed by peer"))
+        hanging = after(asyncio.Event(), None)
+        await together(lost, hanging, after(news, ActorDied("policy[1] died while the driver waited for its learn")))
+
+    with pytest.raises(ActorDied, match=r"policy\[1\]"):
+        run(use())
+
+
+def test_without_a_death_the_first_error_is_raised(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "DEATH_NOTICE_S", 0.0)
+    with pytest.raises(ValueError, match="first"):
+        run(together(after(None, ValueError("first")), after(None, 1)))
+
+    async def with_one_that_hangs() -> None:
+        await together(after(None, ValueError("first")), after(asyncio.Event(), None))
+
+    with pytest.raises(ValueError, match="first"):
+        run(with_one_that_hangs())

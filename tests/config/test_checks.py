@@ -80,10 +80,92 @@ CASES = [
         ["reward.gpus=1.0"],
     ),
     (
-        ["rollout.transfer=ipc", "rollout.engines=2"],
-        ["`rollout.transfer`", "`policy.ranks`", "2 x 1 = 2", "nccl"],
-        ["rollout.engines=1"],
+        ["rollout.transfer=ipc", "rollout.engines=2", "policy.ranks=2", "cluster.placement=colocated"],
+        ["`rollout.transfer`", "`policy.ranks`", "2 x 1 = 2", "auto"],
+        ["rollout.engines=1", "policy.ranks=1"],
     ),
+    (
+        ["rollout.transfer=ipc"],
+        ["`rollout.transfer`", "`cluster.placement` is disaggregated", "`cluster.placement: colocated`"],
+        ["cluster.placement=colocated"],
+    ),
+    (
+        ["rollout.transfer=nccl", "cluster.placement=colocated"],
+        ["`rollout.transfer`", "two ranks on one GPU", "gloo"],
+        ["rollout.transfer=gloo"],
+    ),
+    (
+        ["cluster.device=cpu", "cluster.placement=colocated"],
+        ["`cluster.placement`", "`cluster.device` is cpu"],
+        ["cluster.device=auto"],
+    ),
+    (
+        ["cluster.colocated_engines=1"],
+        ["`cluster.colocated_engines`", "`cluster.placement: mixed`"],
+        ["cluster.placement=mixed", "rollout.engines=2"],
+    ),
+    (
+        ["cluster.placement=mixed", "rollout.engines=2"],
+        ["`cluster.colocated_engines`", "fewer than all", "colocated", "disaggregated"],
+        ["cluster.colocated_engines=1"],
+    ),
+    (
+        ["cluster.placement=colocated", "rollout.engines=2", "rollout.tensor_parallel_size=2", "policy.ranks=2"],
+        ["`cluster.placement`", "2 x 2 = 4", "`policy.ranks` is 2"],
+        ["policy.ranks=4"],
+    ),
+    (
+        ["cluster.policy_nodes=2", "cluster.address=auto"],
+        ["`cluster.policy_nodes`", "1 rank(s)"],
+        ["policy.ranks=2"],
+    ),
+    (
+        ["cluster.policy_nodes=2", "policy.ranks=2"],
+        ["`cluster.policy_nodes`", "`cluster.address`", "`auto`"],
+        ["cluster.address=auto"],
+    ),
+    (
+        ["cluster.node_resources={rollout: big}"],
+        ["`cluster.node_resources`", "`cluster.address`"],
+        ["cluster.address=auto"],
+    ),
+    (
+        ["cluster.node_resources={rolout: big}"],
+        ["`cluster.node_resources`", "did you mean `rollout`"],
+        ["cluster.node_resources={rollout: big}", "cluster.address=auto"],
+    ),
+    (
+        ["rollout.straddle_nodes=true", "cluster.address=auto"],
+        ["`rollout.straddle_nodes`", "`rollout.tensor_parallel_size`"],
+        ["rollout.tensor_parallel_size=2"],
+    ),
+    (
+        ["rollout.straddle_nodes=true", "rollout.tensor_parallel_size=2"],
+        ["`rollout.straddle_nodes`", "`cluster.address`"],
+        ["cluster.address=auto"],
+    ),
+    (
+        [
+            "rollout.straddle_nodes=true",
+            "rollout.tensor_parallel_size=2",
+            "cluster.address=auto",
+            "cluster.device=cpu",
+        ],
+        ["`rollout.straddle_nodes`", "GPUs only"],
+        ["cluster.device=cuda"],
+    ),
+    (
+        [
+            "rollout.straddle_nodes=true",
+            "rollout.tensor_parallel_size=2",
+            "cluster.address=auto",
+            "cluster.placement=colocated",
+            "policy.ranks=2",
+        ],
+        ["`rollout.straddle_nodes`", "lies in one node"],
+        ["cluster.placement=disaggregated"],
+    ),
+    (["reward.gpus=1.5"], ["`reward.gpus`", "not 1.5", "whole"], ["reward.gpus=2.0"]),
     (["reward.path=some/folder"], ["`reward.path`", "module:name", "`reward.kind: model`"], ["reward.kind=model"]),
     (["reward.kind=model"], ["`reward.path`", "`reward.kind: function`"], ["reward.kind=function"]),
     (["reward.input=conversation"], ["`reward.input`", "`reward.kind: model`"], ["reward.input=response"]),
@@ -97,6 +179,46 @@ CASES = [
         ["reward.kind=pairwise_function", "reward.missing_eos_penalty=1"],
         ["`reward.missing_eos_penalty`", "probabilities"],
         ["reward.kind=function"],
+    ),
+    (
+        ["policy.lora.alpha=32", "policy.lora.publish=adapter"],
+        ["`policy.lora.alpha`, `policy.lora.publish`", "`policy.lora.rank`"],
+        ["policy.lora.rank=8"],
+    ),
+    (
+        ["policy.lora.rank=8", "policy.lora.target_modules=[]"],
+        ["`policy.lora.target_modules`", "all-linear"],
+        ["policy.lora.target_modules=[q_proj]"],
+    ),
+    (
+        ["policy.lora.rank=8", "algorithm.reference=ema"],
+        ["`algorithm.reference`", "fixed or previous", "`policy.lora.rank: 0`"],
+        ["algorithm.reference=previous"],
+    ),
+    (
+        ["policy.lora.rank=8", "algorithm.name=nash_ema"],
+        ["`algorithm.name`", "nash_md", "`policy.lora.rank: 0`"],
+        ["algorithm.name=nash_md"],
+    ),
+    (
+        ["policy.lora.rank=8", "policy.lora.publish=adapter", "algorithm.name=xpo"],
+        ["`policy.lora.publish`", "xpo", "`policy.lora.publish: merged`"],
+        ["policy.lora.publish=merged"],
+    ),
+    (
+        ["policy.lora.rank=8", "policy.lora.publish=adapter", "rollout.sleep_level=2", "cluster.placement=colocated"],
+        ["`rollout.sleep_level`", "`rollout.sleep_level: 1`"],
+        ["rollout.sleep_level=1"],
+    ),
+    (
+        ["policy.lora.rank=8", "policy.lora.quantize_base=4bit", "policy.lora.publish=adapter"],
+        ["`policy.lora.publish: merged`", "`policy.lora.quantize_base`"],
+        ["policy.lora.publish=merged"],
+    ),
+    (
+        ["policy.lora.rank=8", "policy.lora.quantize_base=4bit", "policy.zero_stage=3"],
+        ["`policy.zero_stage`", "0, 1 or 2"],
+        ["policy.zero_stage=2"],
     ),
     (["loop.eval_every=5"], ["`loop.eval_every`", "`data.eval_prompts`"], ["data.eval_prompts=held_out.jsonl"]),
 ]

@@ -12,11 +12,12 @@ from rlhf.config.algorithm import METHODS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDERS = ("movie_reviews", "8b")
+VARIANTS = {"movie_reviews": {"online_dpo_lora"}, "8b": set()}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_each_method_has_one(folder: str) -> None:
-    assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == set(METHODS)
+    assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == set(METHODS) | VARIANTS[folder]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,3 +50,20 @@ def test_the_large_runs_use_eight_gpus_and_say_that_they_have_not_run(method: st
     engines = settings.rollout.engines * settings.rollout.tensor_parallel_size
     assert engines + settings.policy.ranks + settings.reward.servers * settings.reward.gpus == 8
     assert path.read_text().startswith("# Designed, not yet run on a GPU")
+
+
+def test_the_lora_run_differs_from_its_neighbour_in_what_learns_only() -> None:
+    full, lora = (load(CONFIGS / "movie_reviews" / f"{name}.yaml") for name in ("online_dpo", "online_dpo_lora"))
+    policy = {"lora": full.policy.lora, "learning_rate": full.policy.learning_rate}
+    assert lora.policy.lora.rank > 0
+    assert lora.model_copy(update={"policy": lora.policy.model_copy(update=policy), "run": full.run}) == full
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "single_gpu").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_single_gpu_runs_use_one_gpu_in_turns(path: Path) -> None:
+    settings = load(path)
+    assert settings.cluster.placement == "colocated" and settings.cluster.device == "cuda"
+    assert settings.policy.ranks == settings.rollout.engines * settings.rollout.tensor_parallel_size == 1
+    assert settings.reward.gpus == 0
+    assert path.read_text().startswith("# Designed, not yet run on a GPU: one GPU of ")
+    assert settings.run.dir == f"runs/single_gpu/{path.stem.rpartition('_')[0]}"

@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parents[2] / "rlhf"
 # The plan and the console show values to people; that alone changes nothing.
 SHOWING = ("config", "preflight")
 SECTIONS = {name: info.annotation for name, info in Settings.model_fields.items() if name != "algorithm"}
+SECTIONS["lora"] = SECTIONS["policy"].model_fields["lora"].annotation  # a section inside a section
 FIELDS = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields}
 
 

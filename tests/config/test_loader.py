@@ -53,6 +53,18 @@ def test_a_section_with_nothing_under_it_means_defaults(tmp_path: Path) -> None:
     assert load(write(tmp_path, VALID + "loop:\n  # steps: 3\n"), ["loop.steps=4"]).loop.steps == 4
 
 
+def test_a_section_in_a_section(load_with: LoadWith, tmp_path: Path) -> None:
+    overrides = ["policy.lora.rank=4", "policy.lora.target_modules=[q_proj, v_proj]"]
+    lora = load_with(*overrides).policy.lora
+    assert (lora.rank, lora.target_modules, lora.alpha) == (4, ["q_proj", "v_proj"], 16.0)
+    nested = VALID.replace("model: some/model", "model: some/model\n  lora:\n    rank: 8\n    # alpha: 1")
+    path = write(tmp_path, nested)
+    assert load(path).policy.lora.rank == 8
+    assert load(path, ["policy.lora.rank=2"]).policy.lora.rank == 2
+    assert load(write(tmp_path, nested.replace("    rank: 8\n", ""))).policy.lora.rank == 0
+    assert error_of(write(tmp_path, nested.replace("rank:", "rnak:"))).startswith(f"{path}: line 6: `policy.lora.rnak`")
+
+
 def test_settings_are_frozen(load_with: LoadWith) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_with().loop.steps = 3
@@ -102,6 +114,14 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("steps=3", ["section.key=value"]),
         ("loop.steps", ["section.key=value"]),
         ("a.b.c=1", ["section.key=value"]),
+        ("policy.model.x=1", ["section.key=value"]),
+        ("policy.lora.rank.x=1", ["section.key=value"]),
+        ("policy.lor.rank=8", ["no section `policy.lor`", "Did you mean `policy.lora`?"]),
+        ("policy.lora.rnk=8", ["`policy.lora.rnk` is not a known field", "`policy.lora.rank`"]),
+        ("policy.lora=8", ["`policy.lora` must be a section", "the number 8"]),
+        ("policy.lora.rank=many", ["`policy.lora.rank` must be a whole number"]),
+        ("policy.lora.target_modules=8", ["`policy.lora.target_modules` must be one of 'all-linear' or a list"]),
+        ("policy.lora.target_modules=[8]", ["`policy.lora.target_modules[0]` must be text"]),
         ("polcy.model=x", ["`polcy` is not a known section", "`policy`"]),
         ("loop.qqqqqqqq=3", ["Known fields are: steps"]),
         ("loop.steps=[1", ["not valid YAML", "in quotes"]),

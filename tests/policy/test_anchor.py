@@ -13,8 +13,8 @@ from rlhf.algorithms import Algorithm, Contrast, Preference, Source
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule, due, equals_policy
 from rlhf.policy import InvariantBroken
 from rlhf.policy.rank import PolicyRank
-from rlhf.training.engine import local_shards
 from rlhf.training.packing import idle
+from rlhf.training.weights import local_shards
 
 STAGES = (0, 1, 3)
 

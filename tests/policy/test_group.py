@@ -118,6 +118,7 @@ SPLITS = {
     },
     "stage3-offload": {
         "zero_stage": 3, "micro_batch_tokens": 40, "offload_parameters": "cpu", "offload_optimizer": "cpu",
+        "gradient_checkpointing": True,
     },
 }  # fmt: skip
 
@@ -321,3 +322,30 @@ def test_while_the_critic_warms_up_the_policy_rests(settings: Callable, run: Cal
         await group.close()
 
     run(use())
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_resting_between_steps_changes_nothing(
+    settings: Callable, run: Callable, tmp_path: Any, stage: int, dtype: str
+) -> None:
+    """Policy, critic and frozen models leave the device after every step and come back, and a checkpoint still restores."""
+    one = settings(zero_stage=stage, dtype=dtype)
+    assignments = make_assignments(PPO, False)
+
+    async def steps(turns: bool) -> list[dict[str, float]]:
+        group = await PolicyGroup.start(LocalRuntime(), one, declare(PPO), UPDATES)
+        metrics = []
+        for step in range(1, UPDATES + 1):
+            metrics.append(await group.learn(assignments, Moment(step, equal=False)))
+            if turns:
+                await group.rest()
+                await group.wake()
+            if step == 2:
+                await group.save(str(tmp_path / str(turns)), "two")
+                await group.load(str(tmp_path / str(turns)), "two")
+        await group.check_anchors()
+        await group.close()
+        return metrics
+
+    assert run(steps(turns=True)) == run(steps(turns=False))

@@ -1,0 +1,55 @@
+"""Which devices the roles compute on, and which of them share: pure answers from the settings."""
+
+from __future__ import annotations
+
+import os
+
+from rlhf.config.cluster import ClusterSettings
+from rlhf.config.settings import Settings
+
+CPU_MALLOC = {"hugetlb": 1, "mmap_threshold": 2**25, "trim_threshold": 2**33}
+"""glibc's settings for actors that compute on CPU; thresholds in bytes."""
+SPANS_NODES = "RLHF_SPANS_NODES"
+"""Set in the process of an engine whose devices lie on several nodes."""
+
+
+def uses_gpu(settings: ClusterSettings) -> bool:
+    """Whether models run on GPUs: as `cluster.device` says, or, for `auto`, whether this process sees one."""
+    if settings.device != "auto":
+        return settings.device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def shared_engines(settings: Settings, debug: bool) -> frozenset[int]:
+    """Indices of the engines that use GPUs of policy ranks, in turns with them. Without GPUs there are none.
+
+    Args:
+        debug: all roles in one process, on one GPU.
+    """
+    if not uses_gpu(settings.cluster):
+        return frozenset()
+    if debug or settings.cluster.placement == "colocated":
+        return frozenset(range(settings.rollout.engines))
+    return frozenset(range(settings.cluster.colocated_engines or 0))
+
+
+def takes_turns(settings: Settings, debug: bool) -> bool:
+    """Whether some engines must sleep while the policy works."""
+    return bool(shared_engines(settings, debug))
+
+
+def spans_nodes() -> bool:
+    """Asked in an engine's own process: whether its devices lie on several nodes."""
+    return SPANS_NODES in os.environ
+
+
+def compute_env(settings: ClusterSettings, actors: int) -> dict[str, str]:
+    """Environment of an actor that computes: its CPU threads, of which `actors` actors of the same role share the cores."""
+    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // actors)
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if not uses_gpu(settings):
+        # Keep freed memory, in huge pages: a training step on CPU otherwise spends a fifth of its time in page faults.
+        env["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in CPU_MALLOC.items())
+    return env

@@ -1,0 +1,159 @@
+"""`rlhf submit`: hand a run to a Ray cluster that is already there, through its jobs server, and follow it.
+
+Owns what travels: the configuration as it was resolved and checked here, and the small files that it names by relative
+path. Models, big data and the run folder do not travel: their paths must be absolute, on storage that all nodes share. The
+job is `rlhf train` on the cluster's head; nothing of the run happens in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import Settings, UserError, show
+
+CONFIG = "config.yaml"
+MAX_UPLOAD_MB = 100
+POLL_S = 1.0
+
+
+def submit(settings: Settings, address: str, follow: bool, resume: bool = False) -> int:
+    """Submit a run as a Ray job.
+
+    Args:
+        address: the jobs server, such as `http://head:8265`.
+        follow: print the job's output until it ends.
+        resume: continue the run in `run.dir`.
+
+    Returns:
+        The driver's exit status; 0 if the job is not followed.
+
+    Raises:
+        UserError: the run cannot work from there, or the jobs server refuses.
+    """
+    files = travelling_files(settings)
+    client = _connect(address)
+    with tempfile.TemporaryDirectory(prefix="rlhf-submit-") as folder:
+        pack(settings, files, Path(folder))
+        entrypoint = f"python -m rlhf.cli train {CONFIG}" + (" --resume" if resume else "")
+        try:
+            job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
+        except RuntimeError as error:
+            raise UserError(f"--address {address}: the jobs server refused the job: {error}") from None
+    sent = ", ".join([CONFIG, *map(str, files)])
+    print(f"submitted {job} with {sent}; the run folder is {settings.run.dir}")
+    hint = (
+        f"follow it: ray job logs --address {address} --follow {job}\nstop it:   ray job stop --address {address} {job}"
+    )
+    if not follow:
+        print(hint)
+        return 0
+    try:
+        return _follow(client, job)
+    except KeyboardInterrupt:
+        print(f"\nThe job goes on without this terminal.\n{hint}", file=sys.stderr)
+        raise
+
+
+def travelling_files(settings: Settings, here: Path | None = None) -> list[Path]:
+    """Files that the configuration names by relative path, relative to `here` (by default the current folder).
+
+    Raises:
+        UserError: a path that would mean something else on the cluster, or too much to upload.
+    """
+    here = here or Path.cwd()
+    if settings.cluster.device == "auto":
+        raise UserError(
+            "cluster.device: `auto` would ask the cluster's head, which often has no GPU. Say cluster.device=cuda, or cpu"
+        )
+    if not Path(settings.run.dir).is_absolute():
+        raise UserError(
+            f"run.dir={settings.run.dir}: a relative path ends in a temporary folder of the job. Give an absolute path on storage "
+            "that all nodes share"
+        )
+    folders = {"policy.model": settings.policy.model}
+    if "function" not in settings.reward.kind:
+        folders["reward.path"] = settings.reward.path
+    for field, path in folders.items():
+        if not Path(path).is_absolute() and (here / path).exists():
+            raise UserError(
+                f"{field}={path}: a relative path, and the model does not travel with the job. Give its absolute path on storage that "
+                "all nodes share"
+            )
+    files = list(_files(settings, here))
+    size = sum((here / file).stat().st_size for file in files) / 2**20
+    if size > MAX_UPLOAD_MB:
+        raise UserError(
+            f"{', '.join(map(str, files))}: {size:.0f} MB would travel with the job, more than {MAX_UPLOAD_MB}. Put the data on storage "
+            "that all nodes share and give its absolute path"
+        )
+    return files
+
+
+def pack(settings: Settings, files: list[Path], folder: Path) -> None:
+    """Write the job's working directory: the settings, and the files under the paths that the settings give."""
+    cluster = settings.cluster.model_copy(update={"address": "auto"})  # the one the job runs in
+    (folder / CONFIG).write_text(show(settings.model_copy(update={"cluster": cluster})), encoding="utf-8")
+    for file in files:
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _files(settings: Settings, here: Path) -> Iterator[Path]:
+    for field, name in (("data.prompts", settings.data.prompts), ("data.eval_prompts", settings.data.eval_prompts)):
+        if name is None or Path(name).is_absolute() or not (here / name).is_file():
+            continue
+        if ".." in Path(name).parts:
+            raise UserError(f"{field}={name}: leads out of this folder, which is what travels. Give an absolute path")
+        yield Path(name)
+    own_code = [settings.algorithm.name] if ":" in settings.algorithm.name else []
+    if "function" in settings.reward.kind:
+        own_code.append(settings.reward.path)
+    for top in sorted({name.partition(":")[0].partition(".")[0] for name in own_code} - {"rlhf"}):
+        if (here / f"{top}.py").is_file():
+            yield Path(f"{top}.py")
+        else:
+            yield from sorted(path.relative_to(here) for path in (here / top).rglob("*.py"))
+
+
+def _connect(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except ConnectionError:
+        raise UserError(
+            f"--address {address}: no jobs server answers there. It is part of Ray's dashboard: start the head with "
+            "--include-dashboard=true --dashboard-host=0.0.0.0, and give http://HEAD:8265"
+        ) from None
+    except AuthenticationError as error:
+        raise UserError(
+            f"--address {address}: Ray refused the token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a copy of the cluster's "
+            f"token. Ray says: {error}"
+        ) from None
+
+
+def _follow(client: Any, job: str) -> int:
+    """Print the job's output until it ends; the driver's exit status."""
+    from ray.job_submission import JobStatus
+
+    asyncio.run(_print_output(client, job))
+    while not (details := client.get_job_info(job)).status.is_terminal():
+        time.sleep(POLL_S)
+    print(f"{job} {details.status.lower()}: {details.message}")
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    return details.driver_exit_code or 1
+
+
+async def _print_output(client: Any, job: str) -> None:
+    async for text in client.tail_job_logs(job):
+        print(text, end="", flush=True)

@@ -1,0 +1,81 @@
+"""What the roles of a run want of a cluster, and what a node offers. Pure values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rlhf.cluster.devices import shared_engines, uses_gpu
+from rlhf.config.cluster import Role
+from rlhf.config.settings import Settings
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster.
+
+    Attributes:
+        id: Ray's.
+        address: under which other nodes reach it.
+        resources: names of the custom resources that it offers.
+        host: its name.
+    """
+
+    id: str
+    address: str
+    gpus: int
+    cpus: int
+    resources: frozenset[str] = frozenset()
+    host: str = ""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the roles of a run want. Each actor takes one CPU besides.
+
+    Attributes:
+        gpu: whether ranks and engines run on GPUs.
+        policy_nodes: over which the ranks are spread evenly; None: as few as possible.
+        shared: how many of the engines use GPUs of policy ranks; they are the first ones.
+        devices: of each engine.
+        straddle: an engine may span nodes.
+        server_gpus: of each reward server: a fraction, or a whole number.
+        needs: role -> the custom resource that a node must offer for it.
+    """
+
+    gpu: bool
+    ranks: int
+    engines: int
+    servers: int
+    policy_nodes: int | None = None
+    shared: int = 0
+    devices: int = 1
+    straddle: bool = False
+    server_gpus: float = 0.0
+    needs: Mapping[Role, str] = field(default_factory=dict)
+
+    def allowed(self, role: Role, node: Node) -> bool:
+        """Whether the node may be used for this role."""
+        return role not in self.needs or self.needs[role] in node.resources
+
+
+def wishes(settings: Settings, policy: bool = True) -> Wishes:
+    """What a run with these settings wants.
+
+    Args:
+        policy: False: engines and reward servers alone, which then share with nobody.
+    """
+    rollout, reward, cluster = settings.rollout, settings.reward, settings.cluster
+    gpu = uses_gpu(cluster)
+    return Wishes(
+        gpu=gpu,
+        ranks=settings.policy.ranks if policy else 0,
+        engines=rollout.engines,
+        servers=reward.servers,
+        policy_nodes=cluster.policy_nodes if policy else None,
+        shared=len(shared_engines(settings, debug=False)) if policy else 0,
+        devices=rollout.tensor_parallel_size if gpu else 1,
+        straddle=rollout.straddle_nodes and gpu,
+        server_gpus=reward.gpus if gpu else 0.0,
+        needs=cluster.node_resources,
+    )

@@ -1,0 +1,53 @@
+"""Engines that keep the base model and are sent the policy's LoRA adapter (`policy.lora.publish: adapter`).
+
+Owns: what vLLM is told about adapters when it starts and in each request. The matrices arrive in memory (`rlhf.transfer.adapters`); no
+file is ever read, although vLLM's requests want a path.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from rlhf.config.loader import UserError
+from rlhf.config.settings import Settings
+from rlhf.transfer.session import ADAPTER_ID
+
+
+def sends_adapters(settings: Settings) -> bool:
+    """Whether the engines are sent adapters, not whole weights."""
+    return settings.policy.lora.publish == "adapter"
+
+
+def adapter_arguments(settings: Settings, mixes: bool) -> dict[str, Any]:
+    """vLLM's engine arguments for one adapter; none if whole weights are sent.
+
+    Raises:
+        UserError: the engine is to mix, which it can only do with merged weights.
+    """
+    if not sends_adapters(settings):
+        return {}
+    if mixes:
+        raise UserError(
+            "policy.lora.publish: the algorithm samples from a mixture of two models, and engines that hold two take merged weights only. "
+            "Set policy.lora.publish=merged."
+        )
+    from vllm.config.lora import MaxLoRARanks
+
+    # vLLM allows for a few ranks only; it pads a smaller adapter with zeros.
+    rank = min(size for size in get_args(MaxLoRARanks) if size >= settings.policy.lora.rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+
+
+def peft_config(settings: Settings) -> dict[str, Any] | None:
+    """What the workers must know of the adapters that arrive, in peft's names; None if whole weights are sent."""
+    lora = settings.policy.lora
+    if not sends_adapters(settings):
+        return None
+    return {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
+
+
+def adapter_request() -> Any:
+    """vLLM's mark on a request that runs with the adapter."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", ADAPTER_ID, "received-in-memory")

@@ -1,0 +1,137 @@
+"""Weights as the world outside training knows them: whole, under the names and shapes of the model's own files.
+
+Owns: gathering what ZeRO-3 has sharded, and adding LoRA's product to the matrix it adapts, one tensor at a time, so that no second
+model ever exists. Does not know: where the weights go (transfer/), or which of them learn (`lora`, `engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import deepspeed
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+GATHER_ELEMENTS = 64 * 2**20
+"""Parameters gathered at a time when weights leave the group, in elements."""
+
+T = TypeVar("T")
+
+_BASE = ".base_layer."  # where peft puts the layer that it wraps
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters sharded by ZeRO-3 are whole (read-only) on every rank; a no-op for others. Collective."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+        yield
+
+
+def local_shards(module: nn.Module) -> Iterator[torch.Tensor]:
+    """This rank's part of each parameter: its ZeRO-3 partition, or the whole of it."""
+    for parameter in module.parameters():
+        yield local_shard(parameter)
+
+
+def local_shard(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of a parameter."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One tensor of the model's files, and what it is made of.
+
+    Attributes:
+        layer: the adapted layer, if this is the matrix that it adapts.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layer: LoraLayer | None
+
+    def parts(self, adapter: str | None) -> list[nn.Parameter]:
+        """What must be whole at the same time."""
+        if self.layer is None or adapter is None:
+            return [self.parameter]
+        return [self.parameter, self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight]
+
+    def value(self, adapter: str | None) -> torch.Tensor:
+        """The tensor, from whole parts: W, or W + scaling B A, summed in fp32 and rounded once."""
+        base = self.parameter.detach()
+        if self.quantized:
+            base = _dequantized(self.parameter)
+        if self.layer is None or adapter is None:
+            return base
+        first, second = self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight
+        delta = (second.detach().float() @ first.detach().float()) * self.layer.scaling[adapter]
+        if self.layer.fan_in_fan_out:
+            delta = delta.T
+        return delta.add_(base).to(base.dtype)
+
+    @property
+    def quantized(self) -> bool:
+        return hasattr(self.parameter, "quant_state")
+
+    def described(self) -> tuple[str, torch.dtype, tuple[int, ...]]:
+        if self.quantized:
+            return self.name, self.parameter.quant_state.dtype, tuple(self.parameter.quant_state.shape)
+        return self.name, self.parameter.dtype, tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
+
+
+def whole_weights(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the model's files, whole, one after the other; under ZeRO-3 gathered in chunks. Collective.
+
+    Args:
+        adapter: name of the LoRA adapter that is added to the matrices it adapts; None: the base as it is.
+    """
+    for weight in gather_in_chunks((weight, weight.parts(adapter)) for weight in _weights(model)):
+        yield weight.name, weight.value(adapter)
+
+
+def described_weights(model: nn.Module) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, type and whole shape of each tensor that `whole_weights` gives, in its order."""
+    return [weight.described() for weight in _weights(model)]
+
+
+def gather_in_chunks(items: Iterable[tuple[T, list[nn.Parameter]]]) -> Iterator[T]:
+    """The items, each while the parameters beside it are whole; under ZeRO-3 gathered in chunks. Collective."""
+    chunk: list[tuple[T, list[nn.Parameter]]] = []
+    size = 0
+    for item, parameters in items:
+        chunk.append((item, parameters))
+        size += sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        if size >= GATHER_ELEMENTS:
+            yield from _gather(chunk)
+            chunk, size = [], 0
+    yield from _gather(chunk)
+
+
+def _gather(chunk: list[tuple[T, list[nn.Parameter]]]) -> Iterator[T]:
+    with gathered([parameter for _, parameters in chunk for parameter in parameters]):
+        for item, _ in chunk:
+            yield item
+
+
+def _weights(model: nn.Module) -> Iterator[_Weight]:
+    """The model's own tensors, in the order of its parameters; those of adapters are left out."""
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, parameter in model.named_parameters():
+        owner, _, rest = name.rpartition(_BASE)
+        if owner in adapted:
+            yield _Weight(f"{owner}.{rest}", parameter, adapted[owner] if rest == "weight" else None)
+        elif ".lora_" not in name:
+            yield _Weight(name, parameter, None)
+
+
+def _dequantized(parameter: nn.Parameter) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state)

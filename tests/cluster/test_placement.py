@@ -1,0 +1,270 @@
+"""Placement as a pure answer: never more on a node than it has, everybody placed or words why not, and nothing overlooked."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.cluster import CannotPlace, Node, Placement, Wishes, place, shared_engines, takes_turns, wishes
+from rlhf.config import Settings
+
+
+def nodes_of(*gpus: int, cpus: int = 16, resources: Sequence[frozenset[str]] = ()) -> list[Node]:
+    offered = itertools.chain(resources, itertools.repeat(frozenset()))
+    return [Node(f"id{i}", f"10.0.0.{i + 1}", g, cpus, r) for i, (g, r) in enumerate(zip(gpus, offered, strict=False))]
+
+
+def where(placement: Placement) -> dict[str, str]:
+    return {name: seat.node.address for name, seat in placement.seats.items()}
+
+
+def test_roles_have_nodes_of_their_own() -> None:
+    placed = place(Wishes(gpu=True, ranks=8, engines=2, servers=1, devices=4), nodes_of(8, 8))
+    assert set(where(placed).values()) == {"10.0.0.1", "10.0.0.2"}
+    assert {where(placed)[f"policy[{rank}]"] for rank in range(8)} == {"10.0.0.1"}
+    assert [placed.seats[f"rollout-{i}"].gpus for i in range(2)] == [4, 4]
+
+
+def test_ranks_are_numbered_node_by_node() -> None:
+    placed = where(place(Wishes(gpu=True, ranks=6, engines=1, servers=1, policy_nodes=3), nodes_of(4, 4, 4)))
+    assert [placed[f"policy[{rank}]"][-1] for rank in range(6)] == ["1", "1", "2", "2", "3", "3"]
+
+
+def test_ten_comes_after_nine() -> None:
+    nodes = [Node("a", "10.0.0.10", 1, 4), Node("b", "10.0.0.9", 1, 4)]
+    assert where(place(Wishes(gpu=True, ranks=1, engines=1, servers=0), nodes))["policy[0]"] == "10.0.0.9"
+
+
+def test_the_policy_leaves_the_large_node_to_a_large_engine() -> None:
+    placed = where(place(Wishes(gpu=True, ranks=4, engines=1, servers=1, devices=8), nodes_of(8, 4)))
+    assert placed["rollout-0"] == "10.0.0.1"
+    assert placed["policy[0]"] == placed["policy[3]"] == "10.0.0.2"
+
+
+def test_engines_that_share_sit_on_ranks_of_their_node() -> None:
+    placed = place(Wishes(gpu=True, ranks=8, engines=4, shared=4, servers=0, devices=2), nodes_of(4, 4))
+    assert [placed.seats[f"rollout-{i}"].shares for i in range(4)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert all(placed.seats[f"rollout-{i}"].gpus == 0 for i in range(4))
+    assert where(placed)["rollout-2"] == where(placed)["policy[4]"] == "10.0.0.2"
+
+
+def test_mixed_engines_share_first_and_own_after() -> None:
+    placed = place(Wishes(gpu=True, ranks=2, engines=3, shared=1, servers=2, server_gpus=0.5), nodes_of(4, 1))
+    assert placed.seats["rollout-0"].shares == (0,)
+    assert [(placed.seats[f"rollout-{i}"].shares, placed.seats[f"rollout-{i}"].gpus) for i in (1, 2)] == [((), 1)] * 2
+    assert where(placed)["reward-0"] == where(placed)["reward-1"] == "10.0.0.2"
+
+
+def test_an_engine_spans_nodes_only_if_asked_and_only_if_it_must() -> None:
+    alone = Wishes(gpu=True, ranks=1, engines=1, servers=0, devices=6)
+    with pytest.raises(CannotPlace, match="an engine wants 6 GPUs in one node, the nodes have 4 \\+ 4"):
+        place(alone, nodes_of(4, 4))
+    spanning = Wishes(gpu=True, ranks=1, engines=1, servers=0, devices=6, straddle=True)
+    seat = place(spanning, nodes_of(4, 4)).seats["rollout-0"]
+    assert [node.address for node in seat.workers] == ["10.0.0.1"] * 3 + ["10.0.0.2"] * 3
+    assert seat.node == seat.workers[0]
+    assert place(spanning, nodes_of(4, 6)).seats["rollout-0"].workers == ()
+
+
+def test_a_role_stays_on_nodes_that_offer_its_resource() -> None:
+    asked = Wishes(gpu=False, ranks=2, engines=1, servers=1, policy_nodes=2, needs={"rollout": "big"})
+    placed = where(place(asked, nodes_of(0, 0, cpus=4, resources=(frozenset(), frozenset({"big"})))))
+    assert placed["rollout-0"] == "10.0.0.2"
+    assert placed["policy[0]"] == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "words"),
+    [
+        (
+            Wishes(gpu=True, ranks=1, engines=1, servers=1, devices=8),
+            nodes_of(4, 4),
+            [
+                "`rollout.tensor_parallel_size`: an engine wants 8 GPUs in one node, the nodes have 4 + 4",
+                "straddle_nodes",
+            ],
+        ),
+        (
+            Wishes(gpu=True, ranks=6, engines=1, shared=1, servers=1, devices=6),
+            nodes_of(4, 4),
+            ["wants 6 policy ranks in one node", "4 + 4", "disaggregated"],
+        ),
+        (
+            Wishes(gpu=True, ranks=8, engines=4, servers=2, server_gpus=0.5),
+            nodes_of(4, 4),
+            ["wants 13 GPUs, the nodes have 8", "8 for the policy", "4 for engines", "2 x 0.5 for reward servers"],
+        ),
+        (Wishes(gpu=True, ranks=4, engines=1, servers=0, policy_nodes=4), nodes_of(4, 4), ["`cluster.policy_nodes`"]),
+        (Wishes(gpu=False, ranks=4, engines=4, servers=1), nodes_of(0, cpus=8), ["9 actors", "8", "--num-cpus"]),
+        (
+            Wishes(gpu=False, ranks=1, engines=1, servers=1, needs={"reward": "judge"}),
+            nodes_of(0, resources=(frozenset({"other"}),)),
+            ["`cluster.node_resources`: no node offers the resource `judge`, which reward asks for", "CPUs, other"],
+        ),
+        (
+            Wishes(gpu=True, ranks=2, engines=2, servers=0, devices=3, policy_nodes=2),
+            nodes_of(5, 3),
+            ["together", "evenly on 2 nodes", "2 engines of 3"],
+        ),
+        (Wishes(gpu=True, ranks=1, engines=1, servers=0), [], ["no nodes"]),
+    ],
+)
+def test_a_refusal_says_what_is_wanted_what_there_is_and_what_helps(
+    asked: Wishes, nodes: list[Node], words: list[str]
+) -> None:
+    with pytest.raises(CannotPlace) as refused:
+        place(asked, nodes)
+    for word in words:
+        assert word in str(refused.value)
+    for node in nodes:
+        assert node.address in str(refused.value)
+
+
+# Small questions, so that every possible answer can be tried.
+@st.composite
+def questions(draw: st.DrawFn) -> Wishes:
+    gpu, engines = draw(st.booleans()), draw(st.integers(1, 3))
+    return Wishes(
+        gpu=gpu,
+        ranks=draw(st.integers(1, 4)),
+        engines=engines,
+        servers=draw(st.integers(0, 2)),
+        policy_nodes=draw(st.none() | st.integers(1, 3)),
+        shared=draw(st.integers(0, engines)) if gpu else 0,
+        devices=draw(st.integers(1, 3)) if gpu else 1,
+        server_gpus=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])) if gpu else 0.0,
+        needs=draw(
+            st.dictionaries(st.sampled_from(["policy", "rollout", "reward"]), st.sampled_from("ab"), max_size=2)
+        ),
+    )
+
+
+NODES = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(1, 6), st.frozensets(st.sampled_from("ab"))), min_size=1, max_size=3
+).map(lambda rows: [Node(f"id{i}", f"10.0.0.{i}", *row) for i, row in enumerate(rows)])
+
+
+def spread(count: int, nodes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to divide so many like actors among the nodes."""
+    if nodes == 1:
+        yield (count,)
+        return
+    for first in range(count + 1):
+        yield from ((first, *rest) for rest in spread(count - first, nodes - 1))
+
+
+def fits(w: Wishes, node: Node, ranks: int, shared: int, own: int, servers: int) -> bool:
+    allowed = [(ranks, "policy"), (shared + own, "rollout"), (servers, "reward")]
+    if any(count and role in w.needs and w.needs[role] not in node.resources for count, role in allowed):
+        return False
+    if ranks + shared + own + servers > node.cpus or shared * w.devices > ranks:
+        return False
+    judging = math.ceil(servers * w.server_gpus)  # the fractions tried divide 1
+    return not w.gpu or ranks + own * w.devices + judging <= node.gpus
+
+
+def possible(w: Wishes, nodes: Sequence[Node]) -> bool:
+    """By trying every way."""
+    n = len(nodes)
+    for ranks in spread(w.ranks, n):
+        used = [count for count in ranks if count]
+        if w.policy_nodes is not None and (len(used) != w.policy_nodes or max(used) - min(used) > 1):
+            continue
+        for shared, own, servers in itertools.product(
+            spread(w.shared, n), spread(w.engines - w.shared, n), spread(w.servers, n)
+        ):
+            if all(fits(w, *row) for row in zip(nodes, ranks, shared, own, servers, strict=True)):
+                return True
+    return False
+
+
+@settings(max_examples=300)
+@given(asked=questions(), nodes=NODES)
+def test_what_is_possible_is_found_and_what_is_found_is_possible(asked: Wishes, nodes: list[Node]) -> None:
+    if asked.policy_nodes is not None and asked.policy_nodes > asked.ranks:
+        return  # refused when the configuration loads
+    try:
+        placed = place(asked, nodes)
+    except CannotPlace as refused:
+        assert not possible(asked, nodes)
+        assert len(str(refused)) > 40
+        return
+    assert placed == place(asked, list(reversed(nodes))), (
+        "the same question, the same answer, however the nodes are listed"
+    )
+    names = [f"policy[{i}]" for i in range(asked.ranks)] + [f"rollout-{i}" for i in range(asked.engines)]
+    assert list(placed.seats) == names + [f"reward-{i}" for i in range(asked.servers)]
+    sharers = [rank for seat in placed.seats.values() for rank in seat.shares]
+    assert len(sharers) == len(set(sharers)) == asked.shared * asked.devices
+    for seat in placed.seats.values():
+        assert all(placed.seats[f"policy[{rank}]"].node == seat.node for rank in seat.shares)
+    for node in nodes:
+        here = [name for name, seat in placed.seats.items() if seat.node == node]
+        count = {role: sum(name.startswith(role) for name in here) for role in ("policy", "rollout", "reward")}
+        shared = sum(bool(placed.seats[name].shares) for name in here)
+        assert fits(asked, node, count["policy"], shared, count["rollout"] - shared, count["reward"])
+    ranks = [placed.seats[f"policy[{i}]"].node for i in range(asked.ranks)]
+    if asked.policy_nodes is not None:
+        assert len(set(ranks)) == asked.policy_nodes
+
+
+@settings(max_examples=100)
+@given(asked=questions(), nodes=NODES)
+def test_engines_that_span_nodes_need_no_more_than_the_sum(asked: Wishes, nodes: list[Node]) -> None:
+    spanning = Wishes(**(vars(asked) | {"gpu": True, "shared": 0, "straddle": True, "needs": {}, "policy_nodes": None}))
+    try:
+        placed = place(spanning, nodes)
+    except CannotPlace:
+        return
+    used = [
+        node for s in placed.seats.values() for node in (s.workers or [s.node] * (int(s.gpus) if s.gpus >= 1 else 0))
+    ]
+    assert all(used.count(node) <= node.gpus for node in nodes)
+    for seat in placed.seats.values():
+        assert not seat.workers or len(seat.workers) == spanning.devices
+
+
+def make(**sections: dict) -> Settings:
+    base = {"data": {"prompts": "p"}, "policy": {"model": "m"}, "reward": {"path": "m:f", "kind": "function"}}
+    return Settings(**{name: base.get(name, {}) | sections.get(name, {}) for name in base | sections})
+
+
+def test_wishes_follow_the_settings() -> None:
+    asked = wishes(
+        make(
+            policy={"ranks": 4},
+            rollout={"engines": 3, "tensor_parallel_size": 2},
+            reward={"servers": 2, "gpus": 0.5},
+            cluster={"device": "cuda", "placement": "mixed", "colocated_engines": 1, "node_resources": {"reward": "r"}},
+        )
+    )
+    expected = Wishes(True, 4, 3, 2, shared=1, devices=2, server_gpus=0.5, needs={"reward": "r"})
+    assert asked == expected
+
+
+def test_without_the_policy_engines_share_with_nobody() -> None:
+    both = make(rollout={"engines": 2}, policy={"ranks": 2}, cluster={"device": "cuda", "placement": "colocated"})
+    assert wishes(both).shared == 2
+    assert (wishes(both, policy=False).ranks, wishes(both, policy=False).shared) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "debug", "sharing"),
+    [
+        ({"device": "cuda"}, False, set()),
+        ({"device": "cuda"}, True, {0, 1, 2}),
+        ({"device": "cuda", "placement": "colocated"}, False, {0, 1, 2}),
+        ({"device": "cuda", "placement": "mixed", "colocated_engines": 2}, False, {0, 1}),
+        ({"device": "cpu"}, True, set()),
+        ({"device": "cpu", "placement": "colocated"}, False, set()),
+    ],
+)
+def test_who_sleeps_while_the_policy_works(cluster: dict, debug: bool, sharing: set[int]) -> None:
+    settings = make(rollout={"engines": 3}, policy={"ranks": 3}, cluster=cluster)
+    assert shared_engines(settings, debug) == sharing
+    assert takes_turns(settings, debug) == bool(sharing)

@@ -1,0 +1,39 @@
+"""What a policy gives back while it rests, in CUDA memory. Skipped without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.cluster import LocalRuntime
+from rlhf.policy import Moment, PolicyGroup
+from tests.policy.test_group import PPO, declare, make_assignments
+
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resting_policy_keeps_only_its_weights(tiny_settings: Callable, run: Callable, stage: int) -> None:
+    settings = tiny_settings(policy={"dtype": "bf16", "zero_stage": stage}, cluster={"device": "cuda"})
+
+    async def use() -> tuple[int, int, int, int]:
+        group = await PolicyGroup.start(LocalRuntime(), settings, declare(PPO), 1)
+        await group.learn(make_assignments(PPO, False), Moment(1, equal=False))
+        rank: Any = group._ranks[0].target
+        weights = sum(
+            p.numel() * p.element_size() for t in rank.learner.trainers.values() for p in t.engine.module.parameters()
+        )
+        awake = torch.cuda.memory_allocated()
+        await group.rest()
+        resting = torch.cuda.memory_allocated()
+        await group.wake()
+        again = torch.cuda.memory_allocated()
+        await group.close()
+        return weights, awake, resting, again
+
+    weights, awake, resting, again = run(use())
+    assert awake - resting > 2 * weights, "bf16 states are at least twelve bytes for each two of weights"
+    assert again == pytest.approx(awake, rel=0.02)

@@ -1,0 +1,51 @@
+"""Policy and engines in turns on the same devices: nothing that a run computes may depend on it.
+
+A CPU has nothing to give back, so here the turns are forced: who sleeps, rests, wakes and sends again is the same as on a GPU, and
+an engine that has dropped its weights refuses to answer until they are sent again. `tests/gpu` measures the memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.loop import run as run_module
+from rlhf.policy import PolicyGroup
+from rlhf.rollout import pool as pool_module
+from rlhf.rollout.pool import RolloutPool
+from tests.loop.test_methods import train
+
+pytestmark = pytest.mark.engine
+OPTIONS = ["loop.eval_every=1", "checkpoint.every=1", "checkpoint.export=true"]
+NAMES = ("reward/mean", "policy/loss", "policy/grad_norm", "rollout/logprob")
+
+
+@pytest.mark.parametrize("method", ["nash_ema", "ppo"])
+def test_a_run_in_turns_equals_one_without(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With evaluations, checkpoints and an export between the steps, a second model in the engines, and a critic."""
+    expected = train(method, tmp_path / "apart", *OPTIONS)
+    calls: list[str] = []
+    for cls, name in ((PolicyGroup, "rest"), (PolicyGroup, "wake"), (RolloutPool, "sleep"), (RolloutPool, "wake")):
+        monkeypatch.setattr(cls, name, _watched(getattr(cls, name), f"{cls.__name__}.{name}", calls))
+    monkeypatch.setattr(run_module, "takes_turns", lambda settings, debug: True)
+    monkeypatch.setattr(pool_module, "shared_engines", lambda settings, debug: frozenset({0}))
+    for level in (1, 2):
+        calls.clear()
+        steps = train(method, tmp_path / f"level-{level}", *OPTIONS, f"rollout.sleep_level={level}")
+        for one, other in zip(steps, expected, strict=True):
+            for name in NAMES:
+                assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), (one["step"], name)
+        turn = ["RolloutPool.sleep", "PolicyGroup.wake", "PolicyGroup.rest", "RolloutPool.wake"]
+        assert len(calls) > 4 * len(steps)
+        assert calls[0] == "PolicyGroup.rest", "an engine starts while the policy rests"
+        assert calls[1:] == turn * (len(calls) // 4), "the engines are asleep whenever the policy is awake"
+
+
+def _watched(method: Any, name: str, calls: list[str]) -> Any:
+    async def watch(self: Any) -> None:
+        calls.append(name)
+        await method(self)
+
+    return watch

@@ -1,0 +1,79 @@
+"""What sharing GPUs means for the pool: how weights arrive, and who sleeps. No engine is needed to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf.cluster import LocalHandle
+from rlhf.config import Settings
+from rlhf.rollout.engine import EngineInfo
+from rlhf.rollout.pool import RolloutPool, choose_backend
+
+
+def make(ranks: int = 1, engines: int = 1, devices: int = 1, transfer: str = "auto", **cluster: Any) -> Settings:
+    return Settings(
+        data={"prompts": "p"},
+        policy={"model": "m", "ranks": ranks},
+        rollout={"engines": engines, "tensor_parallel_size": devices, "transfer": transfer},
+        reward={"path": "m:f", "kind": "function"},
+        cluster={"device": "cuda"} | cluster,
+    )
+
+
+COLOCATED = {"placement": "colocated"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (make(), "nccl"),
+        (make(ranks=4, engines=2), "nccl"),
+        (make(**COLOCATED), "ipc"),
+        (make(ranks=2, engines=2, **COLOCATED), "gloo"),
+        (make(ranks=2, engines=1, **COLOCATED), "gloo"),
+        (make(ranks=2, devices=2, **COLOCATED), "gloo"),
+        (make(ranks=1, engines=2, placement="mixed", colocated_engines=1), "gloo"),
+        (make(transfer="gloo"), "gloo"),
+        (make(device="cpu"), "gloo"),
+    ],
+)
+def test_auto_takes_what_the_placement_allows(settings: Settings, expected: str) -> None:
+    assert choose_backend(settings, settings.cluster.device == "cuda", local=False) == expected
+    assert choose_backend(settings, settings.cluster.device == "cuda", local=True) == "local"
+
+
+class Sleeper:
+    """An engine that only counts."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def wake(self) -> None:
+        self.calls.append("wake")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sleeping"),
+    [
+        (make(ranks=2, engines=2), []),
+        (make(ranks=2, engines=2, **COLOCATED), [0, 1]),
+        (make(ranks=2, engines=3, placement="mixed", colocated_engines=1), [0]),
+    ],
+)
+def test_only_engines_that_share_sleep(settings: Settings, sleeping: list[int], run: Callable) -> None:
+    engines = [Sleeper() for _ in range(settings.rollout.engines)]
+    infos = [EngineInfo(i, 1, "host", 1, None) for i in range(len(engines))]
+    pool = RolloutPool(settings, "gloo", [LocalHandle(f"rollout-{i}", e) for i, e in enumerate(engines)], infos)
+    for call in (pool.sleep, pool.wake, pool.close):
+        run(call())
+    for index, engine in enumerate(engines):
+        assert engine.calls == (["sleep", "wake", "close"] if index in sleeping else ["close"])
