@@ -15,6 +15,7 @@ INSTALL = [
     "jinja2",
     "matplotlib",
     "numpy",
+    "psutil",
     "packaging",
     "peft==0.21.2",
     "pydantic>=2.12",

@@ -29,6 +29,7 @@ from rlhf.policy.learner import Moment, Update, kl_meters
 from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.training import lora
+from rlhf.training.builds import remove_abandoned_locks
 from rlhf.training.engine import Trainer, shard_frozen
 from rlhf.training.model import (
     FORWARD_TOLERANCE,
@@ -80,6 +81,7 @@ class PolicyRank:
             "MASTER_PORT": str(port),
         }
         torch.manual_seed(settings.run.seed)
+        remove_abandoned_locks()
         deepspeed.init_distributed(
             dist_backend="nccl" if uses_gpu(settings.cluster) else "gloo",
             timeout=timedelta(seconds=settings.cluster.learn_deadline_s),

@@ -67,7 +67,7 @@ def watch(hosts: TwoHosts, process: subprocess.Popen[str], until: Any) -> set[tu
         for host in (0, 1):
             commands = hosts.processes(host).values()
             seen |= {(host, title) for title in TITLES if any(command.startswith(title) for command in commands)}
-        time.sleep(0.2)
+        time.sleep(0.5)
     return seen
 
 

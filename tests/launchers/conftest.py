@@ -18,6 +18,11 @@ FAKES = Path(__file__).parent / "fake_commands.py"
 TINY = ROOT / "configs" / "tiny.yaml"
 
 
+def _hear_interrupts() -> None:
+    """A shell that starts the tests in the background has them ignore SIGINT, and a script cannot undo that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Stage:
     """Runs a launch script among stand-ins; files under `folder` steer them and hold what they saw."""
 
@@ -43,6 +48,7 @@ class Stage:
             stdout=self.log,
             stderr=self.log,
             start_new_session=True,
+            preexec_fn=_hear_interrupts,
         )
 
     def until(self, name: str) -> None:
