@@ -27,6 +27,7 @@ from rlhf.preflight.memory import (
 )
 from rlhf.preflight.shapes import ModelShape
 from rlhf.preflight.speed import Learners, StepTime, Work, generate_s, learn_s, publish_s, turns_s
+from rlhf.rollout.pool import choose_backend
 
 CONTEXT = 1.5 * GIB
 """Assumed: what each process takes of a GPU before any tensor: CUDA's context, NCCL's and cuBLAS's buffers."""
@@ -157,11 +158,12 @@ def _time(
         trained=trained_parameters(shape, policy) / shape.parameters,
     )
     shared = shared_engines(settings, debug=False)
+    backend = choose_backend(settings, gpu=True, local=False)
     moved = need.resident - min(need.resident, need.resting)
     return StepTime(
         generate=generate_s(shape, gpu, work, rollout.engines, devices, room, size, spans) if work.sampled else 0.0,
         learn=learn_s(shape, gpu, work, learners, sent),
-        publish=publish_s(sent * _published(shape, settings), gpu, cluster.nodes == 1),
+        publish=publish_s(sent * _published(shape, settings), gpu, cluster.nodes == 1, backend),
         turns=turns_s(gpu, engine.weights if rollout.sleep_level == 1 else 0, moved) if shared else 0.0,
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rlhf.preflight.gpus import GpuKind
 from rlhf.preflight.shapes import ModelShape
+from rlhf.transfer import Backend
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Assumptions:
         link: share of a link's bandwidth that collective calls reach.
         decode_overhead_s: of one decoding step: scheduling and sampling.
         host_update: parameters that a host updates per second for each of its ranks, where the optimizer is kept there.
+        gloo: bytes per second of a broadcast through host memory (0.9 to 1.6 s for 538 MB between processes of one CPU machine, loading
+            included, is the slow end; 2.5e9 was seen for the bytes alone).
         hop_s: of one all-reduce between the GPUs of an engine; there are two per layer.
     """
 
@@ -34,6 +37,7 @@ class Assumptions:
     link: float = 0.7
     decode_overhead_s: float = 0.005
     host_update: float = 0.5e9
+    gloo: float = 1e9
     hop_s: float = 15e-6
 
 
@@ -197,9 +201,12 @@ def learn_s(
     return max(compute, gathered + reduced) + moved
 
 
-def publish_s(sent: float, gpu: GpuKind, one_node: bool, assumed: Assumptions = ASSUMED) -> float:
+def publish_s(sent: float, gpu: GpuKind, one_node: bool, backend: Backend, assumed: Assumptions = ASSUMED) -> float:
     """Seconds of one weight transfer of `sent` bytes, which every worker receives at the same time."""
-    return sent / ((gpu.link if one_node else gpu.network) * assumed.link)
+    if backend == "ipc":  # a copy within the GPU's memory: read and written
+        return 2 * sent / gpu.bandwidth
+    wire = (gpu.link if one_node else gpu.network) * assumed.link
+    return sent / (wire if backend == "nccl" else min(wire, assumed.gloo))
 
 
 def turns_s(gpu: GpuKind, engine_bytes: float, trainer_bytes: float, assumed: Assumptions = ASSUMED) -> float:

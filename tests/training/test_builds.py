@@ -9,7 +9,9 @@ from rlhf.training.builds import ABANDONED_S, remove_abandoned_locks
 
 
 def test_only_an_old_lock_is_removed(tmp_path: Path) -> None:
-    old, new, other = (tmp_path / name for name in ("py311_cpu/shm/lock", "py311_cpu/adam/lock", "py311_cpu/shm/shm.so"))
+    old, new, other = (
+        tmp_path / name for name in ("py311_cpu/shm/lock", "py311_cpu/adam/lock", "py311_cpu/shm/shm.so")
+    )
     for path, age in ((old, ABANDONED_S + 1), (new, ABANDONED_S - 1), (other, 1e6)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
