@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import prepare
 
 from rlhf.config import load
+from rlhf.config.algorithm import METHODS
 from rlhf.tracking import jsonl, report
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "movie_reviews"
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     runner = actions.add_parser("run")
-    runner.add_argument("methods", nargs="*", help="default: all that have a file in configs/movie_reviews")
+    runner.add_argument("methods", nargs="*", help="default: all")
     runner.add_argument("--seeds", type=int, nargs="+", default=[0])
     runner.add_argument("--fraction", type=float, default=1.0, help="of each file's steps; the same for all methods")
     runner.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="settings of all runs")
@@ -50,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.action == "run":
         run(
-            args.methods or sorted(path.stem for path in CONFIGS.glob("*.yaml")),
+            args.methods or list(METHODS),
             args.seeds,
             args.folder,
             args.fraction,
