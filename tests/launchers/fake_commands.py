@@ -104,10 +104,9 @@ def ray(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: (joined.unlink(missing_ok=True), sys.exit(0)))
     if not fails.exists():
         joined.touch()
-    while not fails.exists():
-        time.sleep(0.02)
+    status = _decision(fails)
     joined.unlink(missing_ok=True)
-    return int(fails.read_text())
+    return status
 
 
 def python(arguments: list[str]) -> int:
@@ -128,9 +127,14 @@ def rlhf(arguments: list[str]) -> int:
     Path(run, "manifest.json").touch()
     print("a line of the driver's", flush=True)
     (FAKE / "driver-runs").touch()
-    while plan.read_text() == "stay":
+    return _decision(plan)
+
+
+def _decision(path: Path) -> int:
+    """The status that the file comes to hold. A file that is just being written reads as empty."""
+    while not path.exists() or (text := path.read_text()) in ("", "stay"):
         time.sleep(0.02)
-    return int(plan.read_text())
+    return int(text)
 
 
 PROGRAMS = {program.__name__: program for program in (srun, scontrol, scancel, ssh, ray, python, rlhf)}
