@@ -8,9 +8,10 @@ once.
 from __future__ import annotations
 
 import argparse
-import signal
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf import __version__
@@ -33,6 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("rlhf: interrupted\n")
         return 130
     return status or 0
+
+
+@contextmanager
+def _cut_off_quietly() -> Iterator[None]:
+    """`rlhf config show ... | head` ends without an error. Not by SIGPIPE, which would also kill on a lost socket."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -97,8 +108,12 @@ def _add(commands: argparse._SubParsersAction, name: str, command: Command, summ
     return parser
 
 
-def _add_configuration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+def _add_configuration(parser: argparse.ArgumentParser, without: str | None = None) -> None:
+    """`without`: what happens if CONFIG is left out, where it may be."""
+    if without is None:
+        parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    else:
+        parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"YAML file; {without}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
 
 
@@ -106,8 +121,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan = _add(
         commands, "plan", _plan, "memory, fit, time of a step and a layout, from the model's configuration alone"
     )
-    plan.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file; left out with --model")
-    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    _add_configuration(plan, without="left out with --model")
     plan.add_argument("--model", metavar="NAME", help="such as llama-3.1-8b, a folder or a hub name, instead of a file")
     plan.add_argument("--nodes", type=_count, default=1, help="nodes of the cluster (default: 1)")
     plan.add_argument("--gpus-per-node", type=_count, default=8, help="GPUs of each node (default: 8)")
@@ -119,8 +133,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     doctor = _add(
         commands, "doctor", _doctor, "look whether this cluster is sound, and whether this run can work on it"
     )
-    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file; without it: the environment only")
-    doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    _add_configuration(doctor, without="without it: the environment only")
     doctor.add_argument("--no-step", action="store_true", help="leave out the trial step, which loads all models")
     doctor.add_argument("--prompt", metavar="TEXT", help="with --good and --bad: the prompt they answer")
     doctor.add_argument("--good", metavar="TEXT", help="a response that the reward should prefer")
@@ -168,8 +181,8 @@ def _train(args: argparse.Namespace) -> None:
     train(settings, debug=args.debug, resume=args.resume)
 
 
+@_cut_off_quietly()
 def _plan(args: argparse.Namespace) -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     overrides = args.overrides
     if args.model is not None and args.config is not None:
         if "=" not in args.config:
@@ -222,13 +235,13 @@ def _submit(args: argparse.Namespace) -> None:
         sys.exit(status)
 
 
+@_cut_off_quietly()
 def _show(args: argparse.Namespace) -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `rlhf config show ... | head` ends quietly
     print(show(load(args.config, args.overrides)), end="")
 
 
+@_cut_off_quietly()
 def _algorithms(args: argparse.Namespace) -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if args.name is None:
         _print_methods()
         return

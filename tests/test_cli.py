@@ -64,6 +64,20 @@ def test_config_show_prints_every_default(capsys: pytest.CaptureFixture[str]) ->
     assert "beta: 0.5" in out and "publish_deadline_s" in out
 
 
+def test_output_that_nobody_reads_on_ends_quietly() -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from rlhf.cli import main\n"
+        "reader, writer = os.pipe()\n"
+        "os.close(reader)\n"
+        "os.dup2(writer, 1)\n"
+        "assert main(['config', 'show', 'configs/movie_reviews.yaml']) == 0\n"
+        "assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN  # else a lost peer's socket would kill a run\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_algorithms_lists_the_methods_and_the_fields_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["algorithms"]) == 0
     table = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf.config.method_checks import changed
 from rlhf.config.settings import Settings
 
 
@@ -33,6 +34,8 @@ def _sharing(settings: Settings) -> Iterator[str]:
             "(`rollout.engines`) share the policy's GPUs and some do not, so it must be at least 1 and fewer than all. Set "
             "`cluster.colocated_engines`, or choose `cluster.placement` colocated (all share) or disaggregated (none does)"
         )
+    if cluster.device == "cpu" and changed(rollout, "sleep_level"):
+        yield "`rollout.sleep_level` is unused with `cluster.device: cpu`, where nobody waits for an engine's memory. Remove it"
     shared = {"colocated": rollout.engines, "mixed": cluster.colocated_engines or 0, "disaggregated": 0}[
         cluster.placement
     ]

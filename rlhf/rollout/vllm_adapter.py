@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +20,7 @@ from rlhf.config.rollout import RolloutSettings
 from rlhf.config.settings import Settings
 from rlhf.rollout.adapters import adapter_arguments, adapter_request
 from rlhf.rollout.sampling import MIXTURE_ARGUMENT, Sampling
+from rlhf.rollout.shared_process import default_group_kept, torch_as_it_was
 from rlhf.transfer import TransferFailed
 from rlhf.types import Half, Prompt
 
@@ -141,7 +139,7 @@ def engine_arguments(
 
         register()
         arguments["hf_overrides"] = mixture_overrides(model)
-        with _torch_as_it_was():
+        with torch_as_it_was():
             arguments["logits_processors"] = [processor_name(arguments)]
     return arguments
 
@@ -273,7 +271,7 @@ class InProcessEngine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        with _torch_as_it_was():
+        with torch_as_it_was():
             self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._adapter: Any = None
         self._waiting: dict[str, asyncio.Future] = {}
@@ -360,43 +358,5 @@ class InProcessEngine:
             self._llm.wake_up()
 
     def close(self) -> None:
-        with _default_group_kept():
+        with default_group_kept():
             self._llm.engine_core.shutdown()
-
-
-@contextmanager
-def _torch_as_it_was() -> Iterator[None]:
-    """Keep vLLM from changing torch for the policy, which shares this process.
-
-    On CPU vLLM replaces `torch.set_num_threads` by a function that does nothing, may leave one thread, and reseeds.
-    """
-    import torch
-
-    set_num_threads, threads, state = torch.set_num_threads, torch.get_num_threads(), random.getstate()
-    numpy_state = np.random.get_state()
-    cores = os.sched_getaffinity(0)
-    with torch.random.fork_rng():
-        yield
-    random.setstate(state)
-    np.random.set_state(numpy_state)
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads = set_num_threads
-    torch.set_num_threads(threads)
-
-
-@contextmanager
-def _default_group_kept() -> Iterator[None]:
-    """Keep vLLM from destroying torch's default process group when it ends: DeepSpeed may be using it here."""
-    import torch.distributed as dist
-
-    destroy = dist.destroy_process_group
-
-    def destroy_unless_default(group: Any = None) -> None:
-        if group is not None:
-            destroy(group)
-
-    dist.destroy_process_group = destroy_unless_default
-    try:
-        yield
-    finally:
-        dist.destroy_process_group = destroy

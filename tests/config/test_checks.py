@@ -64,6 +64,11 @@ CASES = [
         ["policy.offload_optimizer=none"],
     ),
     (
+        ["cluster.device=cpu", "rollout.sleep_level=2"],
+        ["`rollout.sleep_level`", "unused"],
+        ["rollout.sleep_level=1"],
+    ),
+    (
         ["cluster.device=cpu", "rollout.gpu_memory_utilization=0.5"],
         ["`rollout.gpu_memory_utilization`", "`rollout.cpu_kv_cache_gb`"],
         ["rollout.gpu_memory_utilization=0.6"],

@@ -53,6 +53,7 @@ def test_hosts_leave_when_the_script_is_killed(started: Any) -> None:
     started.process.send_signal(signal.SIGKILL)
     started.process.wait()
     started.wait_for(lambda: joined(started) <= {"0"}, running=False)
+    assert joined(started) <= {"0"}
 
 
 def test_interrupt_and_failures_end_clean(started: Any) -> None:

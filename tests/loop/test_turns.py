@@ -18,7 +18,8 @@ from rlhf.rollout.pool import RolloutPool
 from tests.loop.test_methods import train
 
 pytestmark = pytest.mark.engine
-OPTIONS = ["loop.eval_every=1", "checkpoint.every=1", "checkpoint.export=true"]
+# Not `cpu`, where a sleep level is refused as unused.
+OPTIONS = ["loop.eval_every=1", "checkpoint.every=1", "checkpoint.export=true", "cluster.device=auto"]
 NAMES = ("reward/mean", "policy/loss", "policy/grad_norm", "rollout/logprob")
 
 
