@@ -249,8 +249,11 @@ def engine_environment(settings: Settings, local: bool) -> dict[str, str]:
         # By default each engine pins its threads to the first cores, so that two engines would share one core.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
+    if local or settings.rollout.tensor_parallel_size == 1:
+        # On CPU vLLM would give an only worker a process of its own, and spin on a second core while that one computes.
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if local:
-        return env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        return env
     env |= compute_env(settings.cluster, settings.rollout.engines)
     if not _is_hub_name(settings.policy.model):
         env["HF_HUB_OFFLINE"] = "1"
