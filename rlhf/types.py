@@ -150,11 +150,14 @@ class Feedback:
             beating the others.
         preferences: float64 [K, K] from pairwise judges: [i, j] is the probability that i beats j, [j, i] is 1 less it, the
             diagonal is 1/2; NaN without a verdict. None from judges that score.
+        measures: name -> numbers that the judges observed on the way (disagreement, position bias, ...), for the record: the mean
+            over all of a step's numbers, NaN left out, is logged as reward/NAME.
     """
 
     prompt_id: str
     outcomes: tuple[Outcome, ...]
     preferences: np.ndarray | None = None
+    measures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _reward(settings: Settings) -> Iterator[str]:
             f"`reward.input` is what a model that scores reads, but `reward.kind` is {reward.kind}, which is given both "
             "prompt and responses. Remove it, or set `reward.kind: model`"
         )
-    if reward.kind.startswith("pairwise") and changed(reward, "missing_eos_penalty"):
+    if reward.compares and changed(reward, "missing_eos_penalty"):
         yield (
             f"`reward.missing_eos_penalty` is subtracted from a reward, but `reward.kind` is {reward.kind}, whose "
             "verdicts are probabilities. Remove it (the judge sees that a response breaks off), or choose a "

@@ -224,7 +224,7 @@ def _distribution(settings: Settings) -> Iterator[str]:
 def _judges(settings: Settings) -> Iterator[str]:
     """What pairwise judges make meaningless or impossible."""
     algorithm, reward = settings.algorithm, settings.reward
-    if reward.kind not in ("pairwise_function", "pairwise_model"):
+    if not reward.compares:
         return
     if "label_temperature" in type(algorithm).model_fields and changed(algorithm, "label_temperature"):
         yield (

@@ -9,7 +9,9 @@ from pydantic import Field
 from rlhf.config.base import Section
 
 
-class RewardSettings(Section):
+class SourceSettings(Section):
+    """Who judges, and what."""
+
     kind: Literal["model", "function", "pairwise_model", "pairwise_function"] = Field(
         "model",
         description="Who judges. `model`: a reward model; `function`: a Python function. Each scores one response. "
@@ -23,6 +25,14 @@ class RewardSettings(Section):
         "response",
         description="What a reward model reads: the response alone, or prompt and response.",
     )
+
+    @property
+    def compares(self) -> bool:
+        """Two responses are compared; otherwise each is scored."""
+        return self.kind.startswith("pairwise")
+
+
+class RewardSettings(SourceSettings):
     servers: int = Field(1, ge=1, description="Number of reward servers.")
     gpus: float = Field(
         0.0,

@@ -101,7 +101,7 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     """
     if settings.data.eval_prompts is None:
         raise UserError("data.eval_prompts: not set, so there are no held-out prompts to evaluate on")
-    if settings.reward.kind.startswith("pairwise"):
+    if settings.reward.compares:
         raise UserError("reward.kind: a pairwise judge scores no lone answer. Name one that scores: model or function")
     baseline = baseline or settings.policy.model
     tokenizer = load_tokenizer(resolve(settings.policy.model))

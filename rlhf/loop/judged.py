@@ -51,6 +51,16 @@ def rollout_metrics(judged: Sequence[Judged]) -> dict[str, float]:
         }
     if len(rewards):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
+    metrics |= _measures(judged)
     if len(by_source) > 1:
         metrics |= {f"reward/{source}": float(np.mean(values)) for source, values in by_source.items()}
     return metrics
+
+
+def _measures(judged: Sequence[Judged]) -> dict[str, float]:
+    """The mean of each of the judges' own measures."""
+    gathered: dict[str, list[float]] = {}
+    for one in judged:
+        for name, values in one.feedback.measures.items():
+            gathered.setdefault(name, []).extend(value for value in values if not np.isnan(value))
+    return {f"reward/{name}": float(np.mean(values)) for name, values in gathered.items() if values}

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from rlhf.config import Settings
+from rlhf.config.reward import RewardSettings, SourceSettings
 from rlhf.data.assets import resolve
 from rlhf.reward.batching import Batcher
 from rlhf.reward.errors import RewardError
@@ -60,19 +61,18 @@ class Judge(Protocol):
     def fingerprint(self) -> str | None: ...
 
 
-def make_judge(settings: Settings, workplace: Workplace, local: bool) -> Judge:
-    """The judge that `reward.kind` and `reward.path` name.
+def make_judge(source: SourceSettings, settings: Settings, workplace: Workplace, local: bool) -> Judge:
+    """The judge that `source` names.
 
     Raises:
         RewardError: the function or the model cannot be used.
     """
-    kind, path = settings.reward.kind, settings.reward.path
-    if kind == "function":
-        return FunctionJudge(load_function(path, SCORE), workplace)
-    if kind == "pairwise_function":
-        return FunctionJudge(load_function(path, COMPARE), workplace)
+    if source.kind == "function":
+        return FunctionJudge(load_function(source.path, SCORE), workplace)
+    if source.kind == "pairwise_function":
+        return FunctionJudge(load_function(source.path, COMPARE), workplace)
     device = _device(settings, local)
-    return (ModelJudge if kind == "model" else PairwiseModelJudge)(settings, workplace, device)
+    return (PairwiseModelJudge if source.compares else ModelJudge)(source, settings.reward, workplace, device)
 
 
 class FunctionJudge:
@@ -106,19 +106,18 @@ class FunctionJudge:
 class ModelJudge:
     """A reward model: the raw value of a response is its reward."""
 
-    def __init__(self, settings: Settings, workplace: Workplace, device: str):
+    def __init__(self, source: SourceSettings, reward: RewardSettings, workplace: Workplace, device: str):
         from rlhf.reward.models import load_model
 
-        reward = settings.reward
-        self._model = load_model(resolve(reward.path), device)
+        self._model = load_model(resolve(source.path), device)
         trained_on = self._model.description.input
-        if trained_on not in (None, reward.input):
+        if trained_on not in (None, source.input):
             raise RewardError(
-                f"`reward.input` is {reward.input}, but the reward model {reward.path} was trained on the {trained_on}."
+                f"`reward.input` is {source.input}, but the reward model {source.path} was trained on the {trained_on}."
                 f" Set `reward.input: {trained_on}`."
             )
         if trained_on is None:
-            self._model.read(reward.input)
+            self._model.read(source.input)
         self._batcher: Batcher = Batcher(self._work, reward.batch_size, reward.max_wait_ms / 1000)
         self._workplace = workplace
 
@@ -137,11 +136,10 @@ class ModelJudge:
 class PairwiseModelJudge:
     """A pairwise preference model: the raw value is the probability that the first response beats the second."""
 
-    def __init__(self, settings: Settings, workplace: Workplace, device: str):
+    def __init__(self, source: SourceSettings, reward: RewardSettings, workplace: Workplace, device: str):
         from rlhf.reward.pairwise_model import load_pairwise_model
 
-        reward = settings.reward
-        self._model = load_pairwise_model(resolve(reward.path), device)
+        self._model = load_pairwise_model(resolve(source.path), device)
         self._batcher: Batcher = Batcher(self._work, reward.batch_size, reward.max_wait_ms / 1000)
         self._workplace = workplace
 

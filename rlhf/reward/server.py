@@ -51,14 +51,14 @@ class RewardServer:
         """
         from transformers import AutoTokenizer
 
-        self._judge = make_judge(self._settings, self._workplace, self._local)
+        self._judge = make_judge(self._settings.reward, self._settings, self._workplace, self._local)
         self._tokenizer = AutoTokenizer.from_pretrained(resolve(self._settings.policy.model))
         return ServerInfo(socket.gethostname(), os.getpid(), self._judge.fingerprint())
 
     async def judge(self, prompt: Prompt, completions: list[Completion]) -> Feedback:
         """One outcome per completion, in order; from a pairwise judge, also the preference matrix."""
         responses = [self._tokenizer.decode(c.token_ids.tolist(), skip_special_tokens=True) for c in completions]
-        if self._settings.reward.kind in ("pairwise_function", "pairwise_model"):
+        if self._settings.reward.compares:
             return await self._compare(prompt, completions, responses)
         reward = self._settings.reward
         values = await self._judge.judge(prompt, [(response,) for response in responses], reward.deadline_s)

@@ -29,7 +29,9 @@ FIELDS = {f"{name}.{field}" for name, section in SECTIONS.items() for field in s
 
 def section_names(tree: ast.AST) -> dict[str, str]:
     """Names in a file that stand for a section: annotated with its class, or assigned from `... .section`."""
-    classes = {section.__name__: name for name, section in SECTIONS.items()}
+    classes = {
+        kind.__name__: name for name, section in SECTIONS.items() for kind in section.__mro__ if kind.__name__ != "Section"
+    }
     names = {name: name for name in SECTIONS}
     for node in ast.walk(tree):
         if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None:
