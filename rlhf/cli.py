@@ -69,6 +69,7 @@ def _parser(reward_training: bool) -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in run.dir")
     train.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, load no weights")
 
+    _add_sft(commands)
     _add_plan(commands)
     _add_doctor(commands)
     _add_submit(commands)
@@ -80,6 +81,8 @@ def _parser(reward_training: bool) -> argparse.ArgumentParser:
     reward = commands.add_parser("reward", help="reward models")
     reward_commands = reward.add_subparsers(metavar="COMMAND", required=True)
     reward_train = _add(reward_commands, "train", _reward_train, "fit a reward model on rated or paired text")
+    _add_serve(reward_commands)
+    _add_calibrate(reward_commands)
     if reward_training:
         from rlhf.reward.train import add_arguments
 
@@ -115,6 +118,14 @@ def _add_configuration(parser: argparse.ArgumentParser, without: str | None = No
     else:
         parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"YAML file; {without}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+
+
+def _add_sft(commands: argparse._SubParsersAction) -> None:
+    sft = _add(commands, "sft", _sft, "fine-tune a model on conversations, as a start for alignment")
+    _add_configuration(sft)
+    sft.add_argument("--debug", action="store_true", help="one rank, in this process, for breakpoints")
+    sft.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in run.dir")
+    sft.add_argument("--dry-run", action="store_true", help="validate everything, print the plan, load no weights")
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
@@ -155,6 +166,25 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    serve = _add(commands, "serve", _reward_serve, "answer over HTTP what the reward servers of a run would")
+    _add_configuration(serve)
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    serve.add_argument("--local", action="store_true", help="one server in this process, without Ray")
+
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+    calibrate = _add(
+        commands, "calibrate", _reward_calibrate, "score the starting policy's own responses to each prompt"
+    )
+    _add_configuration(calibrate)
+    calibrate.add_argument("--samples", type=_count, default=16, metavar="K", help="responses per prompt (default: 16)")
+    calibrate.add_argument("--output", metavar="FILE", help="where to write (default: reward.reference_scores)")
+
+
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = _add(commands, "generate", _generate, "sample responses from a model with the rollout engine")
     generate.add_argument("model", metavar="MODEL", help="folder, asset or hub name; for example an export")
@@ -165,6 +195,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     generate.add_argument("--n", type=int, default=1, help="responses per prompt (default: 1)")
     generate.add_argument("--out", metavar="FILE", help="write JSONL there instead of printing")
+    generate.add_argument(
+        "--best-of", type=_count, metavar="N", help="sample N responses per prompt, keep the best one"
+    )
+    generate.add_argument("--reward-config", metavar="CONFIG", help="with --best-of: whose `reward` judges")
+    generate.add_argument("--keep-all", action="store_true", help="with --best-of: keep all N, each with its reward")
+    generate.add_argument("--at-least", type=float, metavar="R", help="with --best-of: leave out rewards below R")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -179,6 +215,21 @@ def _train(args: argparse.Namespace) -> None:
 
     read_inputs(settings)  # what cannot work is said before anything starts
     train(settings, debug=args.debug, resume=args.resume)
+
+
+def _sft(args: argparse.Namespace) -> None:
+    from rlhf.config.sft_checks import load_sft
+
+    settings = load_sft(args.config, args.overrides)
+    from rlhf.preflight.sft import describe_sft, read_model
+
+    if args.dry_run:
+        print(describe_sft(settings))
+        return
+    read_model(settings)  # what cannot work is said before anything starts
+    from rlhf.loop.sft import sft
+
+    sft(settings, debug=args.debug, resume=args.resume)
 
 
 @_cut_off_quietly()
@@ -275,7 +326,24 @@ def _reward_train(args: argparse.Namespace) -> None:
     train_reward(args)
 
 
+def _reward_serve(args: argparse.Namespace) -> None:
+    from rlhf.reward.http import serve
+
+    serve(load(args.config, args.overrides), args.host, args.port, local=args.local)
+
+
+def _reward_calibrate(args: argparse.Namespace) -> None:
+    from rlhf.loop.calibrate import calibrate
+
+    calibrate(load(args.config, args.overrides), args.samples, args.output)
+
+
 def _generate(args: argparse.Namespace) -> None:
+    if args.best_of is not None:
+        _generate_best(args)
+        return
+    if args.reward_config is not None or args.keep_all or args.at_least is not None:
+        raise UserError("`rlhf generate`: --reward-config, --keep-all and --at-least belong to --best-of N")
     from rlhf.loop.answers import generate
 
     generate(
@@ -287,6 +355,21 @@ def _generate(args: argparse.Namespace) -> None:
         n=args.n,
         out=args.out,
     )
+
+
+def _generate_best(args: argparse.Namespace) -> None:
+    if args.reward_config is None:
+        raise UserError("`rlhf generate --best-of`: name the configuration whose reward judges, --reward-config CONFIG")
+    if args.n != 1:
+        raise UserError("`rlhf generate`: --best-of N says how many responses are sampled. Leave out --n")
+    judge = load(args.reward_config)
+    from rlhf.loop.answers import ask
+    from rlhf.loop.best_of import Selection, generate_best
+    from rlhf.rollout.sampling import Sampling
+
+    sampling = Sampling(n=args.best_of, max_tokens=args.max_tokens, temperature=args.temperature)
+    question = ask(args.model, args.prompts, args.prompt, args.max_tokens)
+    generate_best(question, judge, sampling, Selection(args.keep_all, args.at_least), args.out)
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -133,9 +133,14 @@ class Failed:
 
 @dataclass(frozen=True)
 class TimedOut:
-    """No answer within the deadline, in seconds."""
+    """No answer within the deadline, in seconds.
+
+    Attributes:
+        who: the judge that was silent, where there are several.
+    """
 
     seconds: float
+    who: str = ""
 
 
 Outcome = Score | Invalid | Failed | TimedOut

@@ -130,6 +130,23 @@ def with_likelihood(rollout: Rollout, feedback: Feedback, rng: random.Random, pa
     return (*items, *(TrainingItem(item.members[:1], (1.0,), weight=item.weight, term=1) for item in items))
 
 
+def best_of(rollout: Rollout, feedback: Feedback, rng: random.Random, kl_weight: float) -> Items | Dropped:
+    """One item on the response with the highest score, the first of equals. Draws nothing from `rng`.
+
+    Identical responses and ties stay: whichever is taken, it is a best one. A score alone is compared with nothing and is dropped.
+
+    Args:
+        kl_weight: above 0, every response also gets an item of term 1 that pulls it to the reference, together of this weight over 2.
+    """
+    scores = scored(feedback)
+    if len(scores) < 2:
+        return Dropped("too_few_scores")
+    best = max(scores, key=lambda score: score[1])[0]
+    n = len(rollout.infos)
+    pull = [TrainingItem((i,), (1.0,), 0.5, kl_weight / (2 * n), term=1) for i in range(n)] if kl_weight else []
+    return (TrainingItem((best,), (1.0,)), *pull)
+
+
 def _compared(feedback: Feedback) -> list[tuple[int, int]]:
     """Every two responses whose comparison has a verdict."""
     return [(i, j) for i, j in combinations(range(len(feedback.outcomes)), 2) if lead(feedback, i, j) is not None]

@@ -1,4 +1,4 @@
-"""Which network interface the processes of a node talk over.
+"""Under which address and over which network interface the processes of a node talk.
 
 Gloo resolves the host name, which on many machines is the loopback, and then other hosts cannot reach it; NCCL guesses; vLLM
 looks for a route to the internet. All take the interface that carries the address under which Ray knows the node, unless the
@@ -8,6 +8,7 @@ user has said otherwise.
 from __future__ import annotations
 
 import os
+import socket
 
 import psutil
 
@@ -36,3 +37,20 @@ def choose_interfaces(address: str, several_nodes: bool) -> None:
     os.environ.setdefault(VLLM, address)
     if several_nodes:
         os.environ.setdefault(NCCL, name)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now, on the host of the caller."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def host_address() -> str:
+    """The address under which other hosts of the cluster reach this one.
+
+    In a Ray process it is the address that Ray itself uses; elsewhere the loopback, because there is no other host.
+    """
+    import ray
+
+    return ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"

@@ -77,11 +77,10 @@ def travelling_files(settings: Settings, here: Path | None = None) -> list[Path]
             f"run.dir={settings.run.dir}: a relative path ends in a temporary folder of the job. Give an absolute path on storage "
             "that all nodes share"
         )
-    folders = {"policy.model": settings.policy.model}
-    if "function" not in settings.reward.kind:
-        folders["reward.path"] = settings.reward.path
+    folders: dict[str, str | None] = {"policy.model": settings.policy.model}
+    folders |= {f"{place}.path": source.model for place, source in settings.reward.sources()}
     for field, path in folders.items():
-        if not Path(path).is_absolute() and (here / path).exists():
+        if path is not None and not Path(path).is_absolute() and (here / path).exists():
             raise UserError(
                 f"{field}={path}: a relative path, and the model does not travel with the job. Give its absolute path on storage that "
                 "all nodes share"
@@ -107,15 +106,23 @@ def pack(settings: Settings, files: list[Path], folder: Path) -> None:
 
 
 def _files(settings: Settings, here: Path) -> Iterator[Path]:
-    for field, name in (("data.prompts", settings.data.prompts), ("data.eval_prompts", settings.data.eval_prompts)):
+    data, reward = settings.data, settings.reward
+    named = {
+        "data.prompts": data.prompts,
+        "data.eval_prompts": data.eval_prompts,
+        "reward.canaries": reward.canaries,
+        "reward.common_set": reward.common_set,
+        "reward.reference_scores": reward.reference_scores,
+        **{f"{place}.judge_prompt": source.judge_prompt for place, source in reward.sources()},
+    }
+    for field, name in named.items():
         if name is None or Path(name).is_absolute() or not (here / name).is_file():
             continue
         if ".." in Path(name).parts:
             raise UserError(f"{field}={name}: leads out of this folder, which is what travels. Give an absolute path")
         yield Path(name)
     own_code = [settings.algorithm.name] if ":" in settings.algorithm.name else []
-    if "function" in settings.reward.kind:
-        own_code.append(settings.reward.path)
+    own_code += [source.path for _, source in reward.sources() if source.is_function]
     for top in sorted({name.partition(":")[0].partition(".")[0] for name in own_code} - {"rlhf"}):
         if (here / f"{top}.py").is_file():
             yield Path(f"{top}.py")

@@ -189,6 +189,19 @@ class Slic(_Labels, _Sampled):
     )
 
 
+class Raft(_Sampled):
+    """RAFT: the likelihood of the best of K fresh responses, and perhaps a pull to the reference."""
+
+    name: Literal["raft"] = Field(description="Dong et al. 2023.")
+    samples_per_prompt: int = Field(8, ge=2, description=_Sampled.model_fields["samples_per_prompt"].description)
+    kl_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Factor on the KL to the reference, measured on all K responses (lambda); 0 leaves it out.",
+    )
+    logp_reduce: Literal["sum", "mean"] = Field("sum", description=Slic.model_fields["logp_reduce"].description)
+
+
 # Policy-gradient methods
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
@@ -377,6 +390,7 @@ METHODS: dict[str, type[Section]] = {
         Selm,
         Xpo,
         Slic,
+        Raft,
         Ppo,
         ReinforcePlusPlus,
         ReinforcePlusPlusBaseline,

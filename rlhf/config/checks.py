@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from rlhf.config.lora_checks import lora_problems
 from rlhf.config.method_checks import changed, method_problems, used_responses
 from rlhf.config.placement_checks import placement_problems
+from rlhf.config.policy_checks import policy_problems
+from rlhf.config.reward_checks import reward_problems
 from rlhf.config.settings import Settings
+from rlhf.config.shaping_checks import shaping_problems
 
 
 def problems(settings: Settings) -> list[str]:
@@ -24,10 +27,11 @@ def problems(settings: Settings) -> list[str]:
         _sampling,
         method_problems,
         lora_problems,
-        _zero,
+        _policy,
         _devices,
         placement_problems,
-        _reward,
+        reward_problems,
+        shaping_problems,
         _evaluation,
     )
     return [problem for rule in rules for problem in rule(settings)]
@@ -78,11 +82,6 @@ def _steps(settings: Settings) -> Iterator[str]:
             f"has {loop.steps} steps x {loop.updates_per_step} updates x {loop.epochs_per_step} epochs = {total} "
             f"optimizer steps. Lower `policy.warmup_steps` to {total} or less, or raise `loop.steps`"
         )
-    if policy.schedule == "constant" and changed(policy, "min_learning_rate_ratio"):
-        yield (
-            "`policy.min_learning_rate_ratio` is where `linear` and `cosine` end, but `policy.schedule` is constant. "
-            "Remove it, or choose another `policy.schedule`"
-        )
 
 
 def _sampling(settings: Settings) -> Iterator[str]:
@@ -94,73 +93,22 @@ def _sampling(settings: Settings) -> Iterator[str]:
         )
 
 
-def _zero(settings: Settings) -> Iterator[str]:
-    policy = settings.policy
-    if policy.offload_parameters != "none" and policy.zero_stage != 3:
-        yield (
-            "`policy.offload_parameters`: weights can be kept in host memory only when they are sharded, and "
-            f"`policy.zero_stage` is {policy.zero_stage}. Set `policy.zero_stage: 3`, or `policy.offload_parameters: "
-            "none`"
-        )
-    if policy.offload_optimizer != "none" and policy.zero_stage == 0:
-        yield (
-            "`policy.offload_optimizer`: optimizer states can be kept in host memory only when they are sharded, and "
-            "`policy.zero_stage` is 0. Set `policy.zero_stage` to 1, 2 or 3, or `policy.offload_optimizer: none`"
-        )
+def _policy(settings: Settings) -> Iterator[str]:
+    yield from policy_problems(settings.policy, settings.cluster.device)
 
 
 def _devices(settings: Settings) -> Iterator[str]:
-    policy, rollout, device = settings.policy, settings.rollout, settings.cluster.device
+    rollout, device = settings.rollout, settings.cluster.device
     if device == "cpu":
         if rollout.transfer in ("nccl", "ipc"):
             yield (
                 f"`rollout.transfer`: {rollout.transfer} moves weights between GPUs, but `cluster.device` is cpu. Set "
                 "`rollout.transfer` to gloo or auto"
             )
-        for name in ("offload_optimizer", "offload_parameters"):
-            if getattr(policy, name) != "none":
-                yield (
-                    f"`policy.{name}`: with `cluster.device: cpu` everything is in host memory already. Set "
-                    f"`policy.{name}: none`"
-                )
         if changed(rollout, "gpu_memory_utilization"):
             yield "`rollout.gpu_memory_utilization` is unused with `cluster.device: cpu`. Set `rollout.cpu_kv_cache_gb`"
-        if changed(settings.reward, "gpus"):
-            yield "`reward.gpus` is unused with `cluster.device: cpu`. Remove it"
-    if device == "cuda" and settings.reward.kind in ("model", "pairwise_model") and settings.reward.gpus == 0:
-        yield (
-            "`reward.gpus`: with `cluster.device: cuda` a reward model runs on a GPU, and its servers reserve none. Set "
-            "`reward.gpus: 1` (or a fraction, for several servers on one), or `cluster.device: auto` to judge on CPUs"
-        )
     if device == "cuda" and changed(rollout, "cpu_kv_cache_gb"):
         yield "`rollout.cpu_kv_cache_gb` is unused with `cluster.device: cuda`. Set `rollout.gpu_memory_utilization`"
-
-
-def _reward(settings: Settings) -> Iterator[str]:
-    reward = settings.reward
-    function = reward.kind in ("function", "pairwise_function")
-    is_import_path = ":" in reward.path and not reward.path.startswith("asset:") and "/" not in reward.path
-    if function and not is_import_path:
-        yield (
-            f"`reward.path`: a function is named by its import path, `module:name`, not `{reward.path}`. Correct "
-            "`reward.path`, or set `reward.kind: model`"
-        )
-    if not function and is_import_path:
-        yield (
-            f"`reward.path`: `{reward.path}` looks like the import path of a function, but `reward.kind` is "
-            f"{reward.kind}. Set `reward.kind: function`, or give a model's folder"
-        )
-    if reward.kind != "model" and changed(reward, "input"):
-        yield (
-            f"`reward.input` is what a model that scores reads, but `reward.kind` is {reward.kind}, which is given both "
-            "prompt and responses. Remove it, or set `reward.kind: model`"
-        )
-    if reward.compares and changed(reward, "missing_eos_penalty"):
-        yield (
-            f"`reward.missing_eos_penalty` is subtracted from a reward, but `reward.kind` is {reward.kind}, whose "
-            "verdicts are probabilities. Remove it (the judge sees that a response breaks off), or choose a "
-            "`reward.kind` that scores"
-        )
 
 
 def _evaluation(settings: Settings) -> Iterator[str]:

@@ -41,3 +41,8 @@ class DataSettings(Section):
         True,
         description="Draw the prompts in an order given by `run.seed`, a new one each epoch. False: file order.",
     )
+
+    def files(self) -> dict[str, str]:
+        """The files that are read, by field."""
+        named = {"prompts": self.prompts, "eval_prompts": self.eval_prompts}
+        return {name: path for name, path in named.items() if path is not None}

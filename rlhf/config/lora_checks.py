@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rlhf.config.algorithm import AlgorithmSettings, IpoMd, NashEma, NashMd, OwnAlgorithm, Selm, Xpo
 from rlhf.config.method_checks import changed
+from rlhf.config.policy import PolicySettings
 from rlhf.config.settings import Settings
 
 _ADAPTER = "`policy.lora.publish: merged`"
@@ -13,15 +14,23 @@ _ADAPTER = "`policy.lora.publish: merged`"
 
 def lora_problems(settings: Settings) -> Iterator[str]:
     """All findings."""
-    if settings.policy.lora.rank == 0:
-        yield from _without_rank(settings)
-        return
-    for rule in (_targets, _reference, _adapter, _quantized):
-        yield from rule(settings)
+    yield from adapter_problems(settings.policy)
+    if settings.policy.lora.rank > 0:
+        yield from _reference(settings)
+        yield from _adapter(settings)
 
 
-def _without_rank(settings: Settings) -> Iterator[str]:
-    lora = settings.policy.lora
+def adapter_problems(policy: PolicySettings) -> Iterator[str]:
+    """Findings on the adapters alone, whatever the policy learns from."""
+    if policy.lora.rank == 0:
+        yield from _without_rank(policy)
+    else:
+        yield from _targets(policy)
+        yield from _quantized(policy)
+
+
+def _without_rank(policy: PolicySettings) -> Iterator[str]:
+    lora = policy.lora
     fields = [f"`policy.lora.{name}`" for name in type(lora).model_fields if changed(lora, name)]
     if fields:
         yield (
@@ -30,8 +39,8 @@ def _without_rank(settings: Settings) -> Iterator[str]:
         )
 
 
-def _targets(settings: Settings) -> Iterator[str]:
-    if not settings.policy.lora.target_modules:
+def _targets(policy: PolicySettings) -> Iterator[str]:
+    if not policy.lora.target_modules:
         yield "`policy.lora.target_modules`: the list is empty, so nothing would learn. Name layers, or set all-linear"
 
 
@@ -80,8 +89,7 @@ def _samples_from_reference(algorithm: AlgorithmSettings) -> bool:
     return isinstance(algorithm, Selm) and not own
 
 
-def _quantized(settings: Settings) -> Iterator[str]:
-    policy = settings.policy
+def _quantized(policy: PolicySettings) -> Iterator[str]:
     if policy.lora.quantize_base != "none" and policy.zero_stage == 3:
         yield (
             "`policy.zero_stage`: 3 shards weights, and weights in 4 bits cannot be sharded. Set `policy.zero_stage` to 0, 1 or 2 (the "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rlhf.config.algorithm import Gradient, IpoMd, NashEma, NashMd, OwnAlgorithm, Ppo, Selm
+from rlhf.config.algorithm import Gradient, IpoMd, NashEma, NashMd, OwnAlgorithm, Ppo, Raft, Selm
 from rlhf.config.base import Section
 from rlhf.config.settings import Settings
 
@@ -129,6 +129,8 @@ def used_responses(algorithm: Section) -> int:
         return 1  # the opponent's response is not learned from
     if isinstance(algorithm, Gradient):
         return algorithm.samples_per_prompt
+    if isinstance(algorithm, Raft):  # the best one; all of them where the KL is measured on them
+        return algorithm.samples_per_prompt if algorithm.kl_weight else 1
     if isinstance(algorithm, Selm):  # the pair, and y_gen if it is neither
         return 3 if algorithm.ranked_with == "dataset" else min(3, 1 + algorithm.fresh_samples)
     if getattr(algorithm, "pairing", None) == "all" and getattr(algorithm, "pairs", "sampled") == "sampled":

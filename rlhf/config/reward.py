@@ -7,19 +7,49 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf.config.base import Section
+from rlhf.config.transforms import ScoreTransform, Transform
+
+VERIFIERS = ("math", "instructions", "reasoning_gym", "regex", "code")
+"""Names of the built-in verifiers (rlhf.reward.verifiers)."""
 
 
 class SourceSettings(Section):
     """Who judges, and what."""
 
-    kind: Literal["model", "function", "pairwise_model", "pairwise_function"] = Field(
+    kind: Literal[
         "model",
-        description="Who judges. `model`: a reward model; `function`: a Python function. Each scores one response. "
-        "`pairwise_model`, `pairwise_function`: the same, but they compare two responses, in both orders.",
+        "function",
+        "verifier",
+        "remote",
+        "several",
+        "pairwise_model",
+        "pairwise_function",
+        "pairwise_remote",
+        "llm_judge",
+    ] = Field(
+        "model",
+        description="Who judges. `model`: a reward model; `function`: a Python function; `verifier`: one of "
+        f"{', '.join(VERIFIERS)}, from what the prompt's line says is right; `remote`: a service that `rlhf "
+        "reward serve` runs; `several`: the `members` together. Each scores one response. "
+        "`pairwise_model`, `pairwise_function`, `pairwise_remote`: the same, but they compare two responses, in both orders. `llm_judge`: "
+        "a language model that is asked which of two responses is better.",
     )
-    path: str = Field(
+    path: str | None = Field(
+        None,
         description="For a function its import path, `module:name`; for a model its folder (a transformers sequence "
-        "classifier, or what `rlhf reward train` writes).",
+        "classifier, or what `rlhf reward train` writes); for a verifier its name; for an LLM judge the model's folder, or, with `url`, "
+        "the name that the endpoint knows it by.",
+    )
+    url: str | None = Field(
+        None,
+        description="Where a remote judge answers, such as `http://host:8000`; its token is in the environment "
+        "variable `RLHF_REWARD_TOKEN`. For an LLM judge: an OpenAI-compatible endpoint, such as `http://host:8000/v1`; its key is in "
+        "`OPENAI_API_KEY`.",
+    )
+    judge_prompt: str | None = Field(
+        None,
+        description="Text file that an LLM judge is asked with; {prompt}, {a} and {b} in it stand for the prompt and the two "
+        "responses, and the answer to it must be A or B. Null: the built-in question.",
     )
     input: Literal["response", "conversation"] = Field(
         "response",
@@ -29,27 +59,97 @@ class SourceSettings(Section):
     @property
     def compares(self) -> bool:
         """Two responses are compared; otherwise each is scored."""
-        return self.kind.startswith("pairwise")
+        return self.kind.startswith("pairwise") or self.kind == "llm_judge"
+
+    @property
+    def is_function(self) -> bool:
+        """`path` is the import path of a function."""
+        return self.kind in ("function", "pairwise_function")
+
+    @property
+    def model(self) -> str | None:
+        """The folder or name of the model that a server loads; None if it loads none."""
+        own = self.kind in ("model", "pairwise_model") or (self.kind == "llm_judge" and self.url is None)
+        return self.path if own else None
+
+
+class MemberSettings(SourceSettings):
+    """One judge of an ensemble."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Its scores are logged as reward/NAME.")
+    weight: float = Field(
+        1.0,
+        description="Its factor in a `sum`. 0, with any `combine`: an observer, whose scores are logged and count for nothing.",
+    )
+    transforms: list[ScoreTransform] = Field(
+        [], description="What is done to its scores before they are combined: `clip`, `log_sigmoid` or `calibrate`."
+    )
 
 
 class RewardSettings(SourceSettings):
+    """The judge, or the ensemble of judges, and its servers."""
+
+    members: list[MemberSettings] = Field([], description="With `kind: several`, the judges; each scores.")
+    combine: Literal["mean", "sum", "worst", "uncertainty"] = Field(
+        "mean",
+        description="With `kind: several`: the mean of the members' scores; their weighted sum (of log-sigmoids: all must be "
+        "content); the lowest (worst-case optimisation); or the mean less `uncertainty_penalty` times the variance.",
+    )
+    uncertainty_penalty: float = Field(
+        0.1, ge=0, description="Factor on the variance over members (unbiased) with `combine: uncertainty`."
+    )
+    common_set: str | None = Field(
+        None,
+        description="JSONL of `response`, with or without `prompt`, that every member scores at the start; its scores are then "
+        "brought to mean 0 and standard deviation 1 on it. Other fields are the payload.",
+    )
+    transforms: list[Transform] = Field(
+        [],
+        description="What is done to a score, in this order, before it is learned from: `clip`, `length_penalty`, `missing_eos`, "
+        "`normalise`, `log_sigmoid`, `calibrate`.",
+    )
+    reference_scores: str | None = Field(
+        None,
+        description="Scores of the starting policy's responses to each training prompt, as `rlhf reward calibrate` writes them; "
+        "`log_sigmoid` and `calibrate` read them.",
+    )
     servers: int = Field(1, ge=1, description="Number of reward servers.")
+    restarts: int = Field(
+        1,
+        ge=0,
+        description="How often each server is started again after its process has died; with the same weights, or not.",
+    )
     gpus: float = Field(
         0.0,
         ge=0,
         description="GPUs that each server reserves; a fraction shares one GPU between servers. 0: servers judge on CPUs.",
     )
     batch_size: int = Field(32, ge=1, description="Most responses a server judges in one batch.")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens in one batch of a model, padding included: the longest response (with what else the model reads) "
+        "times the number of responses. A longer one is judged alone. null: 16384 on a GPU; 384 on a CPU, where a larger batch "
+        "brings only more padding.",
+    )
     max_wait_ms: float = Field(10.0, ge=0, description="How long a server waits for a batch to fill, in milliseconds.")
+    max_waiting: int = Field(
+        256,
+        ge=1,
+        description="Most responses that one server holds. The loop waits before it sends more; `rlhf reward serve` refuses "
+        "them, to be sent again.",
+    )
+    cache: int = Field(
+        0,
+        ge=0,
+        description="Verdicts that each server remembers by content, so that a repeated response is not judged again; for models "
+        "and verifiers. 0: none.",
+    )
     deadline_s: float = Field(
         60.0,
         gt=0,
-        description="Longest wait for a verdict, in seconds; after it the outcome is `TimedOut`.",
-    )
-    missing_eos_penalty: float = Field(
-        0.0,
-        ge=0,
-        description="Subtracted from the reward of a response that was cut at `rollout.max_tokens`.",
+        description="Longest wait for a verdict, in seconds, from when a server has got the response; after it the outcome is "
+        "`TimedOut`.",
     )
     max_failed_fraction: float = Field(
         0.5,
@@ -57,3 +157,23 @@ class RewardSettings(SourceSettings):
         le=1,
         description="A step in which more than this fraction of the outcomes failed or timed out stops the run.",
     )
+    canaries: str | None = Field(
+        None,
+        description="JSONL of pairs that the judge must tell apart: `good`, `bad`, with or without `prompt`; other fields are the "
+        "payload. Every server judges them at the start and now and then.",
+    )
+    canaries_every: int = Field(
+        10, ge=1, description="Steps from one judging of the `canaries` to the next; a changed verdict ends the run."
+    )
+    canaries_wrong: int = Field(
+        0, ge=0, description="How many of the `canaries` may come out in the wrong order at the start."
+    )
+    canaries_tolerance: float = Field(
+        1e-3, ge=0, description="How far the verdict on one of the `canaries` may move during a run."
+    )
+
+    def sources(self) -> list[tuple[str, SourceSettings]]:
+        """All judges that a server makes, each with the place of its fields in the configuration."""
+        if self.kind != "several":
+            return [("reward", self)]
+        return [(f"reward.members[{number}]", member) for number, member in enumerate(self.members)]

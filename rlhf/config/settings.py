@@ -16,13 +16,13 @@ from rlhf.config.tracking import TrackingSettings
 
 
 class Settings(Section):
-    """Everything a run depends on. Required: `data.prompts`, `policy.model`, `reward.path`."""
+    """Everything a run depends on. Required: `data.prompts`, `policy.model`, and who judges (`reward`)."""
 
     run: RunSettings = RunSettings()
     data: DataSettings
     policy: PolicySettings
     rollout: RolloutSettings = RolloutSettings()
-    reward: RewardSettings
+    reward: RewardSettings = RewardSettings()
     algorithm: AlgorithmSettings = OnlineDpo()
     loop: LoopSettings = LoopSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -184,7 +184,7 @@ def _write_jsonl(path: Path, rows: list[dict]) -> None:
 RECIPES: dict[str, Recipe] = {
     "smollm2-135m-instruct": Recipe(1, _build_smollm2),
     "minilm-l6-v2": Recipe(1, _build_minilm),
-    "movie-reviews": Recipe(2, _build_movie_reviews),
+    "movie-reviews": Recipe(3, _build_movie_reviews),
     "tiny-llama": Recipe(1, _build_tiny_llama),
     "tiny-prompts.jsonl": Recipe(1, _build_tiny_prompts),
 }

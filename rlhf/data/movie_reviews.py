@@ -2,7 +2,8 @@
 
 The data is C. J. Hutto's and E. Gilbert's (VADER, ICWSM 2014; MIT licence), inside the sdist of vaderSentiment 2.5. A
 hash of each text sends it to the reward model (train, test) or to the prompts (train, held out), the same on every
-machine. The training prompts come a second time with a pair of responses.
+machine. The training prompts come a second time with a pair of responses, the reward model's texts a second time with each rater's own
+score.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -18,43 +20,59 @@ from rlhf.data.packages import AssetError
 
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS = "movieReviewSnippets_GroundTruth.txt"
+SCORES = "movieReviewSnippets_anonDataRatings.txt"
 OPENING_WORDS = 5
 APART = 1.5
 """Least difference in rating between the responses of a pair: in so clear a case the raters agree."""
 
 
 class Snippet(NamedTuple):
-    """One sentence and the mean of its human ratings, in [-4, 4]."""
+    """One sentence, the mean of its human ratings, in [-4, 4], and the ratings: whole numbers, one for each rater."""
 
     text: str
     rating: float
+    scores: tuple[int, ...] = ()
 
 
 def read_snippets(sdist: Path) -> list[Snippet]:
     """The distinct snippets in the sdist of vaderSentiment, in file order; of equal texts the first one counts."""
     with tarfile.open(sdist) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER_ARCHIVE))) as inner:
         lines = _member(inner, RATINGS).decode("latin-1").splitlines()
+        scores = dict(_scores(line) for line in _member(inner, SCORES).decode("latin-1").splitlines())
     snippets: dict[str, Snippet] = {}
     for line in lines:
-        _, rating, text = line.split("\t")
-        snippets.setdefault(_key(text), Snippet(" ".join(text.split()), float(rating)))
+        number, rating, text = line.split("\t")
+        snippets.setdefault(_key(text), Snippet(" ".join(text.split()), float(rating), scores[number]))
     return list(snippets.values())
+
+
+def _scores(line: str) -> tuple[str, tuple[int, ...]]:
+    """The number of a snippet and its raters' scores. In which order raters come is not told, so a place is no person."""
+    number, _, _, scores = line.split("\t")
+    return number, tuple(json.loads(scores))
 
 
 def split(snippets: list[Snippet]) -> dict[str, list[dict]]:
     """File -> rows: half of the texts for the reward model (a fifth as test), half for prompts (a tenth held out)."""
-    files: dict[str, list[dict]] = {
-        name: [] for name in ("reward_train.jsonl", "reward_test.jsonl", "train_prompts.jsonl", "eval_prompts.jsonl")
-    }
+    names = (
+        "reward_train",
+        "reward_test",
+        "reward_train_scores",
+        "reward_test_scores",
+        "train_prompts",
+        "eval_prompts",
+    )
+    files: dict[str, list[dict]] = {f"{name}.jsonl": [] for name in names}
     ratings: dict[str, float] = {}
     openings: set[str] = set()
-    for text, rating in snippets:
+    for text, rating, scores in snippets:
         draw = _draw(text)
         half, draw = draw % 2, draw // 2
         ratings[text] = rating
         if half == 0:
-            name = "reward_test.jsonl" if draw % 5 == 0 else "reward_train.jsonl"
-            files[name].append({"text": text, "rating": rating})
+            name = "reward_test" if draw % 5 == 0 else "reward_train"
+            files[f"{name}.jsonl"].append({"text": text, "rating": rating})
+            files[f"{name}_scores.jsonl"].append({"text": text, "scores": list(scores)})
             continue
         words = text.replace('"', "").split()
         opening = " ".join(words[:OPENING_WORDS])

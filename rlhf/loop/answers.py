@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from rlhf.reward.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.report import HeldOut, win_rate
-from rlhf.types import Prompt
+from rlhf.types import Completion, Prompt
 
 
 def generate(
@@ -42,46 +44,71 @@ def generate(
     """
     if n > 1 and temperature == 0:
         raise UserError("--n: at temperature 0 all responses are the same. Use --n 1, or a temperature above 0.")
+    question = ask(model, prompts_file, prompts, max_tokens)
+    write_rows(asyncio.run(_answer(question, Sampling(n=n, max_tokens=max_tokens, temperature=temperature))), out)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked outside a run.
+
+    Attributes:
+        settings: for an engine that answers; they name no judge.
+    """
+
+    settings: Settings
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+
+
+def ask(model: str, prompts_file: str | None, prompts: Sequence[str] | None, max_tokens: int) -> Question:
+    """The prompts of a file, or these texts, for a model to answer in at most `max_tokens` tokens each.
+
+    Raises:
+        UserError: a model or prompt that cannot be used.
+    """
     tokenizer = load_tokenizer(resolve(model))
     chat = tokenizer.chat_template is not None
     data = {"prompts": prompts_file or "", "chat_template": chat, "max_prompt_tokens": 2**20}
     settings = Settings.model_validate(
-        {
-            "data": data,
-            "policy": {"model": model},
-            "rollout": {"max_tokens": max_tokens},
-            "reward": {"kind": "function", "path": ""},
-        }
+        {"data": data, "policy": {"model": model}, "rollout": {"max_tokens": max_tokens}}
     )
     if prompts_file is not None:
         asked = load_prompts(resolve(prompts_file), tokenizer, settings.data)
     else:
         asked = [make_prompt("--prompt", {"prompt": text}, tokenizer, settings.data) for text in prompts or ()]
     longest = max(len(prompt.token_ids) for prompt in asked)
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"max_prompt_tokens": longest})})
-    sampling = Sampling(n=n, max_tokens=max_tokens, temperature=temperature)
-    rows = asyncio.run(_answer(settings, asked, sampling, tokenizer))
-    if out is None:
-        for row in rows:
-            sys.stdout.write(f"> {row['prompt']}\n{row['response']}\n\n")
-    else:
+    data_settings = settings.data.model_copy(update={"max_prompt_tokens": longest})
+    return Question(settings.model_copy(update={"data": data_settings}), asked, tokenizer)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], out: str | None) -> None:
+    """Responses with their prompts: as JSON lines into the file `out`, or for a person onto standard output."""
+    if out is not None:
         Path(out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return
+    for row in rows:
+        reward = f" [reward {row['reward']:.4g}]" if "reward" in row else ""
+        sys.stdout.write(f"> {row['prompt']}\n{row['response']}{reward}\n\n")
 
 
-async def _answer(
-    settings: Settings, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any
-) -> list[dict[str, Any]]:
+def response_row(prompt: Prompt, completion: Completion, tokenizer: Any) -> dict[str, Any]:
+    """One response as a row of the output."""
+    return {
+        "prompt": prompt.text,
+        "response": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+        "length": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+
+
+async def _answer(question: Question, sampling: Sampling) -> list[dict[str, Any]]:
     runtime = LocalRuntime()
     try:
-        pool = await RolloutPool.start(runtime, settings)
-        rollouts = await asyncio.gather(*(pool.sample(prompt, [sampling]) for prompt in prompts))
+        pool = await RolloutPool.start(runtime, question.settings)
+        rollouts = await asyncio.gather(*(pool.sample(prompt, [sampling]) for prompt in question.prompts))
         return [
-            {
-                "prompt": rollout.prompt.text,
-                "response": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
-                "length": len(completion.token_ids),
-                "finish_reason": completion.finish_reason,
-            }
+            response_row(rollout.prompt, completion, question.tokenizer)
             for rollout in rollouts
             for completion in rollout.completions.value
         ]
@@ -127,15 +154,21 @@ async def _judged_answers(settings: Settings, prompts: Sequence[Prompt], model: 
     """The judged answers of one model, from engines and servers of its own. It is whole, whatever was trained in it."""
     policy = settings.policy.model_copy(update={"model": model, "lora": LoraSettings()})
     settings = settings.model_copy(update={"policy": policy})
+    async with engines_and_judges(settings) as (pool, rewards):
+        rollouts = await asyncio.gather(*(pool.sample(prompt, [evaluation_sampling(settings)]) for prompt in prompts))
+        feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
+        return held_out([Judged(r, f) for r, f in zip(rollouts, feedbacks, strict=True)], tokenizer)
+
+
+@asynccontextmanager
+async def engines_and_judges(settings: Settings) -> AsyncIterator[tuple[RolloutPool, RewardPool]]:
+    """The rollout engines and the reward servers of these settings without a policy to train, as Ray actors; taken down after."""
     runtime = RayRuntime(settings.cluster, settings.rollout.engines + settings.reward.servers)
     try:
         runtime.reserve(wishes(settings, policy=False))
         pool, rewards = await asyncio.gather(RolloutPool.start(runtime, settings), RewardPool.start(runtime, settings))
-        rollouts = await asyncio.gather(*(pool.sample(prompt, [evaluation_sampling(settings)]) for prompt in prompts))
-        feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
-        answers = held_out([Judged(r, f) for r, f in zip(rollouts, feedbacks, strict=True)], tokenizer)
+        yield pool, rewards
         await asyncio.gather(pool.close(), rewards.close())
-        return answers
     finally:
         runtime.stop()
 

@@ -51,13 +51,13 @@ def rollout_metrics(judged: Sequence[Judged]) -> dict[str, float]:
         }
     if len(rewards):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
-    metrics |= _measures(judged)
+    metrics |= measured(judged)
     if len(by_source) > 1:
         metrics |= {f"reward/{source}": float(np.mean(values)) for source, values in by_source.items()}
     return metrics
 
 
-def _measures(judged: Sequence[Judged]) -> dict[str, float]:
+def measured(judged: Sequence[Judged]) -> dict[str, float]:
     """The mean of each of the judges' own measures."""
     gathered: dict[str, list[float]] = {}
     for one in judged:

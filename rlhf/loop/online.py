@@ -23,6 +23,7 @@ from rlhf.loop.clock import Clock
 from rlhf.loop.judged import Judged, rollout_metrics
 from rlhf.policy import Moment, PolicyGroup
 from rlhf.reward.pool import RewardPool
+from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.record import Record
@@ -58,13 +59,16 @@ class OnlineLoop:
         roles: Roles,
         ledger: Ledger,
         record: Record,
+        shaping: Shaping,
         full_length: bool = False,
     ):
         """
         Args:
+            shaping: from the judged rewards to those that are learned from.
             full_length: responses go on after the end-of-sequence token: the most that a step can ask of the machines.
         """
         self.settings, self.algorithm, self.roles, self.ledger, self.record = settings, algorithm, roles, ledger, record
+        self.shaping = shaping
         self._full_length = full_length
         self._version = 0
 
@@ -73,13 +77,16 @@ class OnlineLoop:
 
         Raises:
             RewardsFailing: more than `reward.max_failed_fraction` of the responses got no verdict.
+            CanaryAlarm: the judge has changed since the start.
         """
         clock = Clock()
         prompts = self.ledger.lease(self.settings.loop.prompts_per_step)
         judged = await self.sample_and_judge(prompts, self._samplings(step), clock, self.algorithm)
         self._require_verdicts(judged)
-        assignments, dropped = self._build(step, judged)
-        metrics = rollout_metrics(judged)
+        canaries = await self.roles.rewards.check(step)
+        learned = self._shape(judged)
+        assignments, dropped = self._build(step, learned)
+        metrics = rollout_metrics(judged) | self.shaping.metrics([one.feedback for one in learned]) | canaries
         async with self.policy_turn(publish=False):
             if assignments:
                 moment = Moment(step, equal=equals_policy(self.algorithm.reference, step))
@@ -170,6 +177,12 @@ class OnlineLoop:
             )
             for source in self.algorithm.sources
         ]
+
+    def _shape(self, judged: Sequence[Judged]) -> list[Judged]:
+        """The same responses with the rewards to learn from."""
+        rollouts = [one.rollout for one in judged]
+        shaped = self.shaping.shape(rollouts, [one.feedback for one in judged])
+        return [Judged(rollout, feedback) for rollout, feedback in zip(rollouts, shaped, strict=True)]
 
     def _build(self, step: int, judged: Sequence[Judged]) -> tuple[list[Assignment], dict[str, str]]:
         """Assignments to learn from, and prompt id -> reason for the prompts that teach nothing."""

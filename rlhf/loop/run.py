@@ -17,7 +17,6 @@ from rlhf.config.settings import single_process
 from rlhf.data.assets import resolve
 from rlhf.data.ledger import Ledger
 from rlhf.data.prompts import load_prompts, load_tokenizer
-from rlhf.loop.checkpoints import Checkpoints
 from rlhf.loop.clock import Clock
 from rlhf.loop.evaluation import (
     evaluation_sampling,
@@ -27,11 +26,15 @@ from rlhf.loop.evaluation import (
     response_rows,
     write_held_out,
 )
+from rlhf.loop.judged import measured
 from rlhf.loop.online import OnlineLoop, Roles
 from rlhf.policy import PolicyGroup
 from rlhf.reward.pool import RewardPool
+from rlhf.reward.reference_scores import members_need_references
+from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
 from rlhf.tracking.record import Record
+from rlhf.training.checkpoints import Checkpoints
 from rlhf.transfer import TransferSession
 from rlhf.types import Prompt, content_id
 
@@ -67,6 +70,7 @@ class Training:
         if settings.data.eval_prompts is not None:
             held = load_prompts(resolve(settings.data.eval_prompts), self.tokenizer, settings.data)
             self.held_out_prompts = held[: settings.loop.eval_limit]
+        self.shaping = Shaping.start(settings, prompts, self.held_out_prompts)
         self.checkpoints = Checkpoints(settings.run.dir, settings.checkpoint.keep)
 
     async def run(self) -> None:
@@ -82,7 +86,10 @@ class Training:
         settings = self.settings
         start, tag = self._starting_point()
         async with started_roles(runtime, settings, self.algorithm) as roles:
-            self.loop = OnlineLoop(settings, self.algorithm, roles, self.ledger, self.record, self.full_length)
+            self.shaping.require_judge(settings.reward, roles.rewards.infos[0].fingerprint)
+            self.loop = OnlineLoop(
+                settings, self.algorithm, roles, self.ledger, self.record, self.shaping, self.full_length
+            )
             if tag is not None:
                 async with self.loop.policy_turn(publish=False):
                     await roles.policy.load(str(self.checkpoints.folder), tag)
@@ -119,7 +126,7 @@ class Training:
         judged = await loop.sample_and_judge(self.held_out_prompts, [evaluation_sampling(self.settings)], Clock())
         answers = held_out(judged, self.tokenizer)
         kl = await loop.measure(measurable(judged))
-        self.record.evaluation(step, held_out_metrics(answers) | kl)
+        self.record.evaluation(step, held_out_metrics(answers) | measured(judged) | kl)
         if moment is not None:
             write_held_out(self.record.folder / f"heldout_{moment}.jsonl", answers)
 
@@ -128,7 +135,7 @@ class Training:
         async with self.loop.policy_turn():
             await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
         state = {"step": step, "ledger": self.ledger.state(), "data": self.data_id, "seed": self.settings.run.seed}
-        state["policy"] = self.loop.roles.policy.state()
+        state |= {"policy": self.loop.roles.policy.state(), "shaping": self.shaping.state()}
         self.checkpoints.complete(tag, state)
 
     def _starting_point(self) -> tuple[int, str | None]:
@@ -146,6 +153,7 @@ class Training:
             )
         self.ledger.restore(state["ledger"])
         self.policy_state = state["policy"]
+        self.shaping.restore(state["shaping"])
         self.record.rewind(state["step"])
         return state["step"], tag
 
@@ -212,15 +220,20 @@ def make_runtime(settings: Settings, debug: bool) -> Runtime:
 
 
 def model_folders(settings: Settings) -> dict[Role, dict[str, str]]:
-    """Role -> field -> folder that its actors will read; assets and names of a model hub are found by each node itself."""
+    """Role -> field -> folder or file that its actors will read; assets and names of a hub are found by each node itself."""
     policy, reward = settings.policy.model, settings.reward
     critic = getattr(settings.algorithm, "critic_model", None)
     folders: dict[Role, dict[str, str | None]] = {
         "policy": {"policy.model": policy, "algorithm.critic_model": critic},
         "rollout": {"policy.model": policy},
-        "reward": {"policy.model": policy, "reward.path": reward.path},
+        "reward": {
+            "policy.model": policy,
+            "reward.common_set": reward.common_set,
+            "reward.reference_scores": reward.reference_scores if members_need_references(reward) else None,
+            **{f"{place}.path": source.model for place, source in reward.sources()},
+        },
     }
     return {
-        role: {name: os.path.abspath(path) for name, path in paths.items() if path is not None and os.path.isdir(path)}
+        role: {name: os.path.abspath(path) for name, path in paths.items() if path is not None and os.path.exists(path)}
         for role, paths in folders.items()
     }

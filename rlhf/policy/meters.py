@@ -34,7 +34,7 @@ def item_meters(
 ) -> Meters:
     """Metrics of one micro-batch's pairs (the items of the objective's first term), and of its other items.
 
-    Names, each a mean over pairs unless it says otherwise:
+    Names, each a mean over pairs unless it says otherwise; what is about the chosen response alone also counts items that have no other:
         policy/accuracy: the contrast is positive.
         policy/reference_accuracy: the reference alone gives the chosen response the higher log-prob.
         policy/margin: the contrast times the term's scale.
@@ -52,14 +52,17 @@ def item_meters(
     )
     coefficients = experience.coefficients[experience.term == 0]
     chosen, rejected = coefficients.clamp(min=0), -coefficients.clamp(max=0)
-    pairs, contrast = float(len(coefficients)), coefficients @ scores
+    items, contrast = float(len(coefficients)), coefficients @ scores
+    # An item with a chosen response alone (RAFT) is no pair, and says nothing about the order of two.
+    paired = (coefficients < 0).any(1)
+    pairs = paired.sum()
     meters = {
-        "policy/accuracy": ((contrast > 0).sum(), pairs),
-        "policy/reference_accuracy": ((coefficients @ reference_logprob > 0).sum(), pairs),
-        "policy/margin": (term.scale * contrast.sum(), pairs),
-        "policy/chosen_reward": (term.scale * (chosen @ scores).sum(), pairs),
+        "policy/accuracy": ((contrast > 0)[paired].sum(), pairs),
+        "policy/reference_accuracy": ((coefficients @ reference_logprob > 0)[paired].sum(), pairs),
+        "policy/margin": (term.scale * contrast[paired].sum(), pairs),
+        "policy/chosen_reward": (term.scale * (chosen @ scores).sum(), items),
         "policy/rejected_reward": (term.scale * (rejected @ scores).sum(), pairs),
-        "policy/chosen_rose": ((chosen @ (logprob - reference_logprob) > 0).sum(), pairs),
+        "policy/chosen_rose": ((chosen @ (logprob - reference_logprob) > 0).sum(), items),
         "policy/chosen_logprob": ((chosen @ logprob).sum(), (chosen @ length).sum()),
         "policy/rejected_logprob": ((rejected @ logprob).sum(), (rejected @ length).sum()),
     }

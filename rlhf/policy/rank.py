@@ -7,19 +7,16 @@ calls always match.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-import deepspeed
 import torch
 from transformers import AutoTokenizer
 
 from rlhf.algorithms import Algorithm, Critic, PolicyGradient, Preference
 from rlhf.algorithms.anchors import Fixed, UpdateRule
-from rlhf.cluster import fetch, uses_gpu
+from rlhf.cluster import fetch
 from rlhf.config import Settings
 from rlhf.data.assets import resolve
 from rlhf.policy.anchor import Anchor, SharedAnchor, needs_adapter
@@ -29,7 +26,6 @@ from rlhf.policy.learner import Moment, Update, kl_meters
 from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.training import lora
-from rlhf.training.builds import remove_abandoned_locks
 from rlhf.training.engine import Trainer, shard_frozen
 from rlhf.training.model import (
     FORWARD_TOLERANCE,
@@ -40,8 +36,9 @@ from rlhf.training.model import (
     save_causal_lm,
 )
 from rlhf.training.packing import Experience, idle, pack
-from rlhf.training.weights import described_weights, whole_weights
-from rlhf.transfer import TransferSession, WeightSender, WeightSpec, free_port, host_address
+from rlhf.training.ranks import Member, join, leave, rendezvous
+from rlhf.training.weights import described_weights, in_host_memory, whole_weights
+from rlhf.transfer import TransferSession, WeightSender, WeightSpec
 from rlhf.types import Assignment, Completion, Half
 
 
@@ -68,25 +65,13 @@ class PolicyRank:
 
     def address(self) -> tuple[str, int]:
         """Host and a free port for the ranks' rendezvous; asked of rank 0."""
-        return host_address(), free_port()
+        return rendezvous()
 
     def setup(self, host: str, port: int) -> None:
         """Join the group, load the models, check the forward pass."""
         settings = self.settings
-        os.environ |= {
-            "RANK": str(self.rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(settings.policy.ranks),
-            "MASTER_ADDR": host,
-            "MASTER_PORT": str(port),
-        }
         torch.manual_seed(settings.run.seed)
-        remove_abandoned_locks()
-        deepspeed.init_distributed(
-            dist_backend="nccl" if uses_gpu(settings.cluster) else "gloo",
-            timeout=timedelta(seconds=settings.cluster.learn_deadline_s),
-            verbose=False,
-        )
+        join(Member(self.rank, settings.policy.ranks, host, port), settings.cluster)
         path = resolve(settings.policy.model)
         rules = self._rules()
         model = self._model(path)
@@ -293,7 +278,7 @@ class PolicyRank:
     def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format, with its tokenizer, to `folder` on rank 0's machine; under LoRA its adapter too, in
         peft's format, to `folder/adapter`. Collective."""
-        weights = self._in_host_memory(self._whole())
+        weights = in_host_memory(self._whole(), self.rank == 0)
         if self.rank == 0:
             save_causal_lm(self._causal_lm, weights, folder)
             AutoTokenizer.from_pretrained(resolve(self.settings.policy.model)).save_pretrained(folder)
@@ -303,18 +288,13 @@ class PolicyRank:
         """In peft's format, by rank 0; nothing without LoRA. Collective."""
         settings = self.settings.policy
         if settings.lora.rank:
-            weights = self._in_host_memory(lora.adapter_weights(self._causal_lm))
+            weights = in_host_memory(lora.adapter_weights(self._causal_lm), self.rank == 0)
             if self.rank == 0:
                 lora.save_adapter(folder, lora.adapter_config(settings.lora, resolve(settings.model)), weights)
 
-    def _in_host_memory(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Copies on rank 0; the other ranks only take part in gathering. Collective."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in weights if self.rank == 0}
-
     def close(self) -> None:
-        """Leave the group. A lone rank keeps its own for the process's life: DeepSpeed cannot join a second one."""
-        if torch.distributed.is_initialized() and self.settings.policy.ranks > 1:
-            torch.distributed.destroy_process_group()
+        """Leave the group."""
+        leave()
 
 
 def _fetch_completions(batches: Iterable[Sequence[Assignment]]) -> dict[str, list[Completion]]:

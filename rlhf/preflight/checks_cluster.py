@@ -72,7 +72,7 @@ class Probe:
 
     def rendezvous(self) -> tuple[str, int]:
         """Where the others find the first probe: its address and a port that is free now."""
-        from rlhf.transfer import free_port
+        from rlhf.cluster.network import free_port
 
         return self._address, free_port()
 

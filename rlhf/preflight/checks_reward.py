@@ -12,6 +12,7 @@ import numpy as np
 from rlhf.config import Settings
 from rlhf.preflight.finding import Finding
 from rlhf.reward.errors import RewardError
+from rlhf.reward.reference_scores import unreferenced
 from rlhf.reward.server import RewardServer
 from rlhf.types import Completion, Feedback, Invalid, Outcome, Prompt, Score
 
@@ -45,6 +46,8 @@ def judged(settings: Settings, tokenizer: Any, pair: Pair) -> Feedback:
     """
     if settings.cluster.device == "cuda":  # the driver's host may have no GPU; for two texts a CPU will do
         settings = settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"device": "auto"})})
+    # The reference's scores say nothing about this prompt.
+    settings = settings.model_copy(update={"reward": unreferenced(settings.reward)})
     prompt = Prompt("doctor", tuple(tokenizer(pair.prompt).input_ids), pair.prompt, pair.payload)
     completions = []
     for text in (pair.good, pair.bad):

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.config import Settings, UserError
 from rlhf.config.checks import largest_assignment
+from rlhf.config.reward import RewardSettings
 from rlhf.data.prompts import make_prompt
 from rlhf.preflight.finding import Finding
 
@@ -41,8 +42,8 @@ def by_digest_pair(prompt: str, a: str, b: str, payload: Mapping[str, Any]) -> f
 def worst_case(settings: Settings, tokenizer: Any, folder: Path) -> Settings:
     """The settings of the trial step; writes its prompts into `folder`.
 
-    A user's reward function is replaced by `by_digest` (it uses no memory of a device, and might find nothing to tell apart in random
-    text); a reward model is the real one.
+    Reward models are the real ones. Any other judge is replaced by `by_digest`: it uses no memory of a device, and might find nothing
+    to tell apart in random text, or miss what a prompt's line should have told it.
     """
     per_rank = max(1, settings.policy.micro_batch_tokens // largest_assignment(settings))
     count = min(settings.loop.prompts_per_step, per_rank * settings.policy.ranks)
@@ -64,14 +65,22 @@ def worst_case(settings: Settings, tokenizer: Any, folder: Path) -> Settings:
         },
         "checkpoint": {"every": 0, "export": False},
         "tracking": {"wandb": "off", "console": "off"},
+        "reward": _trial_reward(settings.reward),
     }
-    own = {"function": "by_digest", "pairwise_function": "by_digest_pair"}.get(settings.reward.kind)
-    if own is not None:
-        changes["reward"] = {"path": f"{__name__}:{own}"}
     if getattr(settings.algorithm, "critic_warmup_steps", 0):
         changes["algorithm"] = {"critic_warmup_steps": 0}
     sections = {name: getattr(settings, name).model_copy(update=update) for name, update in changes.items()}
     return settings.model_copy(update=sections)
+
+
+def _trial_reward(reward: RewardSettings) -> dict[str, Any]:
+    """What is changed in `reward`. Nothing of it knows the prompts of the trial."""
+    changes: dict[str, Any] = {"transforms": [], "reference_scores": None}
+    if all(source.model is not None for _, source in reward.sources()):
+        return changes | {"members": [one.model_copy(update={"transforms": []}) for one in reward.members]}
+    kind, name = ("pairwise_function", "by_digest_pair") if reward.compares else ("function", "by_digest")
+    own = {"kind": kind, "path": f"{__name__}:{name}", "url": None, "members": [], "canaries": None}
+    return changes | own
 
 
 def _row(settings: Settings, tokenizer: Any, number: int) -> dict[str, str]:

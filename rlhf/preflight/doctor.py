@@ -153,8 +153,7 @@ def _silent(found: Team, error: Exception) -> Finding:
 def _paths(settings: Settings) -> list[str]:
     """Files and folders that other nodes must read; hub names and assets are fetched by each node itself."""
     named = [settings.policy.model, getattr(settings.algorithm, "critic_model", None)]
-    if settings.reward.kind in ("model", "pairwise_model"):
-        named.append(settings.reward.path)
+    named += [source.model for _, source in settings.reward.sources()]
     return [path for path in named if path and not path.startswith("asset:") and os.path.exists(resolve(path))]
 
 

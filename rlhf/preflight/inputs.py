@@ -14,10 +14,17 @@ from transformers import AutoConfig
 
 from rlhf.algorithms import make
 from rlhf.config import Settings, UserError
+from rlhf.config.reward import SourceSettings
+from rlhf.config.sft import SftSettings
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.preflight.shapes import ModelShape, model_shape
+from rlhf.reward.canaries import load_canaries
+from rlhf.reward.ensemble import read_common_set
 from rlhf.reward.functions import COMPARE, SCORE, load_function
+from rlhf.reward.llm_judge import check_llm_judge
+from rlhf.reward.shaping import Shaping
+from rlhf.reward.verifiers.verifier import check_prompts
 from rlhf.types import Prompt
 
 
@@ -44,7 +51,7 @@ class Inputs:
 def read_inputs(settings: Settings) -> Inputs:
     """Open everything the run reads. Raises UserError for the first thing that does not fit."""
     path = resolve(settings.policy.model)
-    config, tokenizer = _model(settings, path)
+    config, tokenizer = open_model(settings, path)
     shape = _shape(settings, config, path)
     pair_tokens = settings.rollout.max_tokens if make(settings).dataset_pairs else None
     prompts = load_prompts(resolve(settings.data.prompts), tokenizer, settings.data, pair_tokens)
@@ -57,10 +64,16 @@ def read_inputs(settings: Settings) -> Inputs:
     if settings.data.eval_prompts is not None:
         held_out = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)
     _check_critic(settings, config)
+    for _, source in settings.reward.sources():
+        if source.kind == "verifier":
+            check_prompts(source.path, prompts, settings.data.prompts)
+            check_prompts(source.path, held_out, settings.data.eval_prompts or "")
+    Shaping.start(settings, prompts, held_out[: settings.loop.eval_limit])
     return Inputs(path, config.model_type, shape, prompts, held_out, _reward(settings))
 
 
-def _model(settings: Settings, path: str) -> tuple[Any, Any]:
+def open_model(settings: Settings | SftSettings, path: str) -> tuple[Any, Any]:
+    """Configuration and tokenizer of `policy.model`, whose files are at `path`. Raises UserError if they do not serve."""
     name = settings.policy.model
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise PlanError(f"`policy.model`: there is no folder `{path}`. Give a model folder, a hub name or an `asset:`")
@@ -113,19 +126,33 @@ def _check_critic(settings: Settings, policy: Any) -> None:
 
 
 def _reward(settings: Settings) -> str:
-    reward = settings.reward
-    if reward.kind == "function":
-        load_function(reward.path, SCORE)
-        return f"the function {reward.path}"
-    if reward.kind == "pairwise_function":
-        load_function(reward.path, COMPARE)
-        return f"the pairwise function {reward.path}"
-    folder = resolve(reward.path)
-    what = "reward model" if reward.kind == "model" else "pairwise model"
+    if settings.reward.common_set is not None:
+        read_common_set(resolve(settings.reward.common_set))
+    if settings.reward.canaries is not None:
+        load_canaries(resolve(settings.reward.canaries))
+    judges = [_source(place, source) for place, source in settings.reward.sources()]
+    words = judges[0] if len(judges) == 1 else f"{settings.reward.combine} of {', '.join(judges)}"
+    transforms = ", ".join(transform.name for transform in settings.reward.transforms)
+    return f"{words}, then {transforms}" if transforms else words
+
+
+def _source(place: str, source: SourceSettings) -> str:
+    """A judge in words, opened as far as that takes no time."""
+    if source.kind == "verifier":
+        return f"the verifier {source.path}"
+    if source.kind == "llm_judge":
+        check_llm_judge(source)
+        return f"the LLM judge {source.path}" + (f" at {source.url}" if source.url is not None else "")
+    if source.url is not None:
+        return f"the service at {source.url}"
+    if source.is_function:
+        load_function(source.path, COMPARE if source.compares else SCORE)
+        return f"the {'pairwise ' if source.compares else ''}function {source.path}"
+    folder = resolve(source.path)
+    what = "pairwise model" if source.compares else "reward model"
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        train = "Train one with `rlhf reward train`, or give" if reward.kind == "model" else "Give"
         raise PlanError(
-            f"`reward.path`: there is no {what} in `{folder}` (no config.json). {train} the folder of a transformers sequence "
-            "classifier"
+            f"`{place}.path`: there is no {what} in `{folder}` (no config.json). Train one with `rlhf reward train`, or give the "
+            "folder of a transformers sequence classifier"
         )
     return f"the {what} in {folder}"

@@ -1,69 +1,145 @@
 """Dynamic batching: single requests in, batches out, results back to whoever asked.
 
-Knows nothing of rewards. Lives on one event loop; the work itself may run in a thread.
+`full` and `choose` decide, and know no clock and no task; `Batcher` waits and hands out. Knows nothing of rewards. Lives on one
+event loop; the work itself may run in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+WINDOW = 4
+"""Among how many batches' worth of the oldest items those of like lengths are sought. More would hardly save padding, and
+overtaking takes longer to end."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a batch may hold.
+
+    Attributes:
+        items: most items.
+        tokens: most tokens with the padding: the longest item's length times the number of items.
+        wait_s: how long an item waits for others, in seconds.
+    """
+
+    items: int
+    tokens: int
+    wait_s: float
+
+
+def full(lengths: Sequence[int], limits: Limits) -> bool:
+    """Whether waiting items of these lengths make a whole batch, so that waiting longer would not fill it better."""
+    return len(lengths) >= limits.items or max(lengths, default=0) * len(lengths) >= limits.tokens
+
+
+def choose(lengths: Sequence[int], limits: Limits) -> list[int]:
+    """Which of the waiting items make the next batch.
+
+    The oldest is always in it, so that none waits for ever; around it, of the oldest ones, those nearest to its length, because a batch
+    costs as much as if all were as long as its longest item.
+
+    Args:
+        lengths: in tokens, the oldest item first; not empty.
+
+    Returns:
+        Indices in ascending order. An item longer than `limits.tokens` goes alone.
+    """
+    lengths = lengths[: WINDOW * limits.items]
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    low = order.index(0)
+    high = low + 1  # the batch is order[low:high]
+    while high - low < limits.items:
+        size = high - low + 1
+        longer = lengths[order[high]] if high < len(order) else None
+        if longer is not None and longer * size > limits.tokens:
+            longer = None
+        shorter = lengths[order[low - 1]] if low > 0 and lengths[order[high - 1]] * size <= limits.tokens else None
+        if longer is None and shorter is None:
+            break
+        if shorter is None or (longer is not None and longer - lengths[0] <= lengths[0] - shorter):
+            high += 1
+        else:
+            low -= 1
+    return sorted(order[low:high])
+
+
+@dataclass
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    length: int
+    since: float
+    future: asyncio.Future[Result]
+
 
 class Batcher(Generic[Item, Result]):
     """Collects items until a batch is full or the oldest has waited long enough. One batch is worked on at a time."""
 
-    def __init__(
-        self, work: Callable[[list[Item]], Awaitable[Sequence[Result]]], batch_size: int, max_wait_s: float
-    ) -> None:
+    def __init__(self, work: Callable[[list[Item]], Awaitable[Sequence[Result]]], limits: Limits) -> None:
         """
         Args:
-            work: results of at most `batch_size` items, in order.
-            max_wait_s: how long an item waits for others, in seconds.
+            work: results of the items of one batch, in order.
         """
         self._work = work
-        self._batch_size = batch_size
-        self._max_wait_s = max_wait_s
-        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
+        self._limits = limits
+        self._waiting: list[_Waiting[Item, Result]] = []
         self._runner: asyncio.Task[None] | None = None
 
-    async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """Results of `items`, in order. Raises what `work` raised for a batch that one of them was in."""
+    async def submit(self, items: Sequence[Item], lengths: Sequence[int] | None = None) -> list[Result]:
+        """Results of `items`, in order. Raises what `work` raised for a batch that one of them was in.
+
+        Args:
+            lengths: of the items, in tokens; None: length does not matter.
+        """
         loop = asyncio.get_running_loop()
-        futures = [loop.create_future() for _ in items]
-        self._waiting += zip(items, futures, strict=True)
+        lengths = [0] * len(items) if lengths is None else lengths
+        arrived = [
+            _Waiting(item, length, loop.time(), loop.create_future())
+            for item, length in zip(items, lengths, strict=True)
+        ]
+        self._waiting += arrived
         if self._runner is None or self._runner.done():
-            self._full = asyncio.Event()
+            self._more = asyncio.Event()
             self._runner = loop.create_task(self._run())
-        if len(self._waiting) >= self._batch_size:
-            self._full.set()
-        return await asyncio.gather(*futures)
+        self._more.set()
+        return await asyncio.gather(*(one.future for one in arrived))
 
     async def _run(self) -> None:
         while self._waiting:
-            if len(self._waiting) < self._batch_size:
-                self._full.clear()
-                try:
-                    await asyncio.wait_for(self._full.wait(), self._max_wait_s)
-                except asyncio.TimeoutError:
-                    pass  # the batch goes as it is
-            batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
+            await self._fill()
             # Those whose caller gave up (a deadline) need no work any more.
-            batch = [(item, future) for item, future in batch if not future.done()]
-            if batch:
+            self._waiting = [one for one in self._waiting if not one.future.done()]
+            if self._waiting:
+                chosen = set(choose([one.length for one in self._waiting], self._limits))
+                batch = [one for index, one in enumerate(self._waiting) if index in chosen]
+                self._waiting = [one for index, one in enumerate(self._waiting) if index not in chosen]
                 await self._work_on(batch)
 
-    async def _work_on(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+    async def _fill(self) -> None:
+        """Wait until a batch is full, or until the oldest item has waited long enough (it may have, during the last batch)."""
+        clock = asyncio.get_running_loop().time
+        until = self._waiting[0].since + self._limits.wait_s
+        while not full([one.length for one in self._waiting], self._limits) and clock() < until:
+            self._more.clear()
+            try:
+                await asyncio.wait_for(self._more.wait(), until - clock())
+            except asyncio.TimeoutError:
+                return
+
+    async def _work_on(self, batch: list[_Waiting[Item, Result]]) -> None:
         try:
-            results = await self._work([item for item, _ in batch])
+            results = await self._work([one.item for one in batch])
         except Exception as error:  # noqa: BLE001 - nothing is swallowed: every caller of the batch gets it
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(error)
+            for one in batch:
+                if not one.future.done():
+                    one.future.set_exception(error)
             return
-        for (_, future), result in zip(batch, results, strict=True):
-            if not future.done():
-                future.set_result(result)
+        for one, result in zip(batch, results, strict=True):
+            if not one.future.done():
+                one.future.set_result(result)

@@ -1,53 +1,114 @@
-"""Data for training a reward model: rated texts or preference pairs from JSONL, checked line by line.
+"""What a reward model learns from: texts, and ratings, pairs or rankings of them; checked row by row.
 
-Rated rows have `text` and `rating`; paired rows have `chosen` and `rejected`; both may have a `prompt`. Knows nothing
-of models.
+Owns what a row may hold, how rows are divided into parts, and what an objective is told of a batch (`Labels`). Knows nothing of
+models. The fields of a row:
+
+    text and rating              one text and its rating; or `ratings`: {name: number}, one for each objective
+    chosen and rejected          a pair; perhaps `margin` (by how much), `probability` (that chosen is the better, 1/2 to 1)
+    responses                    a ranking, best first: all its pairs
+    prompt                       in all rows or in none
+
+A text may also be a chat, a list of {role, content}: its last turn is the text, the turn before it the prompt.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
 
 import numpy as np
+import torch
 
 from rlhf.reward.errors import RewardError
-from rlhf.reward.models import Example, Input
+from rlhf.reward.models import Comparison, Example, Input, PromptOnly, Text
+from rlhf.reward.objectives import Labels
+from rlhf.reward.rows import Row, read_rows
 
-KINDS = {"rated": ("text", "rating"), "paired": ("chosen", "rejected")}
+KINDS = {"rated": ("text", "rating", "ratings"), "paired": ("chosen", "rejected"), "ranked": ("responses",)}
+MANY = 10_000
+"""Of more rated texts than this, the pairs for measuring are drawn, not listed."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preferences that were given as such.
+
+    Attributes:
+        index: [n_pairs, 2] indices of examples, the preferred one first.
+        margins: [n_pairs] by how much the reward of the first should be higher.
+        probabilities: [n_pairs] that the first is better.
+    """
+
+    index: np.ndarray
+    margins: np.ndarray
+    probabilities: np.ndarray
+
+    def only(self, chosen: np.ndarray) -> Pairs:
+        """These pairs only: indices, or a mask."""
+        return Pairs(self.index[chosen], self.margins[chosen], self.probabilities[chosen])
 
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """Texts, and what people said about them.
+    """Texts, and what people said about them. Either `ratings` or `comparisons` is there.
 
     Attributes:
-        examples: all texts; a paired row k owns 2k (chosen) and 2k+1 (rejected).
-        ratings: float64 [n_examples] for rated data, None for paired.
+        examples: all texts.
+        row: [n_examples] which row each is from, rising from 0; the texts of a row stay together.
         input: "conversation" if the rows have prompts, else "response".
+        ratings: float64 [n_examples, n_names], NaN where a text has no such rating.
+        names: of the ratings.
+        weights: of the ratings in `overall`.
+        comparisons: the pairs.
+        group: texts of rated data that make a unit: 1, or more for an objective that compares them.
+        apart: ratings of a unit further apart than this make a pair.
+        seed: of the grouping.
     """
 
-    examples: list[Example]
-    ratings: np.ndarray | None
+    examples: list[Text]
+    row: np.ndarray
     input: Input
+    ratings: np.ndarray | None = None
+    names: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    comparisons: Pairs | None = None
+    group: int = 1
+    apart: float = 0.0
+    seed: int = 0
 
     @property
     def n_rows(self) -> int:
-        return len(self.examples) if self.ratings is not None else len(self.examples) // 2
+        return int(self.row[-1]) + 1 if len(self.row) else 0
+
+    @cached_property
+    def overall(self) -> np.ndarray:
+        """[n_examples], the weighted sum of each text's ratings; NaN where one is missing: no pair is made of that text."""
+        return self.ratings @ np.array(self.weights)
 
     def rows(self, chosen: np.ndarray) -> PreferenceData:
-        """These rows only."""
-        if self.ratings is not None:
-            return PreferenceData([self.examples[i] for i in chosen], self.ratings[chosen], self.input)
-        return PreferenceData([self.examples[2 * i + k] for i in chosen for k in (0, 1)], None, self.input)
+        """These rows only, in their order here."""
+        kept = np.flatnonzero(np.isin(self.row, chosen))
+        place = np.full(len(self.examples), -1)
+        place[kept] = np.arange(len(kept))
+        comparisons = self.comparisons
+        if comparisons is not None:
+            mask = place[comparisons.index[:, 0]] >= 0
+            comparisons = Pairs(
+                place[comparisons.index[mask]], comparisons.margins[mask], comparisons.probabilities[mask]
+            )
+        return replace(
+            self,
+            examples=[self.examples[i] for i in kept],
+            row=np.unique(self.row[kept], return_inverse=True)[1],
+            ratings=None if self.ratings is None else self.ratings[kept],
+            comparisons=comparisons,
+        )
 
     def divide(self, fraction: float, rng: np.random.Generator) -> tuple[PreferenceData, PreferenceData]:
         """The rest, and about `fraction` of the rows. Rows with the same prompt stay together."""
-        step = 1 if self.ratings is not None else 2
-        first = self.examples[::step]
+        first = [self.examples[i] for i in np.unique(self.row, return_index=True)[1]]
         keys = [example.prompt if self.input == "conversation" else str(i) for i, example in enumerate(first)]
         names = sorted(set(keys))
         taken = {names[i] for i in rng.permutation(len(names))[: max(1, round(fraction * len(names)))]}
@@ -55,89 +116,204 @@ class PreferenceData:
         return self.rows(np.flatnonzero(~mask)), self.rows(np.flatnonzero(mask))
 
     def pairs(self, margin: float, limit: int, rng: np.random.Generator) -> np.ndarray:
-        """[n_pairs, 2] indices of examples, winner first. From ratings: `limit` pairs more than `margin` apart."""
+        """[n_pairs, 2] indices of examples, winner first; at most `limit`. From ratings: more than `margin` apart."""
+        return self.drawn_pairs(margin, limit, rng).index
+
+    def drawn_pairs(self, margin: float, limit: int, rng: np.random.Generator) -> Pairs:
+        """The same with margins and probabilities."""
+        found = self.comparisons
+        if found is None:
+            index = _rated_pairs(self.overall, margin, limit, rng)
+            found = Pairs(index, np.zeros(len(index)), np.ones(len(index)))
+        if len(found.index) <= limit:
+            return found
+        return found.only(rng.choice(len(found.index), limit, replace=False))
+
+    def grouped(self, group: int, apart: float, seed: int) -> PreferenceData:
+        """For an objective on pairs: rated texts in units of `group`, drawn anew in each epoch. Others stay as they are."""
+        return self if self.ratings is None else replace(self, group=group, apart=apart, seed=seed)
+
+    def as_comparisons(self, pairs: Pairs) -> PreferenceData:
+        """For a model that reads both responses: each of these pairs in both orders, and a row of its own."""
+        examples: list[Text] = [text for pair in pairs.index for text in both_orders(self, *pair)]
+        comparisons = replace(pairs, index=np.arange(len(examples)).reshape(-1, 2))
+        return PreferenceData(examples, np.repeat(np.arange(len(pairs.index)), 2), self.input, comparisons=comparisons)
+
+    def with_prompts(self) -> PreferenceData:
+        """For a model that also reads the prompt alone: it becomes the last text of each row of pairs."""
+        ends = np.flatnonzero(np.diff(self.row, append=self.row[-1] + 1)) + 1
+        # Before text i stand as many added prompts as there are rows before its own, which is its row's number.
+        shifted = self.comparisons.index + self.row[self.comparisons.index]
+        examples: list[Text] = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            examples += [*self.examples[start:end], PromptOnly(self.examples[start].prompt)]
+        return replace(
+            self,
+            examples=examples,
+            row=np.sort(np.concatenate([self.row, np.arange(self.n_rows)])),
+            comparisons=replace(self.comparisons, index=shifted),
+        )
+
+    def units(self, epoch: int = 0) -> list[np.ndarray]:
+        """Indices of the examples that must stay together in one micro-batch, [n_texts] each; every example is in one unit.
+
+        Rated texts that are compared come together anew in each epoch.
+        """
         if self.ratings is None:
-            return np.arange(len(self.examples)).reshape(-1, 2)
-        winner, loser = np.nonzero(self.ratings[:, None] - self.ratings[None, :] > margin)
-        if len(winner) > limit:
-            kept = rng.choice(len(winner), limit, replace=False)
-            winner, loser = winner[kept], loser[kept]
+            return np.split(np.arange(len(self.row)), np.flatnonzero(np.diff(self.row)) + 1)
+        order = np.arange(len(self.examples))
+        if self.group > 1:
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        return [order[i : i + self.group] for i in range(0, len(order), self.group)]
+
+    def labels(self, units: Sequence[np.ndarray]) -> Labels:
+        """What is known of a batch made of these units, one after the other."""
+        batch = np.concatenate(units)
+        position = dict(zip(batch.tolist(), range(len(batch)), strict=True))
+        ratings = np.empty((len(batch), 0)) if self.ratings is None else self.ratings[batch]
+        prompts: list[int] = []
+        if self.ratings is None:
+            numbers = np.concatenate([self._pairs_of_rows[self.row[unit[0]]] for unit in units])
+            pairs = [(position[a], position[b]) for a, b in self.comparisons.index[numbers].tolist()]
+            margins, probabilities = self.comparisons.margins[numbers], self.comparisons.probabilities[numbers]
+            if self.examples and isinstance(self.examples[-1], PromptOnly):
+                last = {self.row[unit[0]]: position[int(unit[-1])] for unit in units}
+                prompts = [last[self.row[i]] for i in self.comparisons.index[numbers, 0]]
+        else:
+            pairs = self._pairs_in(units)
+            margins, probabilities = np.zeros(len(pairs)), np.ones(len(pairs))
+        return Labels(
+            ratings=torch.as_tensor(ratings, dtype=torch.float32),
+            pairs=torch.as_tensor(pairs, dtype=torch.long).reshape(-1, 2),
+            margins=torch.as_tensor(margins, dtype=torch.float32),
+            probabilities=torch.as_tensor(probabilities, dtype=torch.float32),
+            prompts=torch.as_tensor(prompts, dtype=torch.long),
+        )
+
+    @cached_property
+    def _pairs_of_rows(self) -> list[np.ndarray]:
+        """For each row, the numbers of its pairs."""
+        rows = self.row[self.comparisons.index[:, 0]]
+        order = np.argsort(rows, kind="stable")
+        return np.split(order, np.searchsorted(rows[order], np.arange(1, self.n_rows)))
+
+    def _pairs_in(self, units: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+        """Positions (winner, loser) of the texts of each unit whose ratings are far enough apart."""
+        if self.group == 1:
+            return []
+        pairs: list[tuple[int, int]] = []
+        start = 0
+        for unit in units:
+            rating = self.overall[unit]
+            winner, loser = np.nonzero(rating[:, None] - rating[None, :] > self.apart)
+            pairs += zip((start + winner).tolist(), (start + loser).tolist(), strict=True)
+            start += len(unit)
+        return pairs
+
+
+def both_orders(data: PreferenceData, first: int, second: int) -> tuple[Comparison, Comparison]:
+    """What a cross-encoder reads of two examples."""
+    a, b = data.examples[first], data.examples[second]
+    return Comparison(a.prompt, a.response, b.response), Comparison(a.prompt, b.response, a.response)
+
+
+def _rated_pairs(ratings: np.ndarray, margin: float, limit: int, rng: np.random.Generator) -> np.ndarray:
+    if len(ratings) <= MANY:
+        winner, loser = np.nonzero(ratings[:, None] - ratings[None, :] > margin)
         return np.stack([winner, loser], axis=1)
+    drawn = rng.integers(0, len(ratings), (4 * limit, 2))
+    return drawn[ratings[drawn[:, 0]] - ratings[drawn[:, 1]] > margin]
 
 
 def read_data(path: str) -> PreferenceData:
-    """Read a JSONL file of rated or paired rows; the first row decides which.
+    """Read a file (`rows.read_rows`) of rated, paired or ranked rows; the first row decides which.
 
     Raises:
         RewardError: with the file, the line, the field and what is wrong with it.
     """
-    if not Path(path).is_file():
-        raise RewardError(f"there is no data file {path}.")
-    rows: list[tuple[int, dict[str, Any]]] = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                rows.append((number, _parse(path, number, line)))
+    rows = list(read_rows(path))
     if not rows:
         raise RewardError(f"{path} has no rows.")
-    kind = _kind(path, *rows[0])
-    with_prompt = "prompt" in rows[0][1]
-    examples: list[Example] = []
-    ratings: list[float] = []
-    for number, row in rows:
-        if ("prompt" in row) != with_prompt:
-            raise RewardError(f"{path}, line {number}, field `prompt`: give it in every row or in none.")
-        prompt = _text(path, number, row, "prompt") if with_prompt else ""
-        if kind == "rated":
-            examples.append(Example(prompt, _text(path, number, row, "text")))
-            ratings.append(_number(path, number, row, "rating"))
-            continue
-        chosen, rejected = (_text(path, number, row, name) for name in KINDS["paired"])
-        if chosen == rejected:
-            raise RewardError(
-                f"{path}, line {number}, field `rejected`: equal to `chosen`. Remove the row; it says nothing."
-            )
-        examples += [Example(prompt, chosen), Example(prompt, rejected)]
-    return PreferenceData(
-        examples, np.array(ratings) if kind == "rated" else None, "conversation" if with_prompt else "response"
-    )
+    kind, given = _kind(rows[0]), [row.prompt() for row in rows]
+    for row, prompt in zip(rows, given, strict=True):
+        if (prompt is None) != (given[0] is None):
+            raise row.error("prompt", "give it in every row or in none.")
+    prompts = [prompt or "" for prompt in given]
+    what: Input = "response" if given[0] is None else "conversation"
+    if kind == "rated":
+        return _rated(rows, prompts, what)
+    return _compared(rows, prompts, what, kind)
 
 
-def _parse(path: str, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RewardError(f"{path}, line {number}: not JSON ({error}).") from None
-    if not isinstance(row, dict):
-        raise RewardError(f"{path}, line {number}: a {type(row).__name__}; each line must be a JSON object.")
-    return row
-
-
-def _kind(path: str, number: int, row: dict[str, Any]) -> str:
-    for kind, fields in KINDS.items():
-        if any(name in row for name in fields):
+def _kind(row: Row) -> str:
+    for kind, names in KINDS.items():
+        if any(row.has(name) for name in names):
             return kind
     raise RewardError(
-        f"{path}, line {number}: has the fields {', '.join(row) or '(none)'}. Rated rows need `text` and "
-        "`rating`, paired rows `chosen` and `rejected`."
+        f"{row.place}: has the fields {', '.join(row.fields) or '(none)'}. Rated rows need `text` and "
+        "`rating` (or `ratings`), paired rows `chosen` and `rejected`, rankings `responses`."
     )
 
 
-def _text(path: str, number: int, row: dict[str, Any], name: str) -> str:
-    value = _field(path, number, row, name)
-    if not isinstance(value, str) or not value.strip():
-        raise RewardError(f"{path}, line {number}, field `{name}`: must be text that is not empty, not {value!r:.60}.")
-    return value
+def _rated(rows: list[Row], prompts: list[str], what: Input) -> PreferenceData:
+    examples: list[Text] = [Example(prompt, row.text("text")) for row, prompt in zip(rows, prompts, strict=True)]
+    several = rows[0].has("ratings")
+    given = [_ratings(row) if several else {"rating": row.number("rating")} for row in rows]
+    names = tuple(dict.fromkeys(name for ratings in given for name in ratings))
+    table = np.array([[ratings.get(name, np.nan) for name in names] for ratings in given])
+    return PreferenceData(examples, np.arange(len(rows)), what, table, names, (1 / len(names),) * len(names))
 
 
-def _number(path: str, number: int, row: dict[str, Any], name: str) -> float:
-    value = _field(path, number, row, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RewardError(f"{path}, line {number}, field `{name}`: must be a finite number, not {value!r:.60}.")
-    return float(value)
+def _ratings(row: Row) -> dict[str, float]:
+    value = row.field("ratings")
+    if not isinstance(value, dict):
+        raise row.error("ratings", f"must be an object of names and numbers, not {value!r:.60}.")
+    # A table of several ratings has all names in every row, and no value where there is none.
+    ratings = {name: row.as_number(f"ratings.{name}", number) for name, number in value.items() if number is not None}
+    if not ratings:
+        raise row.error("ratings", "has no rating. Remove the row; it says nothing.")
+    return ratings
 
 
-def _field(path: str, number: int, row: dict[str, Any], name: str) -> Any:
-    if name not in row:
-        raise RewardError(f"{path}, line {number}, field `{name}`: missing. The row has {', '.join(row)}.")
-    return row[name]
+def _compared(rows: list[Row], prompts: list[str], what: Input, kind: str) -> PreferenceData:
+    examples: list[Text] = []
+    numbers: list[int] = []
+    pairs: list[tuple[int, int, float, float]] = []
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        texts = _ranking(row) if kind == "ranked" else _pair(row)
+        margin = row.number("margin") if row.has("margin") else 0.0
+        if margin < 0:
+            raise row.error("margin", f"{margin:g} is below 0. Swap `chosen` and `rejected`, or leave it out.")
+        probability = row.number("probability") if row.has("probability") else 1.0
+        if not 0.5 <= probability <= 1:
+            raise row.error(
+                "probability",
+                f"that `chosen` is the better must be 0.5 to 1, not {probability:g}. Swap `chosen` and `rejected`.",
+            )
+        start = len(examples)
+        pairs += [(start + a, start + b, margin, probability) for a, b in combinations(range(len(texts)), 2)]
+        examples += [Example(prompt, text) for text in texts]
+        numbers += [number] * len(texts)
+    index, margins, probabilities = zip(*((pair[:2], pair[2], pair[3]) for pair in pairs), strict=True)
+    comparisons = Pairs(np.array(index), np.array(margins), np.array(probabilities))
+    return PreferenceData(examples, np.array(numbers), what, comparisons=comparisons)
+
+
+def _pair(row: Row) -> list[str]:
+    texts = [row.text(name) for name in KINDS["paired"]]
+    if texts[0] == texts[1]:
+        raise row.error("rejected", "equal to `chosen`. Remove the row; it says nothing.")
+    return texts
+
+
+def _ranking(row: Row) -> list[str]:
+    value = row.field("responses")
+    if not isinstance(value, list) or len(value) < 2:
+        raise row.error("responses", f"must be a list of at least two texts, best first, not {value!r:.60}.")
+    texts = [row.as_text(f"responses[{i}]", text) for i, text in enumerate(value)]
+    if len(set(texts)) < len(texts):
+        raise row.error("responses", "the same text stands in it twice. Remove one.")
+    for name in ("margin", "probability"):
+        if row.has(name):
+            raise row.error(name, "is for pairs; a ranking has many. Remove it, or write the pairs out.")
+    return texts

@@ -11,3 +11,7 @@ class RewardError(UserError):
 
 class NoServerLeft(RuntimeError):
     """Every reward server has died."""
+
+
+class Busy(RuntimeError):
+    """No server takes more responses now; later one will."""

@@ -2,7 +2,8 @@
 
 A reward function is `def reward(prompt: str, response: str, payload: Mapping) -> float`, or the same with `async
 def`. It may return None for "this response has no reward", and raise for "I could not judge it". A pairwise one is `def
-judge(prompt: str, a: str, b: str, payload: Mapping) -> float`, the probability that response a is better than b.
+judge(prompt: str, a: str, b: str, payload: Mapping) -> float`, the probability that response a is better than b. A function whose
+second parameter is named `responses` (or `pairs`) gets all of a prompt's at once, and returns a list.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf.reward.errors import RewardError
 
 SCORE = ("prompt", "response", "payload")
 COMPARE = ("prompt", "a", "b", "payload")
+AT_ONCE = {SCORE: "responses", COMPARE: "pairs"}
+"""Name of the second parameter of a function that gets all responses, or all pairs of them, in one list."""
 
 
-def load_function(path: str, parameters: Sequence[str] = SCORE) -> Callable[..., Any]:
+def takes_all(function: Callable[..., Any]) -> bool:
+    """Whether the function gets all of a prompt's responses, or pairs, in one call."""
+    return list(inspect.signature(function).parameters)[1:2] in ([name] for name in AT_ONCE.values())
+
+
+def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..., Any]:
     """The function named `module:name`. The folder that the run was started in is searched as well.
 
     Args:
@@ -50,6 +58,8 @@ def load_function(path: str, parameters: Sequence[str] = SCORE) -> Callable[...,
         raise RewardError(
             f"`reward.path`: `{module_name}` has no function `{name}`. It has: {names or 'no functions'}."
         )
+    if takes_all(function):
+        parameters = ("prompt", AT_ONCE[parameters], "payload")
     try:
         inspect.signature(function).bind(*parameters)
     except TypeError:

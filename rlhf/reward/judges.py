@@ -15,12 +15,17 @@ from typing import Any, Protocol
 
 from rlhf.config import Settings
 from rlhf.config.reward import RewardSettings, SourceSettings
+from rlhf.config.reward_checks import CACHED
 from rlhf.data.assets import resolve
-from rlhf.reward.batching import Batcher
+from rlhf.reward.batching import Batcher, Limits
+from rlhf.reward.cache import CachedJudge
 from rlhf.reward.errors import RewardError
-from rlhf.reward.functions import COMPARE, SCORE, load_function
+from rlhf.reward.functions import COMPARE, SCORE, load_function, takes_all
+from rlhf.reward.remote import RemoteJudge
 from rlhf.reward.scoring import failure
-from rlhf.types import Prompt, TimedOut
+from rlhf.types import Failed, Prompt, TimedOut
+
+BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 384, 16384
 
 Texts = tuple[str, ...]
 """One response to score, or two to compare: the first against the second."""
@@ -58,49 +63,92 @@ class Judge(Protocol):
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]: ...
 
-    def fingerprint(self) -> str | None: ...
+    def fingerprint(self) -> str | None:
+        """Hash of what judges; None where nothing tells whether it has changed."""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and connections."""
+        ...
 
 
-def make_judge(source: SourceSettings, settings: Settings, workplace: Workplace, local: bool) -> Judge:
-    """The judge that `source` names.
+async def make_judge(source: SourceSettings, settings: Settings, workplace: Workplace, local: bool) -> Judge:
+    """The judge that `source` names, ready to judge.
 
     Raises:
         RewardError: the function or the model cannot be used.
     """
+    judge = await _make(source, settings, workplace, local)
+    if settings.reward.cache and source.kind in CACHED:
+        return CachedJudge(judge, settings.reward.cache)
+    return judge
+
+
+async def _make(source: SourceSettings, settings: Settings, workplace: Workplace, local: bool) -> Judge:
     if source.kind == "function":
         return FunctionJudge(load_function(source.path, SCORE), workplace)
+    if source.kind == "several":
+        from rlhf.reward.ensemble import Ensemble
+
+        members = [await make_judge(member, settings, workplace, local) for member in settings.reward.members]
+        return await Ensemble.start(settings.reward, members, settings.cluster.startup_deadline_s)
     if source.kind == "pairwise_function":
         return FunctionJudge(load_function(source.path, COMPARE), workplace)
+    if source.kind in ("remote", "pairwise_remote"):
+        return await RemoteJudge.start(source)
+    if source.kind == "verifier":
+        from rlhf.reward.verifiers.judge import VerifierJudge
+
+        return await VerifierJudge.start(source.path, settings)
+    if source.kind == "llm_judge":
+        from rlhf.reward.llm_judge import make_llm_judge
+
+        return await make_llm_judge(source, settings, local)
     device = _device(settings, local)
     return (PairwiseModelJudge if source.compares else ModelJudge)(source, settings.reward, workplace, device)
 
 
 class FunctionJudge:
-    """A user's function. An `async def` judges all items at once; a plain one is called for one at a time."""
+    """A user's function. An `async def` judges all items at once; a plain one is called for one at a time, or for a list of all."""
 
     def __init__(self, function: Callable[..., Any], workplace: Workplace):
         self._function, self._workplace = function, workplace
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
-        return await asyncio.gather(*(self._judge_one(prompt, texts, deadline_s) for texts in items))
+        if not takes_all(self._function):
+            return await asyncio.gather(*(self._judge_one(prompt, texts, deadline_s) for texts in items))
+        texts = [item[0] if len(item) == 1 else item for item in items]
+        values = await self._judge_one(prompt, (texts,), deadline_s)
+        if not isinstance(values, Failed | TimedOut):
+            try:
+                values = list(values)
+                if len(values) == len(items):
+                    return values
+                values = Failed(f"the function returned {len(values)} values for {len(items)}")
+            except TypeError:
+                values = Failed(f"the function returned {values!r:.80}, which is not a list")
+        return [values] * len(items)
 
-    async def _judge_one(self, prompt: Prompt, texts: Texts, deadline_s: float) -> Any:
+    async def _judge_one(self, prompt: Prompt, asked: Sequence[Any], deadline_s: float) -> Any:
         try:
-            return await asyncio.wait_for(self._call(prompt, texts), deadline_s)
+            return await asyncio.wait_for(self._call(prompt, asked), deadline_s)
         except asyncio.TimeoutError:
             return TimedOut(deadline_s)
 
-    async def _call(self, prompt: Prompt, texts: Texts) -> Any:
+    async def _call(self, prompt: Prompt, asked: Sequence[Any]) -> Any:
         try:
             if inspect.iscoroutinefunction(self._function):
-                return await self._function(prompt.text, *texts, prompt.payload)
-            value = await self._workplace.run(self._function, prompt.text, *texts, prompt.payload)
+                return await self._function(prompt.text, *asked, prompt.payload)
+            value = await self._workplace.run(self._function, prompt.text, *asked, prompt.payload)
             return await value if inspect.isawaitable(value) else value
         except (Exception, SystemExit) as error:  # noqa: BLE001 - code of the user: what it raises is its outcome
             return failure(error)
 
     def fingerprint(self) -> None:
         return None
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class ModelJudge:
@@ -118,19 +166,24 @@ class ModelJudge:
             )
         if trained_on is None:
             self._model.read(source.input)
-        self._batcher: Batcher = Batcher(self._work, reward.batch_size, reward.max_wait_ms / 1000)
+        self._batcher: Batcher = Batcher(self._work, _limits(reward, device))
         self._workplace = workplace
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
-        return await _batched(self._batcher, [(prompt.text, *texts) for texts in items], deadline_s)
-
-    async def _work(self, items: list[tuple[str, str]]) -> Sequence[float]:
         from rlhf.reward.models import Example
 
-        return list(await self._workplace.run(self._model.score, [Example(*item) for item in items]))
+        # Here and not in the batch's thread, so that the next batch is read while the model works on this one.
+        ids = self._model.encode([Example(prompt.text, *texts) for texts in items])
+        return await _batched(self._batcher, ids, deadline_s)
+
+    async def _work(self, ids: list[list[int]]) -> Sequence[float]:
+        return list(await self._workplace.run(self._model.score_batch, ids))
 
     def fingerprint(self) -> str:
         return self._model.fingerprint()
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
 
 
 class PairwiseModelJudge:
@@ -140,30 +193,36 @@ class PairwiseModelJudge:
         from rlhf.reward.pairwise_model import load_pairwise_model
 
         self._model = load_pairwise_model(resolve(source.path), device)
-        self._batcher: Batcher = Batcher(self._work, reward.batch_size, reward.max_wait_ms / 1000)
+        self._batcher: Batcher = Batcher(self._work, _limits(reward, device))
         self._workplace = workplace
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
-        read = [self._model.encode(prompt.text, *texts) for texts in items]
-        short = [ids for ids in read if isinstance(ids, list)]
-        values = iter(await _batched(self._batcher, short, deadline_s))
-        return [next(values) if isinstance(ids, list) else ids for ids in read]
+        reading = self._model.read(prompt.text, items)
+        return reading.answers(await _batched(self._batcher, reading.ids, deadline_s))
 
-    async def _work(self, items: list[list[int]]) -> Sequence[float]:
-        return list(await self._workplace.run(self._model.probabilities, items))
+    async def _work(self, ids: list[list[int]]) -> Sequence[Any]:
+        return list(await self._workplace.run(self._model.outputs, ids))
 
     def fingerprint(self) -> str:
         return self._model.fingerprint()
 
+    def close(self) -> None:
+        """Nothing is held but memory."""
 
-async def _batched(batcher: Batcher, items: Sequence[Any], deadline_s: float) -> list[Any]:
-    """The batcher's results, or one failure for all."""
+
+def _limits(reward: RewardSettings, device: str) -> Limits:
+    tokens = reward.batch_tokens or (BATCH_TOKENS_CPU if device == "cpu" else BATCH_TOKENS_GPU)
+    return Limits(reward.batch_size, tokens, reward.max_wait_ms / 1000)
+
+
+async def _batched(batcher: Batcher, ids: Sequence[list[int]], deadline_s: float) -> list[Any]:
+    """The batcher's results for token ids, or one failure for all."""
     try:
-        return await asyncio.wait_for(batcher.submit(items), deadline_s)
+        return await asyncio.wait_for(batcher.submit(ids, [len(row) for row in ids]), deadline_s)
     except asyncio.TimeoutError:
-        return [TimedOut(deadline_s)] * len(items)
+        return [TimedOut(deadline_s)] * len(ids)
     except RuntimeError as error:  # torch's errors, out of memory among them: the next batch may pass
-        return [failure(error)] * len(items)
+        return [failure(error)] * len(ids)
 
 
 def _device(settings: Settings, local: bool) -> str:

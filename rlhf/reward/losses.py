@@ -1,74 +1,92 @@
-"""What reward models are trained with and measured by: pure functions, no models and no files."""
+"""The losses of reward models and of preference models: pure functions on tensors, one value per text or per pair.
+
+Means are taken by whoever knows what to divide by (`objectives`). How good trained models are is measured in
+`calibration`.
+"""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 
 def bradley_terry(
-    chosen: torch.Tensor, rejected: torch.Tensor, margin: float | torch.Tensor = 0.0, centring: float = 0.0
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    margin: float | torch.Tensor = 0.0,
+    centring: float = 0.0,
+    probability: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
-    """Mean of -log sigmoid(r_w - r_l - m) + c (r_w + r_l)^2.
+    """-p log sigmoid(d) - (1 - p) log sigmoid(-d) + c (r_w + r_l)^2 with d = r_w - r_l - m; one loss per pair.
 
     Args:
         chosen, rejected: rewards r_w and r_l, [n_pairs].
-        margin: m, by how much the chosen reward should win; a number or [n_pairs].
-        centring: c; above 0 it keeps the rewards, which are defined only up to a constant, around 0.
+        margin: m, by how much the chosen reward should win (Touvron et al. 2023, Llama 2, equation 2); a number or [n_pairs].
+        centring: c; above 0 it keeps the rewards, which are defined only up to a constant, around 0 (Eisenstein et al.
+            2023).
+        probability: p, that the chosen one is the better; a number or [n_pairs].
     """
-    loss = -F.logsigmoid(chosen - rejected - margin)
+    gap = chosen - rejected - margin
+    loss = cross_entropy(gap, probability)
     if centring > 0:
         loss = loss + centring * (chosen + rejected).square()
-    return loss.mean()
+    return loss
 
 
-def pair_probabilities(differences: np.ndarray, temperature: float) -> np.ndarray:
-    """P(first beats second) = sigmoid((r_1 - r_2) / T), elementwise on reward differences [n_pairs]."""
-    return 0.5 * (1.0 + np.tanh(np.asarray(differences, dtype=np.float64) / (2.0 * temperature)))
+def cross_entropy(logit: torch.Tensor, probability: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """-p log sigmoid(z) - (1 - p) log sigmoid(-z), elementwise on logits z."""
+    return -probability * F.logsigmoid(logit) - (1 - probability) * F.logsigmoid(-logit)
 
 
-def fit_temperature(differences: np.ndarray) -> float:
-    """The T that makes sigmoid(difference / T) likeliest, for differences winner minus loser, [n_pairs].
+def ordinal(cumulative: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """-log P(y = level) in the proportional-odds model (McCullagh 1980), one loss per text.
 
-    One-dimensional search on log T between 1e-3 and 1e3 times the differences' scale; there is one maximum.
-    """
-    differences = np.asarray(differences, dtype=np.float64)
-    scale = float(np.abs(differences).mean())
-    if scale == 0.0:
-        return 1.0
-    low, high = np.log(scale) - np.log(1e3), np.log(scale) + np.log(1e3)
-    golden = (np.sqrt(5.0) - 1.0) / 2.0
-    while high - low > 1e-6:
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if _surprise(differences, left) < _surprise(differences, right):
-            high = right
-        else:
-            low = left
-    return float(np.exp((low + high) / 2.0))
-
-
-def _surprise(differences: np.ndarray, log_temperature: float) -> float:
-    """Mean -log P(winner beats loser), in nats."""
-    return float(np.logaddexp(0.0, -differences / np.exp(log_temperature)).mean())
-
-
-def expected_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> float:
-    """How far confidence is from accuracy: sum_b |B_b| / N * |accuracy_b - confidence_b|.
+    P(y > k) = sigmoid(z_k), so P(y = k) = sigmoid(z_{k-1}) - sigmoid(z_k), with z_{-1} = inf and z_{K-1} = -inf. The difference
+    of two sigmoids is sigmoid(a) sigmoid(-b) (1 - exp(b - a)), whose logarithm is exact also far out.
 
     Args:
-        probabilities: P(first beats second), [n_pairs]. The confidence is max(P, 1 - P); bins divide [0.5, 1] equally.
-        outcomes: 1 where the first did win, else 0, [n_pairs].
+        cumulative: z, [n_texts, K - 1], falling along each row.
+        level: [n_texts], 0 to K - 1.
     """
-    probabilities, outcomes = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes)
-    confidence = np.maximum(probabilities, 1.0 - probabilities)
-    correct = (probabilities >= 0.5) == (outcomes == 1)
-    index = np.minimum(((confidence - 0.5) * 2.0 * bins).astype(int), bins - 1)
-    size = np.bincount(index, minlength=bins)
-    gap = np.abs(np.bincount(index, correct, bins) - np.bincount(index, confidence, bins))
-    return float(gap[size > 0].sum() / len(confidence))
+    edge = torch.full_like(cumulative[:, :1], 1e4)
+    bounds = torch.cat([edge, cumulative, -edge], dim=1)
+    above = bounds.gather(1, level[:, None])[:, 0]
+    below = bounds.gather(1, level[:, None] + 1)[:, 0]
+    return -(F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(below - above)))
 
 
-def brier(probabilities: np.ndarray, outcomes: np.ndarray) -> float:
-    """Mean squared difference between P(first beats second) and what happened (0 or 1)."""
-    return float(np.mean((np.asarray(probabilities, dtype=np.float64) - np.asarray(outcomes)) ** 2))
+def skew_symmetric_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """GPM's score s(i beats j) = <R v_i, v_j> = sum_l lambda_l (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l]), one per pair.
+
+    R has the blocks [[0, -1], [1, 0]] (Zhang et al. 2024, "Beyond Bradley-Terry models: a general preference model", section
+    4). Swapping the responses changes the sign. With v = [r, 1] it is r_i - r_j, the Bradley-Terry model.
+
+    Args:
+        first, second: embeddings v_i and v_j, [n_pairs, 2k].
+        gate: lambda, at least 0, [n_pairs, k]; None: all 1.
+    """
+    areas = first[:, 0::2] * second[:, 1::2] - first[:, 1::2] * second[:, 0::2]
+    return (areas if gate is None else gate * areas).sum(1)
+
+
+def min_norm_weights(gradients: torch.Tensor, iterations: int = 250) -> torch.Tensor:
+    """Weights [n], at least 0 and of sum 1, of the shortest convex combination of `gradients` [n, n_features].
+
+    A step along that combination makes no loss larger, to first order (Sener and Koltun 2018). Frank-Wolfe with pairwise steps and exact
+    line search (Lacoste-Julien and Jaggi 2015): weight moves from the gradient that agrees most with the combination to the one that
+    agrees least, which converges where the plain method of Sener and Koltun creeps.
+    """
+    gram = gradients.double() @ gradients.double().T
+    weights = torch.full((len(gram),), 1.0 / len(gram), dtype=gram.dtype, device=gram.device)
+    for _ in range(iterations):
+        products = gram @ weights
+        to = products.argmin()
+        source = products.masked_fill(weights <= 0, -torch.inf).argmax()
+        gain = products[source] - products[to]
+        if gain <= 1e-12 * products.abs().max():
+            break
+        length = gram[to, to] - 2 * gram[to, source] + gram[source, source]
+        step = torch.minimum(gain / length, weights[source])
+        weights[to] += step
+        weights[source] -= step
+    return weights

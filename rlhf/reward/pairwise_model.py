@@ -1,59 +1,160 @@
-"""A pairwise preference model: a transformers sequence classifier that reads a prompt and two responses.
+"""Pairwise preference models: a cross-encoder, which reads two responses, and a general preference model (GPM), which embeds each.
 
-Owns the text that the model reads and what its one logit means. Does not know that both orders are asked (`pairwise`).
+Owns which texts are read for a set of comparisons, and how the model's outputs become probabilities. Does not know that both orders are
+asked (`pairwise`), nor of batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from rlhf.reward.errors import RewardError
-from rlhf.reward.models import Classifier, RewardModel, load_model
+from rlhf.reward.losses import skew_symmetric_score
+from rlhf.reward.models import Comparison, Example, PromptOnly, RewardModel, Text, load_any_model
+from rlhf.reward.modules import Classifier
+from rlhf.reward.objectives import split_embedding
+from rlhf.reward.reliability import pair_probabilities
 from rlhf.types import Failed
 
-TEXT = "{prompt}\n\nResponse A:\n{a}\n\nResponse B:\n{b}"
+Responses = tuple[str, str]
+"""Two responses; the question is whether the first is better."""
 
 
-class PairwiseModel:
-    """The classifier with its tokenizer. sigmoid(logit) is the probability that response A is better than B."""
+@dataclass(frozen=True)
+class Reading:
+    """What a model reads for some comparisons.
+
+    Attributes:
+        ids: token ids of the texts.
+        answers: from the model's outputs for these (each a row [width], or a failure in its place), the probability that the first
+            response is better, or a failure, for each comparison. NaN where the model broke down.
+    """
+
+    ids: list[list[int]]
+    answers: Callable[[Sequence[Any]], list[Any]]
+
+
+class PairwiseModel(Protocol):
+    def read(self, prompt: str, comparisons: Sequence[Responses]) -> Reading:
+        """What to read for these comparisons of responses to one prompt."""
+        ...
+
+    def outputs(self, ids: Sequence[list[int]]) -> np.ndarray:
+        """The model's outputs for texts, float64 [n, width]."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of all weights, 16 hexadecimal digits."""
+        ...
+
+
+class CrossEncoder:
+    """A sequence classifier that reads both responses. sigmoid(logit / temperature) is the probability that A is better than B."""
 
     def __init__(self, model: RewardModel):
         self._model = model
 
-    def encode(self, prompt: str, a: str, b: str) -> list[int] | Failed:
-        """Token ids of a comparison. A text that the model cannot read whole is a failure: cut short, it would lose response B."""
-        text = TEXT.format(prompt=prompt, a=a, b=b)
-        ids = self._model.tokenizer(text)["input_ids"]
+    def read(self, prompt: str, comparisons: Sequence[Responses]) -> Reading:
+        """A text that the model cannot read whole is a failure: cut short, it would lose response B."""
+        if self._model.description.input == "response":
+            prompt = ""  # as in training
+        ids = self._model.encode([Comparison(prompt, *pair) for pair in comparisons], whole=True)
         limit = self._model.description.max_tokens
-        if len(ids) > limit:
-            return Failed(f"prompt and both responses are {len(ids)} tokens, and the pairwise model reads {limit}")
-        return ids
 
-    def probabilities(self, ids: Sequence[list[int]]) -> np.ndarray:
-        """Probability that A is better in each comparison, float64 [n]; NaN where the model broke down."""
-        logits = self._model.run_tokens(self._model.module, ids)
-        return 0.5 * (1 + np.tanh(logits / 2))  # the logistic function, without overflow
+        def answers(rows: Sequence[Any]) -> list[Any]:
+            found = iter(rows)
+            return [self._probability(next(found)) if len(row) <= limit else _too_long(row, limit) for row in ids]
+
+        return Reading([row for row in ids if len(row) <= limit], answers)
+
+    def _probability(self, row: Any) -> Any:
+        return pair_probabilities(row[0], self._model.description.temperature) if isinstance(row, np.ndarray) else row
+
+    def outputs(self, ids: Sequence[list[int]]) -> np.ndarray:
+        return self._model.run_tokens(self._model.module, ids, at_once=len(ids))
 
     def fingerprint(self) -> str:
-        """A hash of all weights, 16 hexadecimal digits."""
+        return self._model.fingerprint()
+
+
+class GeneralPreferenceModel:
+    """An embedding of each response, compared by `skew_symmetric_score`: K responses are read K times, not K (K - 1) times."""
+
+    def __init__(self, model: RewardModel):
+        self._model = model
+
+    def read(self, prompt: str, comparisons: Sequence[Responses]) -> Reading:
+        texts: dict[Text, int] = {}
+        for pair in comparisons:
+            for response in pair:
+                texts.setdefault(Example(prompt, response), len(texts))
+        if self.gated:
+            texts[PromptOnly(prompt)] = len(texts)
+
+        def answers(rows: Sequence[Any]) -> list[Any]:
+            places = [tuple(texts[Example(prompt, response)] for response in pair) for pair in comparisons]
+            return [self._answer(rows, *pair) for pair in places]
+
+        return Reading(self._model.encode(list(texts)) if texts else [], answers)
+
+    @property
+    def gated(self) -> bool:
+        """Whether a prompt's own text weighs the parts of the embedding."""
+        return self._model.module.head.out_features > self._model.description.dimensions
+
+    def _answer(self, rows: Sequence[Any], a: int, b: int) -> Any:
+        needed = [rows[a], rows[b], *([rows[-1]] if self.gated else [])]
+        failed = [row for row in needed if not isinstance(row, np.ndarray)]
+        if failed:
+            return failed[0]
+        score = self.scores(np.stack(needed), np.array([[0, 1]]), np.array([2]) if self.gated else None)[0]
+        return pair_probabilities(score, self._model.description.temperature)
+
+    def scores(self, outputs: np.ndarray, pairs: np.ndarray, prompts: np.ndarray | None = None) -> np.ndarray:
+        """s(first beats second), [n_pairs], between -1 and 1 (with a gate, times at most k).
+
+        Args:
+            outputs: of the model, [n_texts, width].
+            pairs: rows of it, [n_pairs, 2].
+            prompts: rows of it, [n_pairs]; only with a gate.
+        """
+        embeddings, gates = split_embedding(torch.from_numpy(outputs), self._model.description.dimensions)
+        gate = None if gates is None else gates[prompts]
+        return skew_symmetric_score(embeddings[pairs[:, 0]], embeddings[pairs[:, 1]], gate).numpy()
+
+    def outputs(self, ids: Sequence[list[int]]) -> np.ndarray:
+        return self._model.run_tokens(self._model.module, ids, at_once=len(ids))
+
+    def fingerprint(self) -> str:
         return self._model.fingerprint()
 
 
 def load_pairwise_model(path: str, device: str = "cpu") -> PairwiseModel:
-    """The pairwise model in a folder, frozen.
+    """The pairwise model in a folder, frozen: what `rlhf reward train` wrote, or a cross-encoder from elsewhere.
 
     Raises:
         RewardError: no model there, or one that scores single responses.
     """
-    model = load_model(path, device)
+    model = load_any_model(path, device)
+    task = model.description.task
+    if task == "gpm":
+        return GeneralPreferenceModel(model)
     labels = model.module.model.config.num_labels if isinstance(model.module, Classifier) else 0
-    if model.description.input is not None or labels != 1:
+    if task != "cross_encoder" and (model.description.input is not None or labels != 1):
         what = f"a classifier with {labels} labels" if labels > 1 else "a reward model, which scores one response"
         raise RewardError(
-            f"{Path(path)} holds {what}. A pairwise model is a sequence classifier with one label, trained to compare two "
-            "responses (docs/reward.md). Set `reward.kind: model`, or name another folder in `reward.path`."
+            f"{Path(path)} holds {what}. A pairwise model is a general preference model or a cross-encoder, a sequence classifier "
+            "with one label that reads two responses (docs/reward_models.md). Set `reward.kind: model`, or name another "
+            "folder in `reward.path`."
         )
-    return PairwiseModel(model)
+    return CrossEncoder(model)
+
+
+def _too_long(ids: list[int], limit: int) -> Failed:
+    return Failed(f"prompt and both responses are {len(ids)} tokens, and the pairwise model reads {limit}")

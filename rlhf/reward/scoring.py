@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.types import Failed, FinishReason, Invalid, Outcome, Score
+from rlhf.types import Failed, Invalid, Outcome, Score, TimedOut
 
 
-def outcome_of(value: Any, finish_reason: FinishReason, missing_eos_penalty: float) -> Outcome:
-    """The outcome for a returned value.
+@dataclass(frozen=True)
+class Measured:
+    """What a judge may return in place of a bare value: the value, and what it observed on the way.
 
-    A finite number is a `Score`, less the penalty if the response was cut at the token limit. NaN, an infinity and None
-    (how a function says that there is no reward) are `Invalid`. Anything else is a mistake in the function: `Failed`.
+    Attributes:
+        value: as the judge would return it bare.
+        measures: name -> number, for `Feedback.measures`.
     """
+
+    value: Any
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+def outcome_of(value: Any) -> Outcome:
+    """The outcome for what a judge returned, taken out of `Measured`.
+
+    A finite number is a `Score`. NaN, an infinity and None (how a function says that there is no reward) are `Invalid`. Such an
+    outcome stays what it is, as a failure does. Anything else is a mistake in the function: `Failed`.
+    """
+    if isinstance(value, Invalid | Failed | TimedOut):
+        return value
     if value is None:
         return Invalid("the judge returned None")
     try:
@@ -22,7 +39,7 @@ def outcome_of(value: Any, finish_reason: FinishReason, missing_eos_penalty: flo
         return Failed(f"the judge returned {value!r:.80}, which is not a number")
     if not math.isfinite(number):
         return Invalid(f"the verdict is {number}")
-    return Score(number - (missing_eos_penalty if finish_reason == "length" else 0.0))
+    return Score(number)
 
 
 def probability_of(value: Any) -> float | Outcome:
@@ -30,7 +47,7 @@ def probability_of(value: Any) -> float | Outcome:
 
     NaN and None are `Invalid`; what is not a number in [0, 1], to rounding, is a mistake in the judge: `Failed`.
     """
-    outcome = outcome_of(value, "stop", 0.0)
+    outcome = outcome_of(value)
     if not isinstance(outcome, Score):
         return outcome
     if not -1e-6 <= outcome.value <= 1 + 1e-6:

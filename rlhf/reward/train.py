@@ -1,6 +1,7 @@
-"""`rlhf reward train`: fit a reward model on rated or paired text, measure it on held-out text, and save both.
+"""`rlhf reward train`: fit a reward or preference model on what people said of texts, measure it on held-out texts, and save both.
 
-Owns the command and the report. The numerics are in `heads`, `finetune` and `losses`, the folder format in `models`.
+Owns the command: the order of things. What the options mean together is in `choices` and `group`, the training in `heads` (frozen
+encoder) and `finetune` (all weights), the figures in `report`, the folder format in `models`.
 """
 
 from __future__ import annotations
@@ -11,34 +12,34 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlhf.data.assets import resolve
-from rlhf.reward import losses
-from rlhf.reward.dataset import PreferenceData, read_data
+from rlhf.reward import choices
+from rlhf.reward.dataset import Pairs, PreferenceData, read_data
 from rlhf.reward.errors import RewardError
-from rlhf.reward.finetune import FullSettings, fine_tune
+from rlhf.reward.group import Group, read_group, training_folder
+from rlhf.reward.group import add_arguments as add_group_arguments
 from rlhf.reward.heads import LinearHead, fit_logistic, fit_ridge
-from rlhf.reward.models import (
-    DESCRIPTION,
-    Classifier,
-    Description,
-    EncoderWithHead,
-    RewardModel,
-    is_classifier,
-    max_tokens,
-    read_base,
-)
+from rlhf.reward.models import DESCRIPTION, RewardModel, is_classifier, new_model, read_base
+from rlhf.reward.modules import CumulativeLogits
+from rlhf.reward.reliability import Bin, draw_reliability, fit_temperature
+from rlhf.reward.report import measure, pair_logits, readable, too_long
 
 REPORT = "reward_report.json"
-ALL_LAYERS_UP_TO = 8192  # features: the hidden states of all layers are used if they are not more than this together
+DIAGRAM = "reliability.png"
 TRAIN_PAIRS = 100_000
 TEST_PAIRS = 200_000
+TEST_COMPARISONS = 2_000
+"""A cross-encoder reads each pair twice; others read each text once."""
 TEST_FRACTION = 0.2
+LOOKED_AT = 1000
+"""Pairs of which one at least must be readable."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train",
         required=True,
-        help="JSONL with `text` and `rating`, or `chosen` and `rejected`, and perhaps `prompt`",
+        help="JSONL, Parquet or hf:NAME[:SPLIT] with `text` and `rating` (or `ratings`), or `chosen` and `rejected`, or "
+        "`responses`, best first; and perhaps `prompt`",
     )
-    parser.add_argument("--test", help="held-out JSONL; default: a fifth of the training rows is held out")
+    parser.add_argument("--test", help="held-out data; default: a fifth of the training rows is held out")
     parser.add_argument("--output", required=True, help="folder to write; an older reward model there is replaced")
     parser.add_argument(
         "--method",
@@ -59,12 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ridge",
         help="frozen encoder with a ridge head (ratings) or a logistic head (pairs); full: all weights",
     )
-    parser.add_argument(
-        "--objective",
-        choices=("auto", "squared", "bradley-terry"),
-        default="auto",
-        help="loss of --method full; auto: squared error for ratings, Bradley-Terry for pairs and classifiers",
-    )
+    choices.add_arguments(parser)
     parser.add_argument("--margin", type=float, default=0.5, help="ratings further apart than this make a pair")
     parser.add_argument(
         "--validation",
@@ -81,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the division into parts, of pairs and of training")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_group_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -93,63 +91,43 @@ def main(args: argparse.Namespace) -> int:
     _check_output(Path(args.output))
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     rng = np.random.default_rng(args.seed)
-    data = read_data(resolve(args.train))
-    _check_method(args, data)
+    data = choices.weighted(args, read_data(resolve(args.train)))
+    choices.check(args, data, _ready_made(args))
+    group = read_group(args)
     if args.test:
-        test = read_data(resolve(args.test))
-        if test.input != data.input:
-            raise RewardError(f"{args.test} and {args.train}: give the field `prompt` in both files or in neither.")
+        test = choices.weighted(args, read_data(resolve(args.test)))
+        _check_test(args, data, test)
     else:
         data, test = data.divide(TEST_FRACTION, rng)
     fit, validation = data.divide(args.validation, rng)
-    validation_pairs = _pairs(validation, args, TRAIN_PAIRS, rng, "validation")
-    test_pairs = _pairs(test, args, TEST_PAIRS, rng, "test")
-    model = _new_model(args, data)
+    choice = choices.choose(args, fit, _ready_made(args))
+    limit = TEST_COMPARISONS if choice.name == "cross-encoder" else TEST_PAIRS
+    model = _new_model(args, choice)
+    validation_pairs = _pairs(model, validation, args, min(limit, TRAIN_PAIRS), rng, "validation")
+    test_pairs = _pairs(model, test, args, limit, rng, "test")
     if args.method == "full":
-        details = _train_full(model, fit, args)
+        details = _train_full(model, choice, fit, validation, args, group, rng)
     else:
         details = _train_head(model, fit, validation, validation_pairs, args, rng)
-    rewards = model.score(validation.examples)
-    temperature = losses.fit_temperature(rewards[validation_pairs[:, 0]] - rewards[validation_pairs[:, 1]])
+    temperature = _temperature(model, validation, validation_pairs)
     model.description = replace(model.description, temperature=temperature)
+    figures, bins = measure(model, test, test_pairs)
     report = {
         "method": args.method,
         **details,
-        "units": "rating" if _in_rating_units(args, data) else "log-odds of winning a pair, arbitrary zero",
-        "pair_probability": "sigmoid(reward difference / temperature), temperature fitted on the validation rows",
+        "units": "rating" if choice.in_rating_units else "log-odds of winning a pair, arbitrary zero",
+        "pair_probability": "sigmoid(preference / temperature), the mean of both orders; temperature fitted on the validation rows",
         "temperature": temperature,
         "rows": {"fit": fit.n_rows, "validation": validation.n_rows, "test": test.n_rows},
         "margin": args.margin,
         "seed": args.seed,
-        "test": measure(model.score(test.examples), test, test_pairs, temperature),
+        "test": figures,
+        "reliability": [asdict(b) for b in bins],
         "seconds": round(time.monotonic() - begun, 1),
     }
-    _save(model, report, Path(args.output))
+    _save(model, report, bins, Path(args.output), training_folder(args.output) if args.method == "full" else None)
     _print(report, args.output)
     return 0
-
-
-def measure(rewards: np.ndarray, data: PreferenceData, pairs: np.ndarray, temperature: float) -> dict[str, float]:
-    """How good rewards are on held-out data: pair accuracy (ties count half), ECE, Brier, and Pearson's r.
-
-    Args:
-        rewards: [n_examples].
-        pairs: [n_pairs, 2], winner first. Every second one is turned round, so that P is not always of the winner.
-    """
-    gaps = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
-    won = np.arange(len(pairs)) % 2 == 0
-    probabilities = losses.pair_probabilities(np.where(won, gaps, -gaps), temperature)
-    result = {
-        "pairs": len(pairs),
-        "pair_accuracy": float(np.mean((gaps > 0) + 0.5 * (gaps == 0))),
-        "ece": losses.expected_calibration_error(probabilities, won),
-        "brier": losses.brier(probabilities, won),
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-    }
-    if data.ratings is not None and rewards.std() > 0 and data.ratings.std() > 0:
-        result["pearson"] = float(np.corrcoef(rewards, data.ratings)[0, 1])
-    return result
 
 
 def _check_output(folder: Path) -> None:
@@ -157,76 +135,51 @@ def _check_output(folder: Path) -> None:
         raise RewardError(f"--output {folder} exists and is not a reward model; name another folder, or remove it.")
 
 
-def _check_method(args: argparse.Namespace, data: PreferenceData) -> None:
-    if data.ratings is None and args.method == "ridge":
+def _check_test(args: argparse.Namespace, data: PreferenceData, test: PreferenceData) -> None:
+    if test.input != data.input:
+        raise RewardError(f"{args.test} and {args.train}: give the field `prompt` in both files or in neither.")
+    if test.ratings is not None and data.ratings is not None and set(test.names) != set(data.names):
         raise RewardError(
-            f"--method ridge fits ratings, but {args.train} has pairs. Use --method logistic or --method full."
+            f"{args.test} rates {', '.join(test.names)}, but {args.train} {', '.join(data.names)}. Give both the same ratings."
         )
-    if data.ratings is None and args.objective == "squared":
-        raise RewardError(
-            f"--objective squared fits ratings, but {args.train} has pairs. Use --objective bradley-terry."
-        )
-    if not 0 < args.validation < 1:
-        raise RewardError(f"--validation must be between 0 and 1, not {args.validation}.")
-    if data.n_rows < 20:
-        raise RewardError(f"{args.train} has {data.n_rows} rows; at least 20 are needed to train, validate and test.")
 
 
 def _pairs(
-    data: PreferenceData, args: argparse.Namespace, limit: int, rng: np.random.Generator, part: str
-) -> np.ndarray:
-    pairs = data.pairs(args.margin, limit, rng)
-    if not len(pairs):
+    model: RewardModel, data: PreferenceData, args: argparse.Namespace, limit: int, rng: np.random.Generator, part: str
+) -> Pairs:
+    """Pairs of a part of the rows that the model can be asked about."""
+    pairs = data.drawn_pairs(args.margin, limit, rng)
+    if not len(pairs.index):
         raise RewardError(
             f"no two ratings of the {data.n_rows} {part} rows are more than --margin {args.margin} apart."
         )
-    return pairs
+    fitting = readable(model, data, pairs)
+    if not len(fitting.index):
+        raise RewardError(
+            f"none of the {len(pairs.index)} {part} pairs fits into --max-tokens {args.max_tokens} (or into the model's "
+            f"{model.description.max_tokens}): a cross-encoder reads both responses, and must not lose one. Raise it, or choose "
+            "another --objective."
+        )
+    return fitting
 
 
-def _in_rating_units(args: argparse.Namespace, data: PreferenceData) -> bool:
-    return args.method == "ridge" or (args.method == "full" and _objective(args, data) == "squared")
+def _ready_made(args: argparse.Namespace) -> bool:
+    """Whether the base is a classifier already, so that its head has a scale of its own."""
+    return args.method == "full" and is_classifier(read_base(Path(resolve(args.model)))[0])
 
 
-def _objective(args: argparse.Namespace, data: PreferenceData) -> str:
-    if args.objective != "auto":
-        return args.objective
-    # The head of a ready classifier has its own scale, far from that of the ratings; pairs do not ask for theirs.
-    ready_made = is_classifier(read_base(Path(resolve(args.model)))[0])
-    return "bradley-terry" if data.ratings is None or ready_made else "squared"
-
-
-def _new_model(args: argparse.Namespace, data: PreferenceData) -> RewardModel:
-    """The base model in fp32 with an untrained head, or a classifier with its own."""
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
-    folder = Path(resolve(args.model))
-    config, tokenizer = read_base(folder)
+def _new_model(args: argparse.Namespace, choice: choices.Choice) -> RewardModel:
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    limit = max_tokens(config, tokenizer, args.max_tokens)
     torch.manual_seed(args.seed)
-    if is_classifier(config) and args.method == "full":
-        classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, config=config)
-        if classifier.config.num_labels > 2:
-            raise RewardError(
-                f"{folder} is a classifier with {config.num_labels} labels; a reward needs one label, or two."
-            )
-        return RewardModel(Classifier(classifier), tokenizer, Description("classifier", data.input, limit), device)
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    last = encoder.config.num_hidden_layers
-    every = args.method != "full" and (last + 1) * encoder.config.hidden_size <= ALL_LAYERS_UP_TO
-    layers = tuple(range(last + 1)) if every else (last,)
-    # In a causal model only the last token has read the whole text.
-    causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-    pooling = "last" if causal else "mean"
-    description = Description("encoder_with_head", data.input, limit, layers, pooling)
-    return RewardModel(EncoderWithHead(encoder, layers, pooling), tokenizer, description, device)
+    folder = Path(resolve(args.model))
+    return new_model(folder, choice.description, choice.head_outputs, device, whole=args.method == "full")
 
 
 def _train_head(
     model: RewardModel,
     fit: PreferenceData,
     validation: PreferenceData,
-    validation_pairs: np.ndarray,
+    validation_pairs: Pairs,
     args: argparse.Namespace,
     rng: np.random.Generator,
 ) -> dict:
@@ -235,36 +188,109 @@ def _train_head(
     held_out = model.run(model.module.features, validation.examples)
     head: LinearHead
     if args.method == "ridge":
-        head = fit_ridge(features, fit.ratings, held_out, validation.ratings)
+        head = fit_ridge(features, fit.overall, held_out, validation.overall)
     else:
-        pairs = _pairs(fit, args, TRAIN_PAIRS, rng, "training")
-        head = fit_logistic(features, pairs, held_out, validation_pairs)
+        pairs = _pairs(model, fit, args, TRAIN_PAIRS, rng, "training")
+        head = fit_logistic(features, pairs.index, held_out, validation_pairs.index)
     with torch.no_grad():
         model.module.head.weight.copy_(torch.from_numpy(head.weight)[None])
         model.module.head.bias.fill_(head.bias)
     return {"regularisation": head.strength, "validation_loss": head.validation_loss}
 
 
-def _train_full(model: RewardModel, fit: PreferenceData, args: argparse.Namespace) -> dict:
-    objective = _objective(args, fit)
-    settings = FullSettings(objective, args.margin, args.epochs, args.learning_rate, args.batch_size, args.seed)
-    return {"objective": objective, "epochs": args.epochs, "final_loss": fine_tune(model, fit, settings)}
+def _train_full(
+    model: RewardModel,
+    choice: choices.Choice,
+    fit: PreferenceData,
+    validation: PreferenceData,
+    args: argparse.Namespace,
+    group: Group,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    from rlhf.reward.finetune import FullSettings, fine_tune  # loads DeepSpeed, which the frozen methods do not need
+
+    head, scorer = model.module.head, model.module
+    new_head = not _ready_made(args)
+    if choice.start is not None and new_head and head.bias is not None:
+        with torch.no_grad():
+            head.bias.copy_(torch.tensor(choice.start))
+    if choice.thresholds is not None:
+        model.module = CumulativeLogits(scorer, torch.tensor(choice.thresholds)).to(model.device)
+    settings = FullSettings(new_head, args.epochs, args.learning_rate, args.batch_size, args.seed, group)
+    data, cut = _prepared(model, choice, fit, args, rng, "training")
+    held_out = None
+    if group.eval_every:
+        held_out, _ = _prepared(model, choice, validation, args, np.random.default_rng(args.seed), "validation")
+    loss = fine_tune(model, data, choice.objective, settings, training_folder(args.output), held_out)
+    details: dict[str, Any] = {
+        "objective": choice.name,
+        "epochs": args.epochs,
+        "final_loss": loss,
+        "texts_too_long": cut,
+    }
+    if isinstance(model.module, CumulativeLogits):
+        thresholds = tuple(model.module.thresholds().tolist())
+        model.module, model.description = scorer, replace(model.description, thresholds=thresholds)
+    if choice.name == "more":
+        shares = (choice.objective.weights / choice.objective.outputs).tolist()
+        details["gradient_weights"] = dict(zip(fit.names, shares, strict=True))
+    return details
 
 
-def _save(model: RewardModel, report: dict, output: Path) -> None:
-    """Write model and report to a temporary folder beside `output`, then put it in place at once."""
+def _prepared(
+    model: RewardModel,
+    choice: choices.Choice,
+    data: PreferenceData,
+    args: argparse.Namespace,
+    rng: np.random.Generator,
+    part: str,
+) -> tuple[PreferenceData, int]:
+    """The rows as the objective needs them, and how many texts are too long: cut, but left out if the model compares two in one text."""
+    if choice.name not in choices.NEEDS_RATINGS:
+        _pairs(model, data, args, LOOKED_AT, np.random.default_rng(args.seed), part)
+    made = choice.prepare(data, rng)
+    cut = too_long(model, made.examples)
+    if choice.name == "cross-encoder":
+        made = made.rows(np.setdiff1d(made.row, made.row[cut]))
+    if cut.any():
+        done = "left out" if choice.name == "cross-encoder" else "cut"
+        print(
+            f"{cut.sum()} of {len(cut)} {part} texts are longer than {model.description.max_tokens} tokens: {done}",
+            flush=True,
+        )
+    return made, int(cut.sum())
+
+
+def _temperature(model: RewardModel, data: PreferenceData, pairs: Pairs) -> float:
+    logits = pair_logits(model, data, pairs.index)
+    return fit_temperature(logits.ravel(), np.repeat(pairs.probabilities, logits.shape[1]))
+
+
+def _save(model: RewardModel, report: dict, bins: list[Bin], output: Path, training: Path | None) -> None:
+    """Write model and report to a temporary folder beside `output`, then put it in place at once.
+
+    Args:
+        training: files of the training (`training_folder`); its metrics are kept with the model, its checkpoints are deleted.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".reward-") as temporary:
-        model.save(Path(temporary) / "model")
-        (Path(temporary) / "model" / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        folder = Path(temporary) / "model"
+        model.save(folder)
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        draw_reliability(bins, folder / DIAGRAM)
+        if training is not None:
+            for metrics in training.glob("*.jsonl"):
+                shutil.copyfile(metrics, folder / metrics.name)
         if output.exists():
             shutil.move(str(output), Path(temporary) / "old")
-        os.rename(Path(temporary) / "model", output)
+        os.rename(folder, output)
+    if training is not None:
+        shutil.rmtree(training, ignore_errors=True)
 
 
 def _print(report: dict, output: str) -> None:
     test = report["test"]
-    pearson = f", Pearson {test['pearson']:.3f}" if "pearson" in test else ""
+    pearson = f", Pearson {test['pearson']:.3f}" if test.get("pearson") is not None else ""
     print(
         f"held-out pair accuracy {test['pair_accuracy']:.3f} ({test['pairs']} pairs), ECE {test['ece']:.3f}, "
         f"Brier {test['brier']:.3f}{pearson}; {report['seconds']:g} s; saved in {output}",

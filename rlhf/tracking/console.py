@@ -56,6 +56,18 @@ def step_text(line: Line, steps: int) -> str:
     return "  ".join(parts + [f"! {warning}" for warning in line.get("warnings", ())])
 
 
+def supervised_text(line: Line, steps: int) -> str:
+    """One step of a supervised training in one line of plain text."""
+    parts = [
+        f"step {line['step']}/{steps}",
+        f"loss {_number(line, 'train/loss', '.4f')}",
+        f"gradient {_number(line, 'train/grad_norm', '.3g')}",
+        f"rate {_number(line, 'train/learning_rate', '.2e')}",
+        f"{_number(line, 'throughput/tokens_per_s', '.0f')} tokens/s",
+    ]
+    return "  ".join(parts + [f"! {warning}" for warning in line.get("warnings", ())])
+
+
 def evaluation_text(line: Line) -> str:
     """A held-out evaluation in one line of plain text."""
     return (
@@ -75,6 +87,22 @@ class PlainConsole:
 
     def evaluation(self, line: Line) -> None:
         print(evaluation_text(line), flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class SupervisedConsole:
+    """One line per step of a supervised training, on a terminal too: there is one number to watch."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+
+    def step(self, line: Line) -> None:
+        print(supervised_text(line, self._steps), flush=True)
+
+    def evaluation(self, line: Line) -> None:
+        print(f"held-out, after step {line['step']}:  loss {_number(line, 'heldout/loss', '.4f')}", flush=True)
 
     def close(self) -> None:
         """Nothing is open."""

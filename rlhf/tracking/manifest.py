@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Settings
+from rlhf.config.sft import SftSettings
 
 # Where a package goes by several names, the first one that is installed counts.
 PACKAGES = {
@@ -26,7 +27,7 @@ PACKAGES = {
 }
 
 
-def describe(settings: Settings, resolve: Callable[[str], str]) -> dict[str, Any]:
+def describe(settings: Settings | SftSettings, resolve: Callable[[str], str]) -> dict[str, Any]:
     """The facts of one start of a run.
 
     Args:
@@ -39,12 +40,8 @@ def describe(settings: Settings, resolve: Callable[[str], str]) -> dict[str, Any
         "git": git_state(Path(__file__).parents[2]),
         "versions": {"python": platform.python_version()} | {name: _version(names) for name, names in PACKAGES.items()},
         "data": {
-            field: {"path": path, "sha256": sha256(Path(resolve(path)))}
-            for field, path in (
-                ("data.prompts", settings.data.prompts),
-                ("data.eval_prompts", settings.data.eval_prompts),
-            )
-            if path is not None
+            f"data.{field}": {"path": path, "sha256": sha256(Path(resolve(path)))}
+            for field, path in settings.data.files().items()
         },
         "host": {
             "name": platform.node(),

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from rlhf.config import Settings, show
 from rlhf.config.loader import UserError
+from rlhf.config.sft import SftSettings
 from rlhf.tracking import manifest
 from rlhf.tracking.console import make_console
 from rlhf.tracking.jsonl import JsonLines
@@ -45,12 +46,19 @@ class Record:
         run_id: 8 hexadecimal digits made when the folder was created; a resumed run keeps them.
     """
 
-    def __init__(self, settings: Settings, resume: bool, resolve: Callable[[str], str] = str):
+    def __init__(
+        self,
+        settings: Settings | SftSettings,
+        resume: bool,
+        resolve: Callable[[str], str] = str,
+        console: Callable[[], Listener | None] | None = None,
+    ):
         """Create the run folder, or open it again.
 
         Args:
             resume: continue the run that the folder holds; call `rewind` next.
             resolve: turns a data path of the settings into a file (for the data hashes of the manifest).
+            console: makes what shows the run on the terminal; None: the online loop's.
 
         Raises:
             UserError: the folder holds a run and `resume` is False, or holds none and it is True, or cannot be written.
@@ -72,7 +80,7 @@ class Record:
             ) from error
         self._failed_files: set[str] = set()
         self._listeners: dict[str, Listener] = {}
-        self._listen("console", lambda: make_console(settings))
+        self._listen("console", console or (lambda: make_console(settings)))
         self._listen(
             "wandb", lambda: Wandb(settings, self.folder, self.run_id) if settings.tracking.wandb != "off" else None
         )
@@ -144,7 +152,7 @@ class Record:
                 "Set run.dir to the folder of the run to continue, or leave out --resume to start a new one."
             )
 
-    def _describe(self, settings: Settings, resume: bool, resolve: Callable[[str], str]) -> str:
+    def _describe(self, settings: Settings | SftSettings, resume: bool, resolve: Callable[[str], str]) -> str:
         """Write config.yaml, then manifest.json: last, because it marks the folder as holding a run."""
         facts = manifest.describe(settings, resolve)
         config, manifest_file = self.folder / "config.yaml", self.folder / "manifest.json"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Settings
+from rlhf.config.sft import SftSettings
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,9 @@ QUEUE_LINES = 10_000  # more than this many unsent lines are not kept in memory;
 class Wandb:
     """Passes the lines of the record on. No method raises or blocks, but `close` waits up to `FINISH_S` seconds."""
 
-    def __init__(self, settings: Settings, folder: Path, run_id: str, start: Callable[..., Any] | None = None):
+    def __init__(
+        self, settings: Settings | SftSettings, folder: Path, run_id: str, start: Callable[..., Any] | None = None
+    ):
         """
         Args:
             folder: the run folder; offline files go to `wandb/` in it.
@@ -85,7 +88,7 @@ class Wandb:
             )
 
 
-def start_run(settings: Settings, folder: Path, run_id: str) -> Any:
+def start_run(settings: Settings | SftSettings, folder: Path, run_id: str) -> Any:
     """A W&B run, online if that is asked for and works within `INIT_S` seconds, else offline."""
     if settings.tracking.wandb == "offline":
         return _init(settings, folder, run_id, "offline")
@@ -106,7 +109,7 @@ def start_run(settings: Settings, folder: Path, run_id: str) -> Any:
     return _init(settings, folder, run_id, "offline")
 
 
-def _init(settings: Settings, folder: Path, run_id: str, mode: str) -> Any:
+def _init(settings: Settings | SftSettings, folder: Path, run_id: str, mode: str) -> Any:
     import wandb
 
     run = wandb.init(

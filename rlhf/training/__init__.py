@@ -2,6 +2,7 @@
 
 Owns: `Experience` (the packed tensors of one micro-batch), packed attention, the model wrapper whose forward returns
 log-probs, LoRA adapters inside it (`lora`), its weights as the world outside knows them (`weights`), the split of work over
-ranks and micro-batches, and the DeepSpeed engine with its checkpoints.
-Does not know: losses (it is given an objective), Ray, vLLM, rewards.
+ranks and micro-batches, the DeepSpeed engine with its checkpoints, and supervised training from its first step to its last
+(`supervised`), on which SFT and reward models are trained.
+Does not know: the losses of alignment (it is given an objective), vLLM, rewards.
 """

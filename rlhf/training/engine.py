@@ -73,12 +73,15 @@ class Trainer:
 
     Args:
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
+        groups: the optimizer's parameter groups, where some weights learn at another rate; None: all alike.
     """
 
-    def __init__(self, model: nn.Module, settings: PolicySettings, total_updates: int):
+    def __init__(
+        self, model: nn.Module, settings: PolicySettings, total_updates: int, groups: list[dict[str, Any]] | None = None
+    ):
         model.register_state_dict_post_hook(_only_what_learns)
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            groups or [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             weight_decay=settings.weight_decay,

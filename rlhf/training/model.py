@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf.config.loader import UserError
 from rlhf.training import attention
 from rlhf.training.cpu_products import use_fast_linear
-from rlhf.training.packing import Experience, pack
+from rlhf.training.packing import Experience, Row, pack
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -146,7 +146,7 @@ class LogProbHead(nn.Module):
 
 
 class LogProbModel(nn.Module):
-    """A causal language model whose forward returns log-probs of an experience's response tokens.
+    """A causal language model whose forward returns log-probs of a row's targets.
 
     Args:
         causal_lm: transformers model with the attention implementation of `rlhf.training.attention`.
@@ -161,19 +161,19 @@ class LogProbModel(nn.Module):
         self.temperature, self.tempered = temperature, tempered
         self.head = LogProbHead(causal_lm.get_output_embeddings(), chunk_tokens, temperature, tempered)
 
-    def forward(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, row: Row) -> tuple[torch.Tensor, torch.Tensor | None]:
         """fp32 [N] log-probs with gradient, and beside them
 
         fp32 [N] log-probs at the sampling temperature, without gradient; or, if the model is `tempered` (then the first are at the
         sampling temperature), fp32 [N] entropies with gradient, None under no_grad.
         """
         output = self.causal_lm.base_model(
-            input_ids=experience.input_ids,
-            position_ids=experience.position_ids,
-            segments=experience.segments,
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            segments=row.segments,
             use_cache=False,
         )
-        return self.head(output.last_hidden_state[0, experience.source], experience.targets)
+        return self.head(output.last_hidden_state[0, row.source], row.targets)
 
 
 def load_causal_lm(path: str, dtype: str, quantize: str = "none") -> nn.Module:

@@ -17,19 +17,14 @@ from rlhf.types import Assignment, Completion
 
 
 @dataclass(frozen=True)
-class Experience:
-    """What one rank forwards and learns from at once. T row tokens, N response tokens, R responses, I items.
+class Row:
+    """What the model forwards at once: T tokens without padding, of which N are predicted.
 
     Attributes:
         input_ids, position_ids: int64 [1, T].
-        segments: the groups in the row.
-        source: int64 [N], row position whose hidden state predicts each response token.
-        targets: int64 [N], the response tokens.
-        response: int64 [N], response index of each token, 0..R-1.
-        group: int64 [R], index of the prompt each response belongs to.
-        behaviour: fp32 [N], log-probs recorded when the tokens were sampled (nats); NaN for a data set's tokens.
-        by_policy: bool [N], whether the policy alone sampled the token, so that its log-prob can be compared.
-        coefficients: fp32 [I, R]; target, weight: fp32 [I]; term: int64 [I] (see `TrainingItem`).
+        segments: the groups in the row, which do not see each other.
+        source: int64 [N], row position whose hidden state predicts each target.
+        targets: int64 [N], the predicted tokens.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +32,20 @@ class Experience:
     segments: tuple[Segment, ...]
     source: torch.Tensor
     targets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Experience(Row):
+    """What one rank forwards and learns from at once: a row whose targets are N response tokens; R responses, I items.
+
+    Attributes:
+        response: int64 [N], response index of each token, 0..R-1.
+        group: int64 [R], index of the prompt each response belongs to.
+        behaviour: fp32 [N], log-probs recorded when the tokens were sampled (nats); NaN for a data set's tokens.
+        by_policy: bool [N], whether the policy alone sampled the token, so that its log-prob can be compared.
+        coefficients: fp32 [I, R]; target, weight: fp32 [I]; term: int64 [I] (see `TrainingItem`).
+    """
+
     response: torch.Tensor
     group: torch.Tensor
     behaviour: torch.Tensor
@@ -107,6 +116,31 @@ def pack(
         weight=torch.tensor([item.weight for item, _ in items], dtype=torch.float32, device=device),
         term=torch.tensor([item.term for item, _ in items], dtype=torch.int64, device=device),
     )
+
+
+def pack_sequences(token_ids: Sequence[np.ndarray], learned: Sequence[np.ndarray], device: torch.device) -> Row:
+    """Pack whole sequences, each seeing only itself, into one row whose targets are the learned tokens.
+
+    Args:
+        token_ids: int [n] of each sequence.
+        learned: bool [n] of each: which of its tokens are to be predicted. Never the first, which nothing precedes.
+    """
+    ids, positions, source, targets, segments, start = [], [], [], [], [], 0
+    for tokens, wanted in zip(token_ids, learned, strict=True):
+        stop = int(
+            np.flatnonzero(wanted)[-1]
+        )  # nothing is predicted from the last learned token, or from what follows it
+        place = np.arange(stop)
+        ids.append(tokens[:stop].astype(np.int64))
+        positions.append(place)
+        source.append(start + place[wanted[1 : stop + 1]])
+        targets.append(tokens[1 : stop + 1][wanted[1 : stop + 1]].astype(np.int64))
+        segments.append(Segment(start, start + stop, None, torch.from_numpy(place).to(device)))
+        start += stop
+    row, where, from_, what = (
+        torch.from_numpy(np.concatenate(parts)).to(device) for parts in (ids, positions, source, targets)
+    )
+    return Row(row[None], where[None], tuple(segments), from_, what)
 
 
 def idle(device: torch.device) -> Experience:

@@ -96,6 +96,11 @@ def whole_weights(model: nn.Module, adapter: str | None = None) -> Iterator[tupl
         yield weight.name, weight.value(adapter)
 
 
+def in_host_memory(weights: Iterable[tuple[str, torch.Tensor]], wanted: bool) -> dict[str, torch.Tensor]:
+    """Copies of the weights where they are wanted; the other ranks only take part in gathering. Collective."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in weights if wanted}
+
+
 def described_weights(model: nn.Module) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, type and whole shape of each tensor that `whole_weights` gives, in its order."""
     return [weight.described() for weight in _weights(model)]

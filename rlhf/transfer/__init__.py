@@ -11,8 +11,6 @@ from rlhf.transfer.session import (
     TransferFailed,
     TransferSession,
     WeightSpec,
-    free_port,
-    host_address,
 )
 
 __all__ = [
@@ -21,8 +19,6 @@ __all__ = [
     "TransferSession",
     "WeightSender",
     "WeightSpec",
-    "free_port",
-    "host_address",
 ]
 
 

@@ -22,8 +22,8 @@ class TransferSession:
 
     Attributes:
         backend: `gloo` (CPU), `nccl` (GPU to GPU), `ipc` (same GPU) or `local` (same process).
-        host: address of the sender's host, as the workers reach it (see `host_address`).
-        port: a free port there (see `free_port`); with `local`, any number that no other open session uses.
+        host: address of the sender's host, as the workers reach it.
+        port: a free port there; with `local`, any number that no other open session uses.
         world_size: the sender and all workers.
         timeout_s: longest wait for the other end, at joining and in each exchange, in seconds.
     """
@@ -47,23 +47,6 @@ class WeightSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now, on the host of the caller."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
-def host_address() -> str:
-    """The address under which other hosts of the cluster reach this one.
-
-    In a Ray process it is the address that Ray itself uses; elsewhere the loopback, because there is no other host.
-    """
-    import ray
-
-    return ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
 
 
 def local_address_towards(host: str, port: int) -> str:

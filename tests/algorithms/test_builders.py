@@ -18,6 +18,7 @@ from rlhf.algorithms.builders import (
     Pairs,
     against_opponent,
     all_pairs,
+    best_of,
     best_vs_worst,
     dataset_pair,
     pairs_of,
@@ -51,6 +52,15 @@ any_builder = pytest.mark.parametrize("build", PAIR_BUILDERS, ids=lambda build: 
 def test_best_against_worst() -> None:
     (item,) = best_vs_worst(distinct(3), scores([3, 1, 2]), RNG, HARD)
     assert item == TrainingItem((0, 1), (1.0, -1.0), target=1.0, weight=1.0, term=0)
+
+
+def test_the_best_alone() -> None:
+    assert best_of(distinct(3), scores([1, 3, 3]), RNG, 0.0) == (TrainingItem((1,), (1.0,)),), "the first of equals"
+    _, *pull = best_of(distinct(2), scores([3, 1]), RNG, 0.4)
+    assert [(item.members, item.target, item.weight, item.term) for item in pull] == [
+        ((i,), 0.5, 0.1, 1) for i in (0, 1)
+    ]
+    assert best_of(distinct(2), scores([Failed("x"), 3.0]), RNG, 0.0) == Dropped("too_few_scores")
 
 
 @any_builder

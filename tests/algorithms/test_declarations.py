@@ -105,6 +105,18 @@ def test_slic_has_no_anchor() -> None:
     assert len(declared("slic", likelihood_weight=0.0).objective.terms) == 1
 
 
+def test_raft_has_an_anchor_only_for_its_pull() -> None:
+    bare, held = declared("raft"), declared("raft", kl_weight=0.3, samples_per_prompt=3)
+    assert bare.objective.terms == (Contrast("linear", scale=-1.0, anchored=False),)
+    assert held.objective.terms == (*bare.objective.terms, Contrast("square"))
+    assert (catalogue.describe(bare).anchor, catalogue.describe(held).anchor) == ("none", "fixed")
+    items = held.build(answered([[1], [2], [3]]), scored_by([0, 1, 5, 5], [1, 2, 3]), random.Random(0))
+    assert [(item.members, item.term, item.weight) for item in items] == [
+        ((1,), 0, 1.0),
+        *(((i,), 1, pytest.approx(0.05)) for i in range(3)),
+    ]
+
+
 # The catalogue
 
 

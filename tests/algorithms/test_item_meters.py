@@ -46,6 +46,21 @@ def test_any_split_gives_the_same_means_and_an_idle_rank_adds_nothing() -> None:
     assert means(merge(parts)) == pytest.approx(EXPECTED)
 
 
+def test_a_chosen_response_alone_is_no_pair() -> None:
+    raft = Preference((Contrast("linear", scale=-1.0, anchored=False),))
+    alone = [
+        Assignment(one.rollout, (TrainingItem(item.members[:1], (1.0,)),))
+        for one, item in ((FIRST, FIRST.items[0]), (SECOND, SECOND.items[0]))
+    ]
+    members = torch.tensor([0, 1, 5])  # tokens of the first response of each
+    meters = means(item_meters(raft, packed(alone), POLICY[members], ANCHOR[members]))
+    assert meters == {
+        "policy/chosen_reward": pytest.approx((2 + 3) / 2),
+        "policy/chosen_rose": 0.5,
+        "policy/chosen_logprob": pytest.approx(-5 / 3),
+    }
+
+
 def test_without_an_anchor_rewards_are_log_probs() -> None:
     slic = Preference((Contrast("hinge", anchored=False), Contrast("linear", scale=-0.1, anchored=False)))
     meters = means(item_meters(slic, packed([FIRST, SECOND]), POLICY, ANCHOR))

@@ -151,6 +151,33 @@ def test_without_bonus_it_is_dpo_on_the_same_pairs(name: str) -> None:
     assert len(without.experience.coefficients) == len(pairs)
 
 
+# RAFT
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_raft_rests_where_its_pull_equals_what_the_better_of_two_gains(weight: float) -> None:
+    """The better of two samples is the first action with 1 - (1 - p)^2 = p + p (1 - p); the pull is weight p (1 - p) h: h = 1 / weight."""
+    world = World(declared("raft", samples_per_prompt=2, kl_weight=weight), [7.0, 0.0])
+    learned = world.learn(400, 1.0 / weight, start=LIKELY_SECOND)
+    assert log_ratio(learned, LIKELY_SECOND) == pytest.approx(1 / weight, abs=1e-4)
+
+
+def test_rafts_gradient_is_that_of_fine_tuning_on_the_best() -> None:
+    world = World(declared("raft", samples_per_prompt=3), REWARDS)
+    logits = REFERENCE.clone().requires_grad_(True)
+    chances = world.chances(REFERENCE, REFERENCE)
+    (gradient,) = torch.autograd.grad(world.loss(logits.log_softmax(0), REFERENCE, chances), logits)
+    p = REFERENCE.exp()
+    worse = [1 - p[0], p[2], torch.tensor(0.0)]  # actions fall in reward: chance that a response is worse than action a
+    up_to = [torch.tensor(1.0), 1 - p[0], p[2]]
+    best = torch.stack([high**3 - low**3 for high, low in zip(up_to, worse, strict=True)])
+    assert torch.allclose(gradient, p - best, atol=1e-6), "of -sum_a best(a) log pi(a)"
+
+
+def test_raft_without_pull_puts_the_mass_on_the_best_action() -> None:
+    assert World(declared("raft", samples_per_prompt=4), REWARDS).learn(300, 1.0).exp()[0].item() > 0.95
+
+
 # SLiC
 
 

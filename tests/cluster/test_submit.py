@@ -49,18 +49,19 @@ def test_what_the_configuration_names_by_relative_path_travels(
 ) -> None:
     (here / "held").mkdir()
     (here / "held" / "out.jsonl").write_text("held out")
+    (here / "pairs.jsonl").write_text("canaries")
     (here / "judge.py").write_text("def score(*_): return 0.0")
     (here / "mine" / "deep").mkdir(parents=True)
     (here / "mine" / "deep" / "method.py").write_text("")
     (here / "mine" / "big.bin").write_text("not code")
     chosen = settings(
         data={"eval_prompts": "held/out.jsonl"},
-        reward={"path": "judge:score"},
+        reward={"path": "judge:score", "canaries": "pairs.jsonl"},
         algorithm={"name": "mine.deep.method:make"},
         cluster={"address": "10.0.0.1:6379"},
     )
     files = travelling_files(chosen)
-    assert set(map(str, files)) == {"prompts.jsonl", "held/out.jsonl", "judge.py", "mine/deep/method.py"}
+    assert set(map(str, files)) == {"prompts.jsonl", "held/out.jsonl", "pairs.jsonl", "judge.py", "mine/deep/method.py"}
     folder = tmp_path_factory.mktemp("job")
     pack(chosen, files, folder)
     assert (folder / "held" / "out.jsonl").read_text() == "held out"

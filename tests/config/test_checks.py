@@ -175,14 +175,69 @@ CASES = [
     (["reward.kind=model"], ["`reward.path`", "`reward.kind: function`"], ["reward.kind=function"]),
     (["reward.input=conversation"], ["`reward.input`", "`reward.kind: model`"], ["reward.input=response"]),
     (["reward.kind=pairwise_model"], ["`reward.path`", "pairwise_model"], ["reward.path=some/folder"]),
+    (["reward.path=null"], ["`reward.path` is missing", "module:name"], ["reward.path=my.module:reward"]),
+    (
+        ["reward.kind=model", "reward.path=null"],
+        ["`reward.path` is missing", "`reward.url`"],
+        ["reward.path=some/folder"],
+    ),
+    (
+        ["reward.kind=remote", "reward.path=null"],
+        ["`reward.url` is missing", "rlhf reward serve"],
+        ["reward.url=http://host:8000"],
+    ),
+    (
+        ["reward.kind=pairwise_remote", "reward.path=null", "reward.url=host:8000"],
+        ["`reward.url`", "http://"],
+        ["reward.url=https://host:8000"],
+    ),
+    (
+        ["reward.kind=remote", "reward.url=http://host:8000"],
+        ["`reward.path` would change nothing", "remote"],
+        ["reward.path=null"],
+    ),
+    (["reward.url=http://host:8000"], ["`reward.url` would change nothing", "function"], ["reward.url=null"]),
+    (["reward.cache=9"], ["`reward.cache`", "function"], ["reward.kind=model", "reward.path=some/folder"]),
+    (
+        ["reward.batch_tokens=99"],
+        ["`reward.batch_tokens`", "function"],
+        ["reward.kind=model", "reward.path=some/folder"],
+    ),
+    (["reward.canaries_every=3"], ["`reward.canaries_every`", "no `reward.canaries`"], ["reward.canaries=pairs.jsonl"]),
+    (["reward.canaries_tolerance=3"], ["`reward.canaries_tolerance`"], ["reward.canaries=pairs.jsonl"]),
+    (
+        ["reward.kind=verifier", "reward.path=maths"],
+        ["`reward.path`", "instructions, reasoning_gym"],
+        ["reward.path=math"],
+    ),
+    (
+        ["reward.kind=verifier", "reward.path=math", "reward.judge_prompt=ask.txt"],
+        ["`reward.judge_prompt`", "verifier"],
+        ["reward.judge_prompt=null"],
+    ),
+    (
+        ["reward.kind=llm_judge", "reward.path=null", "reward.url=http://host/v1"],
+        ["`reward.path` is missing", "the endpoint knows"],
+        ["reward.path=some-model"],
+    ),
+    (
+        ["reward.kind=llm_judge", "reward.path=m", "reward.url=host/v1"],
+        ["`reward.url`", "`http://host:8000/v1`"],
+        ["reward.url=http://host/v1"],
+    ),
+    (
+        ["reward.kind=llm_judge", "reward.path=some/folder", "reward.max_wait_ms=5"],
+        ["`reward.max_wait_ms`", "vLLM"],
+        ["reward.max_wait_ms=10"],
+    ),
     (
         ["reward.kind=pairwise_function", "reward.input=conversation"],
         ["`reward.input`", "pairwise_function"],
         ["reward.input=response"],
     ),
     (
-        ["reward.kind=pairwise_function", "reward.missing_eos_penalty=1"],
-        ["`reward.missing_eos_penalty`", "probabilities"],
+        ["reward.kind=pairwise_function", "reward.transforms=[{name: missing_eos, penalty: 1}]"],
+        ["`reward.transforms`", "probabilities"],
         ["reward.kind=function"],
     ),
     (

@@ -12,7 +12,7 @@ from rlhf.config.algorithm import METHODS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDERS = ("movie_reviews", "8b")
-VARIANTS = {"movie_reviews": {"online_dpo_lora"}, "8b": set()}
+VARIANTS = {"movie_reviews": {"online_dpo_lora", "sft"}, "8b": set()}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -18,20 +18,35 @@ import pytest
 from rlhf.algorithms import make
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS, OwnAlgorithm
+from rlhf.config.reward import MemberSettings, SourceSettings
+from rlhf.config.sft import SftDataSettings, TrainingSettings
+from rlhf.config.transforms import TRANSFORMS
+from rlhf.reward.transforms import Scored, stateless
 
 PACKAGE = Path(__file__).parents[2] / "rlhf"
 # The plan and the console show values to people; that alone changes nothing.
 SHOWING = ("config", "preflight")
 SECTIONS = {name: info.annotation for name, info in Settings.model_fields.items() if name != "algorithm"}
 SECTIONS["lora"] = SECTIONS["policy"].model_fields["lora"].annotation  # a section inside a section
-FIELDS = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields}
+SECTIONS |= {
+    "sft_data": SftDataSettings,
+    "training": TrainingSettings,
+}  # of `rlhf sft`; its others are those of `rlhf train`
+MEMBER = set(MemberSettings.model_fields) - set(SourceSettings.model_fields)  # the others are those of `reward`
+FIELDS = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields} | {
+    f"members.{field}" for field in MEMBER
+}
 
 
 def section_names(tree: ast.AST) -> dict[str, str]:
     """Names in a file that stand for a section: annotated with its class, or assigned from `... .section`."""
     classes = {
-        kind.__name__: name for name, section in SECTIONS.items() for kind in section.__mro__ if kind.__name__ != "Section"
+        kind.__name__: name
+        for name, section in SECTIONS.items()
+        for kind in section.__mro__
+        if kind.__name__ != "Section"
     }
+    classes["MemberSettings"] = "members"
     names = {name: name for name in SECTIONS}
     for node in ast.walk(tree):
         if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None:
@@ -78,7 +93,8 @@ def test_every_field_is_read() -> None:
 
 
 def test_every_field_is_described() -> None:
-    for name, section in [*SECTIONS.items(), *METHODS.items(), ("own", OwnAlgorithm)]:
+    others = [("own", OwnAlgorithm), ("members", MemberSettings)]
+    for name, section in [*SECTIONS.items(), *METHODS.items(), *TRANSFORMS.items(), *others]:
         for field, info in section.model_fields.items():
             assert info.description and info.description.endswith("."), f"{name}.{field}"
 
@@ -131,7 +147,28 @@ OTHER: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "critic_warmup_steps": ((3,), {}),
     "value_clip": ((0.5,), {}),
     "opponent_decay": ((0.5,), {}),
+    "kl_weight": ((0.5,), {}),
 }
+
+
+# Two values of each field of a transform, and what else must be set.
+TRANSFORMED: dict[str, dict[str, tuple[Any, Any, dict[str, Any]]]] = {
+    "clip": {"low": (None, 3.0, {}), "high": (None, 1.0, {})},
+    "length_penalty": {"per_token": (0.1, 0.2, {})},
+    "missing_eos": {"penalty": (1.0, 2.0, {})},
+    "normalise": {},
+    "log_sigmoid": {"quantile": (0.5, 0.9, {})},
+    "calibrate": {"phi": ("identity", "best_of_n", {}), "strength": (10.0, 5.0, {"phi": "worst_of_n"})},
+}
+
+
+def test_every_field_of_a_transform_changes_what_it_does() -> None:
+    response, references = Scored(2.0, n_tokens=5, cut=True), [0.0, 1.0, 5.0]
+    for name, kind in TRANSFORMS.items():
+        assert set(TRANSFORMED[name]) == set(kind.model_fields) - {"name"}
+        for field, (one, other, context) in TRANSFORMED[name].items():
+            results = [stateless(kind(name=name, **context, **{field: v}), response, references) for v in (one, other)]
+            assert results[0] != results[1], f"{name}.{field}"
 
 
 def declaration(method: str, **fields: Any) -> str:

@@ -141,6 +141,8 @@ def test_the_rules_name_fields_that_exist() -> None:
         (["algorithm.name=grpo", "algorithm.samples_per_prompt=5"], 5),
         (["algorithm.name=ppo"], 1),
         (["algorithm.name=nash_md"], 1),
+        (["algorithm.name=raft"], 1),
+        (["algorithm.name=raft", "algorithm.kl_weight=0.1"], 8),
         (["algorithm.name=my.module:mine"], 2),
     ],
 )

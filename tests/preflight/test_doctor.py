@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, GenerationConfig
 from rlhf.cli import main
 from rlhf.config import Settings, UserError, load
 from rlhf.config.cluster import ClusterSettings
+from rlhf.config.reward import RewardSettings
 from rlhf.data.assets import resolve
-from rlhf.data.prompts import load_prompts
+from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.preflight import checks_cluster, checks_host, checks_reward, checks_step, checks_text, doctor
 from rlhf.preflight.checks_cluster import Collective
 from rlhf.preflight.checks_host import HostFacts
@@ -119,7 +120,7 @@ def test_what_a_run_keeps_on_disk() -> None:
 
 
 def test_an_address_where_nobody_listens() -> None:
-    from rlhf.transfer import free_port
+    from rlhf.cluster.network import free_port
 
     finding = checks_cluster.check_address(f"127.0.0.1:{free_port()}")
     assert finding is not None and finding.state == "failed" and "nothing answers" in finding.seen
@@ -203,7 +204,7 @@ def test_the_environment_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cluster_that_cannot_be_joined(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from rlhf.transfer import free_port
+    from rlhf.cluster.network import free_port
 
     file = tmp_path / "findings.json"
     address = f"cluster.address=127.0.0.1:{free_port()}"
@@ -361,6 +362,24 @@ def test_the_worst_case_is_as_long_as_it_may_be(tokenizer: Any, tmp_path: Path) 
     assert trial.reward.path.endswith(":by_digest") and str(tmp_path) in trial.run.dir
     judge = load(TINY, ["reward.kind=pairwise_function", "reward.path=rlhf.reward.functions:prefers_more_letter_a"])
     assert checks_step.worst_case(judge, tokenizer, tmp_path).reward.path.endswith(":by_digest_pair")
+
+
+def test_the_trial_step_judges_with_models_and_else_by_digest(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(resolve("asset:tiny-llama"))
+
+    def trial(*overrides: str) -> RewardSettings:
+        return checks_step.worst_case(load(TINY, overrides), tokenizer, tmp_path).reward
+
+    remote = trial("reward.kind=remote", "reward.path=null", "reward.url=http://x:1", "reward.canaries=pairs.jsonl")
+    assert (remote.kind, remote.url, remote.canaries) == ("function", None, None) and remote.path.endswith(":by_digest")
+    model = trial("reward.kind=model", "reward.path=some/folder", "reward.transforms=[{name: normalise}]")
+    assert (model.kind, model.path, model.transforms) == ("model", "some/folder", [])
+    members = "{name: a, kind: model, path: some/a}, {name: b, kind: %s, path: %s}"
+    several = ["reward.kind=several", "reward.path=null"]
+    models = trial(*several, f"reward.members=[{members % ('model', 'some/b')}]")
+    assert [source.path for _, source in models.sources()] == ["some/a", "some/b"]
+    mixed = trial(*several, f"reward.members=[{members % ('function', 'my.module:f')}]")
+    assert mixed.kind == "function" and mixed.path.endswith(":by_digest")
 
 
 def test_texts_of_a_given_length() -> None:

@@ -135,6 +135,39 @@ def test_a_pairwise_function_is_looked_at(tmp_path: Path) -> None:
         describe(tiny(*good, "reward.path=rlhf.reward.functions:share_of_letter_a"))
 
 
+def test_a_service_and_its_canaries_are_looked_at(tmp_path: Path) -> None:
+    service = ["reward.kind=remote", "reward.path=null", "reward.url=http://rewards:8000"]
+    canaries = tmp_path / "canaries.jsonl"
+    canaries.write_text('{"good": "a", "bad": "b"}\n')
+    assert "the service at http://rewards:8000" in describe(tiny(*service, f"reward.canaries={canaries}"))
+    canaries.write_text('{"good": "a"}\n')
+    with pytest.raises(UserError, match=r"canaries\.jsonl, line 1: a pair needs"):
+        describe(tiny(*service, f"reward.canaries={canaries}"))
+
+
+def test_every_prompt_has_what_the_verifier_needs(tmp_path: Path) -> None:
+    lines = [{"prompt": "1+1?", "answer": "2"}, {"prompt": "2+2?", "answer": "4"}]
+    prompts = tmp_path / "sums.jsonl"
+    overrides = ("reward.kind=verifier", "reward.path=math", f"data.prompts={prompts}", "loop.prompts_per_step=2")
+    settings = tiny(*overrides, "data.eval_prompts=null", "loop.eval_every=0")
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "the verifier math" in describe(settings)
+    del lines[1]["answer"]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"sums\.jsonl: prompt \w{16} \(`2\+2\?`\): field `answer`: missing"):
+        describe(settings)
+
+
+def test_an_llm_judges_tokenizer_is_looked_at(tmp_path: Path) -> None:
+    judge = resolve("asset:tiny-llama")
+    settings = tiny("reward.kind=llm_judge", f"reward.path={judge}")
+    assert f"the LLM judge {judge}" in describe(settings)
+    question = tmp_path / "question.txt"
+    question.write_text("{prompt} {a}?")
+    with pytest.raises(UserError, match=r"has no \{b\}"):
+        describe(tiny("reward.kind=llm_judge", f"reward.path={judge}", f"reward.judge_prompt={question}"))
+
+
 def test_debug_mode_has_one_of_each() -> None:
     plan = describe(tiny(), debug=True)
     assert "1 x vLLM engine" in plan and "1 x DeepSpeed rank" in plan and "debug mode" in plan

@@ -38,3 +38,44 @@ async def picky(prompt, a, b, payload):
     if "none" in (a, b):
         return None
     return (0.9 if len(a) > len(b) else 0.1) + 0.05
+
+
+BIAS = [0.0]
+
+
+def fickle(prompt, response, payload):
+    """The length of the response plus a number that a test changes; far below zero it turns the order round."""
+    return (1 if BIAS[0] > -50 else -1) * float(len(response)) + BIAS[0]
+
+
+async def gated(prompt, response, payload):
+    """Waits until the test opens the gate."""
+    INSIDE[0] += 1
+    await GATE[0].wait()
+    return 1.0
+
+
+GATE: list[asyncio.Event] = []
+INSIDE = [0]
+
+
+def all_at_once(prompt, responses, payload):
+    """Each response's length less the mean length; `few` makes the list too short, `none` makes it no list."""
+    if "none" in responses:
+        return 3.0
+    mean = sum(map(len, responses)) / len(responses)
+    return [len(response) - mean for response in responses if response != "few"]
+
+
+async def all_pairs(prompt, pairs, payload):
+    """The longer one wins."""
+    return [float(len(a) > len(b)) for a, b in pairs]
+
+
+CANARIES_SEEN = [0]
+
+
+def tiring(prompt, response, payload):
+    """The length of the response; from the seventh canary on (three judgings of a pair), a little more."""
+    CANARIES_SEEN[0] += prompt == "canary"
+    return len(response) + (0.01 if CANARIES_SEEN[0] > 6 else 0.0)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from rlhf.cluster import LocalRuntime
 from rlhf.reward.errors import RewardError
 from rlhf.reward.functions import COMPARE, load_function, prefers_more_letter_a
+from rlhf.reward.models import COMPARISON
 from rlhf.reward.pairwise import feedback, orders
-from rlhf.reward.pairwise_model import TEXT, load_pairwise_model
+from rlhf.reward.pairwise_model import load_pairwise_model
 from rlhf.reward.pool import RewardPool
 from rlhf.reward.scoring import probability_of
 from rlhf.types import Failed, Feedback, Invalid, Rollout, Score, TimedOut
@@ -86,6 +87,25 @@ def test_a_failed_order_leaves_the_pair_without_a_verdict() -> None:
     assert [verdict.outcomes[i].value for i in (0, 2)] == pytest.approx([0.8, 0.2])
 
 
+def test_position_bias_and_undecided_pairs_are_measured() -> None:
+    answers = {(0, 1): 0.9, (1, 0): 0.3, (0, 2): 1.0, (2, 0): 1.0, (1, 2): 0.5, (2, 1): 0.1, (0, 3): 0.9, (3, 0): None}
+    answers |= {(1, 3): TimedOut(1.0), (3, 1): 0.2, (2, 3): 0.2, (3, 2): 0.6}
+    measures = feedback("p", ["a", "b", "c", "d"], answers).measures
+    assert measures["position_bias"] == pytest.approx((0.2, 1.0, -0.4, -0.2))
+    assert measures["undecided"] == (0.0, 1.0, 1.0, 0.0), "a verdict of 1/2 names no winner"
+
+
+@given(st.floats(-5, 5), st.floats(0.01, 3))
+def test_the_sign_of_the_bias_is_that_of_the_liking_for_the_first_place(margin: float, bias: float) -> None:
+    def first_wins(margin: float, bias: float) -> float:
+        return 1 / (1 + math.exp(-margin - bias))
+
+    for liking in (bias, -bias):
+        answers = {(0, 1): first_wins(margin, liking), (1, 0): first_wins(-margin, liking)}
+        (measured,) = feedback("p", ["a", "b"], answers).measures["position_bias"]
+        assert measured * liking > 0
+
+
 def test_one_response_alone_has_no_verdict() -> None:
     verdict = feedback("p", ["a"], {})
     assert isinstance(verdict.outcomes[0], Invalid) and verdict.preferences.tolist() == [[0.5]]
@@ -145,7 +165,7 @@ def test_a_model_compares_as_its_logits_say(run, tiny_settings, make_text_rollou
     for i, j in permutations(range(3), 2):
         logits = []
         for a, b in ((i, j), (j, i)):
-            text = TEXT.format(prompt="Say it.", a=texts[a], b=texts[b])
+            text = COMPARISON.format(prompt="Say it.", a=texts[a], b=texts[b])
             with torch.no_grad():
                 logits.append(model(**tokenizer(text, return_tensors="pt")).logits[0, 0])
         expected = (torch.sigmoid(logits[0]) + 1 - torch.sigmoid(logits[1])) / 2

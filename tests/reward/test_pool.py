@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rlhf.cluster import LocalRuntime
 from rlhf.reward.errors import NoServerLeft, RewardError
 from rlhf.reward.models import Example, load_model
 from rlhf.reward.pool import RewardPool
 from rlhf.types import Failed, Invalid, Score, TimedOut
+from tests.reward import sample_rewards
 
 MOODY = "tests.reward.sample_rewards:moody"
 
@@ -34,15 +38,26 @@ def judged(run, settings, *rollouts):
 
 
 def test_a_function_scores_and_fails_by_response(run, tiny_settings, make_text_rollout):
-    settings = tiny_settings(reward={"path": MOODY, "deadline_s": 0.2, "missing_eos_penalty": 10.0})
+    settings = tiny_settings(reward={"path": MOODY, "deadline_s": 0.2})
     (outcomes,) = judged(run, settings, make_text_rollout(["four", "bad", "slow", "nan", "quits", "cut"], cut=[5]))
     assert outcomes[:3] == (Score(4.0), Failed("ValueError: I do not judge this"), TimedOut(0.2))
-    assert isinstance(outcomes[3], Invalid) and outcomes[4] == Failed("SystemExit: 3") and outcomes[5] == Score(-7.0)
+    assert isinstance(outcomes[3], Invalid) and outcomes[4] == Failed("SystemExit: 3") and outcomes[5] == Score(3.0)
 
 
 def test_a_function_gets_prompt_and_payload(run, tiny_settings, make_text_rollout):
     settings = tiny_settings(reward={"path": "tests.reward.sample_rewards:sees"})
     assert judged(run, settings, make_text_rollout(["x"])) == [(Score(1.0),)]
+
+
+def test_a_function_may_judge_all_responses_in_one_call(run, tiny_settings, make_text_rollout):
+    settings = tiny_settings(reward={"path": "tests.reward.sample_rewards:all_at_once"})
+    rollouts = [make_text_rollout(texts) for texts in (["four", "sixsix"], ["few", "x"], ["none", "x"])]
+    right, few, none = judged(run, settings, *rollouts)
+    assert right == (Score(-1.0), Score(1.0))
+    assert few == (Failed("the function returned 1 values for 2"),) * 2
+    assert none == (Failed("the function returned 3.0, which is not a list"),) * 2
+    compare = {"kind": "pairwise_function", "path": "tests.reward.sample_rewards:all_pairs"}
+    assert judged(run, tiny_settings(reward=compare), rollouts[0]) == [(Score(0.0), Score(1.0))]
 
 
 def test_a_classifier_scores_as_it_does_alone(run, tiny_settings, make_text_rollout, classifier):
@@ -79,6 +94,40 @@ def test_weights_stay_as_they_are_while_serving(run, tiny_settings, make_text_ro
     assert before == list(after.values()) and len(set(before)) == 1 and before[0]
 
 
+@pytest.mark.parametrize(("servers", "rollouts", "most"), [(1, 6, 4), (2, 6, 8), (1, 1, 2)])
+def test_servers_are_given_no_more_than_they_may_hold(run, tiny_settings, make_text_rollout, servers, rollouts, most):
+    reward = {"path": "tests.reward.sample_rewards:gated", "max_waiting": 5, "servers": servers}
+    assert all_at_once(run, tiny_settings(reward=reward), [make_text_rollout(["a", "b"])] * rollouts) == most
+
+
+def test_a_rollout_larger_than_the_limit_is_judged_alone(run, tiny_settings, make_text_rollout):
+    reward = {"path": "tests.reward.sample_rewards:gated", "max_waiting": 1}
+    assert all_at_once(run, tiny_settings(reward=reward), [make_text_rollout(["a", "b", "c"])] * 2) == 3
+
+
+def all_at_once(run, settings, rollouts):
+    """Judge all rollouts; how many responses were inside the function before the first one came out."""
+    runtime = LocalRuntime()
+
+    async def scenario():
+        sample_rewards.GATE[:] = [asyncio.Event()]
+        sample_rewards.INSIDE[0] = 0
+        pool = await RewardPool.start(runtime, settings)
+        judging = [asyncio.create_task(pool.judge(rollout)) for rollout in rollouts]
+        for _ in range(100):  # turns of the loop, until everybody waits for the gate or for a server
+            await asyncio.sleep(0)
+        inside = sample_rewards.INSIDE[0]
+        sample_rewards.GATE[0].set()
+        feedbacks = await asyncio.gather(*judging)
+        assert all(outcome == Score(1.0) for feedback in feedbacks for outcome in feedback.outcomes)
+        return inside
+
+    try:
+        return run(scenario())
+    finally:
+        runtime.stop()
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -104,7 +153,7 @@ def test_ray_servers_break_and_the_pool_goes_on(run, scratch_runtime, tiny_setti
         return make_text_rollout(texts, keep=ray.put)
 
     async def scenario():
-        settings = tiny_settings(reward={"path": MOODY, "servers": 2, "deadline_s": 2.0})
+        settings = tiny_settings(reward={"path": MOODY, "servers": 2, "deadline_s": 2.0, "restarts": 0})
         pool = await RewardPool.start(scratch_runtime, settings)
         mixed = (await pool.judge(make(["four", "bad", "slow", "nan"]))).outcomes
         os.kill(pool.infos[0].pid, signal.SIGKILL)
@@ -122,6 +171,46 @@ def test_ray_servers_break_and_the_pool_goes_on(run, scratch_runtime, tiny_setti
     assert isinstance(after_kill[0], Failed) and "died" in after_kill[0].reason
     assert after_kill[1:] == [Score(4.0)] * 3
     assert all(isinstance(outcome, Failed) for outcome in last)
+
+
+@pytest.mark.engine
+def test_a_dead_server_is_started_again_with_the_same_weights_or_not(
+    run, scratch_runtime, tiny_settings, make_text_rollout, classifier, tmp_path
+):
+    import ray
+
+    folder = tmp_path / "model"
+    shutil.copytree(classifier, folder)
+
+    async def scenario():
+        settings = tiny_settings(reward={"kind": "model", "path": str(folder), "restarts": 2})
+        pool = await RewardPool.start(scratch_runtime, settings)
+        pids = [pool.infos[0].pid]
+
+        async def judge():
+            return (await pool.judge(make_text_rollout(["four"], keep=ray.put))).outcomes[0]
+
+        async def kill():
+            os.kill(pool.infos[0].pid, signal.SIGKILL)
+            return await judge(), await pool.health()
+
+        first = await judge()
+        lost, health = await kill()
+        again = await judge()  # waits until the new server is ready
+        pids.append(pool.infos[0].pid)
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+        await kill()
+        with pytest.raises(NoServerLeft, match="judges with .* instead of"):
+            await judge()
+        return pids, first, lost, health, again
+
+    pids, first, lost, health, again = run(scenario())
+    assert len(set(pids)) == 2
+    assert isinstance(lost, Failed) and "died" in lost.reason and health == {"reward-0": None}
+    assert again == first
 
 
 @pytest.mark.engine

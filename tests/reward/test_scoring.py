@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 import pytest
 import torch
 
-from rlhf.reward.batching import Batcher
 from rlhf.reward.errors import RewardError
 from rlhf.reward.functions import exact_match, load_function, negative_length, share_of_letter_a
 from rlhf.reward.scoring import failure, outcome_of
@@ -17,18 +14,17 @@ from rlhf.types import Failed, Invalid, Score
 
 @pytest.mark.parametrize("value", [1, 1.0, True, np.float32(1), torch.tensor(1.0), torch.tensor([1.0])])
 def test_numbers_are_scores(value):
-    assert outcome_of(value, "stop", 0.5) == Score(1.0)
-    assert outcome_of(value, "length", 0.5) == Score(0.5)
+    assert outcome_of(value) == Score(1.0)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), -float("inf")])
 def test_no_reward_is_invalid(value):
-    assert isinstance(outcome_of(value, "stop", 0.0), Invalid)
+    assert isinstance(outcome_of(value), Invalid)
 
 
 @pytest.mark.parametrize("value", ["good", [1.0], {}, torch.zeros(2)])
 def test_nonsense_is_failed(value):
-    assert isinstance(outcome_of(value, "stop", 0.0), Failed)
+    assert isinstance(outcome_of(value), Failed)
 
 
 def test_failure_carries_the_message():
@@ -61,43 +57,3 @@ def test_a_function_beside_the_run_is_found(tmp_path, monkeypatch):
     (tmp_path / "my_reward_of_this_test.py").write_text("def reward(prompt, response, payload):\n    return 1.0\n")
     monkeypatch.chdir(tmp_path)
     assert load_function("my_reward_of_this_test:reward")("", "", {}) == 1.0
-
-
-def test_batches_fill_up_and_answers_find_their_callers():
-    sizes: list[int] = []
-
-    async def work(items: list[int]) -> list[int]:
-        sizes.append(len(items))
-        await asyncio.sleep(0)
-        return [10 * item for item in items]
-
-    async def scenario():
-        batcher = Batcher(work, batch_size=4, max_wait_s=60.0)
-        first = await asyncio.gather(batcher.submit([0, 1, 2]), batcher.submit([3]), batcher.submit([4, 5, 6, 7]))
-        return first
-
-    assert asyncio.run(scenario()) == [[0, 10, 20], [30], [40, 50, 60, 70]]
-    assert sizes == [4, 4]
-
-
-def test_a_lone_request_does_not_wait_for_ever():
-    async def work(items: list[int]) -> list[int]:
-        return items
-
-    assert asyncio.run(Batcher(work, batch_size=4, max_wait_s=0.01).submit([7])) == [7]
-
-
-def test_a_batch_that_breaks_reaches_all_its_callers_and_the_next_one_passes():
-    async def work(items: list[int]) -> list[int]:
-        if 1 in items:
-            raise RuntimeError("out of memory")
-        return items
-
-    async def scenario():
-        batcher = Batcher(work, batch_size=2, max_wait_s=0.01)
-        broken = await asyncio.gather(batcher.submit([1]), batcher.submit([2]), return_exceptions=True)
-        return broken, await batcher.submit([3])
-
-    broken, after = asyncio.run(scenario())
-    assert [str(error) for error in broken] == ["out of memory"] * 2
-    assert after == [3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -10,30 +9,10 @@ import numpy as np
 import pytest
 
 from rlhf.reward import train
-from rlhf.reward.dataset import read_data
 from rlhf.reward.errors import RewardError
 from rlhf.reward.heads import fit_logistic, fit_ridge
 from rlhf.reward.models import Example, load_model
-
-
-def fit(model: Path, data: Path, output: Path, *options: str) -> dict:
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    arguments = ["--model", str(model), "--train", str(data), "--output", str(output), "--threads", "1", *options]
-    assert train.main(parser.parse_args(arguments)) == 0
-    return json.loads((output / train.REPORT).read_text())
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def texts(n: int) -> list[tuple[str, float]]:
-    """Texts whose rating is how many of their twelve letters are an a."""
-    rng = np.random.default_rng(0)
-    made = ["".join(rng.choice(list("aab"), 12)) if i % 2 else "".join(rng.choice(list("abb"), 12)) for i in range(n)]
-    return [(text, float(text.count("a"))) for text in made]
+from tests.reward.training import cyclic_pairs, fit, texts, write
 
 
 @pytest.fixture
@@ -78,14 +57,27 @@ def test_full_fine_tuning(base, rated, tmp_path, request):
     report = fit(model, rated, tmp_path / "model", *options)
     assert report["objective"] == ("bradley-terry" if base == "classifier" else "squared")
     assert report["test"]["pair_accuracy"] > 0.8
-    again = fit(model, rated, tmp_path / "again", *options)
-    assert again["test"] == report["test"]
+    assert {"accuracy_longer_wins", "rank_correlation"} <= set(report["test"]["length"])
+    assert sum(b["pairs"] for b in report["reliability"]) == report["test"]["pairs"]
+    assert (tmp_path / "model" / "reliability.png").stat().st_size > 0
+    if base == "encoder":
+        assert fit(model, rated, tmp_path / "again", *options)["test"] == report["test"], "the seed decides everything"
 
 
 def test_full_bradley_terry_on_pairs(encoder, paired, tmp_path):
     options = ("--method", "full", "--epochs", "12", "--learning-rate", "3e-3")
     report = fit(encoder, paired, tmp_path / "model", *options)
     assert report["objective"] == "bradley-terry" and report["test"]["pair_accuracy"] > 0.8
+
+
+def test_a_cycle_needs_a_general_preference_model(encoder, tmp_path):
+    """a beats b beats c beats a: no reward can say so, an embedding in the plane can."""
+    data = write(tmp_path / "cycle.jsonl", cyclic_pairs(480))
+    options = ("--method", "full", "--epochs", "16", "--learning-rate", "1e-2", "--batch-size", "128")
+    gpm = fit(encoder, data, tmp_path / "gpm", *options, "--objective", "gpm")
+    reward = fit(encoder, data, tmp_path / "reward", *options)
+    assert gpm["test"]["pair_accuracy"] >= 0.95
+    assert abs(reward["test"]["pair_accuracy"] - 0.5) < 0.2
 
 
 def test_an_older_model_is_replaced_but_no_other_folder(encoder, rated, tmp_path):
@@ -101,50 +93,6 @@ def test_an_older_model_is_replaced_but_no_other_folder(encoder, rated, tmp_path
 def test_ridge_refuses_pairs(encoder, paired, tmp_path):
     with pytest.raises(RewardError, match="--method logistic"):
         fit(encoder, paired, tmp_path / "model", "--method", "ridge")
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ('{"text": "x"}', "line 2, field `rating`: missing"),
-        ('{"text": "x", "rating": "3"}', "line 2, field `rating`: must be a finite number, not '3'"),
-        ('{"text": "x", "rating": NaN}', "line 2, field `rating`: must be a finite number"),
-        ('{"text": " ", "rating": 1}', "line 2, field `text`: must be text"),
-        ('{"text": "x", "rating": 1, "prompt": "y"}', "line 2, field `prompt`: give it in every row or in none"),
-        ("[1]", "line 2: a list"),
-        ("{", "line 2: not JSON"),
-    ],
-)
-def test_bad_rows_are_named(tmp_path, second, message):
-    (tmp_path / "data.jsonl").write_text('{"text": "a", "rating": 1}\n' + second + "\n")
-    with pytest.raises(RewardError, match=message):
-        read_data(str(tmp_path / "data.jsonl"))
-
-
-def test_bad_pairs_and_files_are_named(tmp_path):
-    same = write(tmp_path / "same.jsonl", [{"chosen": "x", "rejected": "x"}])
-    with pytest.raises(RewardError, match="line 1, field `rejected`: equal"):
-        read_data(str(same))
-    with pytest.raises(RewardError, match="line 1: has the fields answer"):
-        read_data(str(write(tmp_path / "other.jsonl", [{"answer": 1}])))
-    with pytest.raises(RewardError, match="no rows"):
-        read_data(str(write(tmp_path / "empty.jsonl", [])))
-    with pytest.raises(RewardError, match="no data file"):
-        read_data(str(tmp_path / "none.jsonl"))
-
-
-def test_pairs_from_ratings_respect_the_margin(rated):
-    data = read_data(str(rated))
-    pairs = data.pairs(2.0, 500, np.random.default_rng(0))
-    assert len(pairs) == 500
-    assert (data.ratings[pairs[:, 0]] - data.ratings[pairs[:, 1]] > 2.0).all()
-
-
-def test_rows_of_one_prompt_stay_together(tmp_path):
-    rows = [{"prompt": f"p{i % 5}", "text": f"t{i}", "rating": i} for i in range(50)]
-    rest, part = read_data(str(write(tmp_path / "d.jsonl", rows))).divide(0.2, np.random.default_rng(0))
-    assert {e.prompt for e in rest.examples}.isdisjoint(e.prompt for e in part.examples)
-    assert (rest.n_rows, part.n_rows) == (40, 10)
 
 
 def test_heads_recover_a_linear_truth():

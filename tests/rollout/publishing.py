@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf.cluster import fetch
+from rlhf.cluster.network import free_port
 from rlhf.rollout import RolloutPool, Sampling
-from rlhf.transfer import TransferSession, WeightSender, WeightSpec, free_port
+from rlhf.transfer import TransferSession, WeightSender, WeightSpec
 from rlhf.types import Completion, Half, Prompt, content_id
 
 GAP = 1e-4  # nats; engine and transformers round differently

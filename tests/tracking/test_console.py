@@ -11,7 +11,15 @@ from rich.console import Console
 
 from rlhf.config import Settings
 from rlhf.tracking import Record
-from rlhf.tracking.console import LiveConsole, PlainConsole, make_console, split_bar, step_text, time_split
+from rlhf.tracking.console import (
+    LiveConsole,
+    PlainConsole,
+    SupervisedConsole,
+    make_console,
+    split_bar,
+    step_text,
+    time_split,
+)
 
 LINE = {
     "step": 3,
@@ -103,3 +111,14 @@ def test_a_terminal_that_went_away_does_not_stop_the_run(
         record.step(1, {"reward/mean": 0.5})
     record.step(2, {"reward/mean": 0.5})
     assert len(lines(folder / "metrics.jsonl")) == 2
+
+
+def test_a_supervised_run_shows_its_loss(capsys: pytest.CaptureFixture) -> None:
+    console = SupervisedConsole(9)
+    console.evaluation({"step": 0, "heldout/loss": 3.25})
+    console.step(
+        {"step": 2, "train/loss": 1.5, "train/grad_norm": 0.25, "train/learning_rate": 1e-5, "warnings": ["odd"]}
+    )
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "held-out, after step 0:  loss 3.2500"
+    assert shown[1] == "step 2/9  loss 1.5000  gradient 0.25  rate 1.00e-05  - tokens/s  ! odd"

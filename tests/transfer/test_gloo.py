@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.transfer import TransferFailed, TransferSession, WeightSpec, free_port
+from rlhf.cluster.network import free_port
+from rlhf.transfer import TransferFailed, TransferSession, WeightSpec
 from rlhf.transfer.buckets import Placement, plan, spec_bytes
 from rlhf.transfer.fingerprint import fingerprint
 from rlhf.transfer.gloo import GlooSender, join, receive

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config.loader import UserError
-from rlhf.loop.checkpoints import Checkpoints
+from rlhf.training.checkpoints import Checkpoints
 
 
 def write(checkpoints: Checkpoints, step: int, complete: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: which one is complete, which come to be deleted. DeepSpeed writes the weights; this room writes the loop's state.
+"""Checkpoints: which one is complete, which come to be deleted. DeepSpeed writes the weights; who drives the run writes its state.
 
 `checkpoints/step-000050/` holds what the ranks wrote; `state.json` in it is written last, at once, and makes it complete. A
 folder without it is the remains of a crash and is never read.

@@ -1,0 +1,43 @@
+"""What the fields of `policy` demand of each other, whatever the policy learns from. The findings read like those of `checks.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from rlhf.config.method_checks import changed
+from rlhf.config.policy import PolicySettings
+
+
+def policy_problems(policy: PolicySettings, device: Literal["auto", "cpu", "cuda"]) -> Iterator[str]:
+    """All findings.
+
+    Args:
+        device: `cluster.device`.
+    """
+    if policy.schedule == "constant" and changed(policy, "min_learning_rate_ratio"):
+        yield (
+            "`policy.min_learning_rate_ratio` is where `linear` and `cosine` end, but `policy.schedule` is constant. "
+            "Remove it, or choose another `policy.schedule`"
+        )
+    yield from _zero(policy)
+    for name in ("offload_optimizer", "offload_parameters"):
+        if device == "cpu" and getattr(policy, name) != "none":
+            yield (
+                f"`policy.{name}`: with `cluster.device: cpu` everything is in host memory already. Set "
+                f"`policy.{name}: none`"
+            )
+
+
+def _zero(policy: PolicySettings) -> Iterator[str]:
+    if policy.offload_parameters != "none" and policy.zero_stage != 3:
+        yield (
+            "`policy.offload_parameters`: weights can be kept in host memory only when they are sharded, and "
+            f"`policy.zero_stage` is {policy.zero_stage}. Set `policy.zero_stage: 3`, or `policy.offload_parameters: "
+            "none`"
+        )
+    if policy.offload_optimizer != "none" and policy.zero_stage == 0:
+        yield (
+            "`policy.offload_optimizer`: optimizer states can be kept in host memory only when they are sharded, and "
+            "`policy.zero_stage` is 0. Set `policy.zero_stage` to 1, 2 or 3, or `policy.offload_optimizer: none`"
+        )

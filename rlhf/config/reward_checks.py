@@ -1,0 +1,141 @@
+"""What the fields of `reward` demand of each other: who judges and how it is reached, the servers, the canaries.
+
+Transforms and ensembles have checks of their own (`shaping_checks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.config.method_checks import changed
+from rlhf.config.reward import VERIFIERS, SourceSettings
+from rlhf.config.settings import Settings
+
+CACHED = ("model", "pairwise_model", "verifier")
+"""Kinds whose verdict on the same texts is always the same."""
+
+
+def reward_problems(settings: Settings) -> Iterator[str]:
+    """All findings about `reward`."""
+    for place, source in settings.reward.sources():
+        yield from _source(place, source)
+    if settings.reward.kind == "several":
+        yield from _unused(
+            settings.reward, "reward", "path", "url", "input", instead="`reward.members` name the judges"
+        )
+    yield from _servers(settings)
+    yield from _canaries(settings)
+
+
+def _source(place: str, source: SourceSettings) -> Iterator[str]:
+    if "remote" in source.kind:
+        yield from _remote(place, source)
+    elif source.is_function:
+        yield from _function(place, source)
+    elif source.kind == "verifier":
+        yield from _verifier(place, source)
+    elif source.kind == "llm_judge":
+        yield from _llm_judge(place, source)
+    elif source.model is not None or source.path is None:
+        yield from _model(place, source)
+    if source.kind in ("model", "function", "pairwise_model", "pairwise_function", "verifier"):
+        yield from _unused(source, place, "url", instead="it is where a service answers")
+    if source.kind != "llm_judge":
+        yield from _unused(source, place, "judge_prompt", instead="it is what an LLM judge is asked with")
+    if source.kind != "model" and changed(source, "input"):
+        yield (
+            f"`{place}.input` is what a model that scores reads, but `{place}.kind` is {source.kind}, which is given both "
+            f"prompt and responses. Remove it, or set `{place}.kind: model`"
+        )
+
+
+def _remote(place: str, source: SourceSettings) -> Iterator[str]:
+    if source.url is None:
+        yield (
+            f"`{place}.url` is missing: where the service answers, such as `http://host:8000`. `rlhf reward serve` starts one"
+        )
+    elif not source.url.startswith(("http://", "https://")):
+        yield f"`{place}.url`: `{source.url}` does not begin with http:// or https://. Write it as `http://host:8000`"
+    yield from _unused(source, place, "path", instead="the service knows what it judges with")
+
+
+def _function(place: str, source: SourceSettings) -> Iterator[str]:
+    if source.path is None:
+        yield f"`{place}.path` is missing: the import path of the function, `module:name`"
+    elif not _is_import_path(source.path):
+        yield (
+            f"`{place}.path`: a function is named by its import path, `module:name`, not `{source.path}`. Correct "
+            f"`{place}.path`, or set `{place}.kind: model`"
+        )
+
+
+def _model(place: str, source: SourceSettings) -> Iterator[str]:
+    if source.path is None:
+        yield (
+            f"`{place}.path` is missing: who judges. Give a reward model's folder; or with `{place}.kind: function` an import "
+            f"path, `module:name`; or with `{place}.kind: remote` a service's `{place}.url`"
+        )
+    elif _is_import_path(source.path):
+        yield (
+            f"`{place}.path`: `{source.path}` looks like the import path of a function, but `{place}.kind` is "
+            f"{source.kind}. Set `{place}.kind: function`, or give a model's folder"
+        )
+
+
+def _verifier(place: str, source: SourceSettings) -> Iterator[str]:
+    if source.path not in VERIFIERS:
+        yield f"`{place}.path`: `{source.path}` is no verifier. Choose one of {', '.join(VERIFIERS)}"
+
+
+def _llm_judge(place: str, source: SourceSettings) -> Iterator[str]:
+    if source.path is None:
+        yield (
+            f"`{place}.path` is missing: the folder of the language model that judges, or, with `{place}.url`, the name that the "
+            "endpoint knows it by"
+        )
+    if source.url is not None and not source.url.startswith(("http://", "https://")):
+        yield (
+            f"`{place}.url`: `{source.url}` does not begin with http:// or https://. Write the endpoint's base address, such as "
+            "`http://host:8000/v1`"
+        )
+
+
+def _is_import_path(path: str) -> bool:
+    return ":" in path and not path.startswith("asset:") and "/" not in path
+
+
+def _servers(settings: Settings) -> Iterator[str]:
+    reward = settings.reward
+    kinds = [source.kind for _, source in reward.sources()]
+    if settings.cluster.device == "cpu" and changed(reward, "gpus"):
+        yield "`reward.gpus` is unused with `cluster.device: cpu`. Remove it"
+    loads_model = any(source.model is not None for _, source in reward.sources())
+    if settings.cluster.device == "cuda" and loads_model and reward.gpus == 0:
+        yield (
+            "`reward.gpus`: with `cluster.device: cuda` a reward model runs on a GPU, and its servers reserve none. Set "
+            "`reward.gpus: 1` (or a fraction, for several servers on one), or `cluster.device: auto` to judge on CPUs"
+        )
+    if not loads_model:
+        yield from _unused(
+            reward, "reward", "batch_size", "batch_tokens", "max_wait_ms", instead="it is about the batches of a model"
+        )
+    elif reward.kind == "llm_judge":
+        yield from _unused(reward, "reward", "max_wait_ms", instead="vLLM takes questions into its batch as they come")
+    if changed(reward, "cache") and not set(kinds) & set(CACHED):
+        yield (
+            f"`reward.cache`: verdicts are remembered for models and verifiers, whose verdict on the same text is always the "
+            f"same, and `reward.kind` is {reward.kind}. Remove it"
+        )
+
+
+def _canaries(settings: Settings) -> Iterator[str]:
+    reward = settings.reward
+    if reward.canaries is None:
+        fields = ("canaries_every", "canaries_wrong", "canaries_tolerance")
+        yield from _unused(reward, "reward", *fields, instead="there are no `reward.canaries`")
+
+
+def _unused(section: SourceSettings, place: str, *fields: str, instead: str) -> Iterator[str]:
+    for field in fields:
+        if changed(section, field):
+            yield f"`{place}.{field}` would change nothing with `{place}.kind: {section.kind}`: {instead}. Remove it"

@@ -1,0 +1,94 @@
+"""Settings of `rlhf sft`: supervised fine-tuning. What it shares with `rlhf train` are the same sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.config.base import Section
+from rlhf.config.checkpoint import CheckpointSettings
+from rlhf.config.cluster import ClusterSettings
+from rlhf.config.policy import PolicySettings
+from rlhf.config.run import RunSettings
+from rlhf.config.tracking import TrackingSettings
+
+
+class SftDataSettings(Section):
+    examples: str = Field(
+        description="JSONL file of training examples; each line an object with `messages` (a chat that ends with the assistant's "
+        "turn; every turn of the assistant is learned), or with a prompt and a response. Other fields are not read.",
+    )
+    eval_examples: str | None = Field(
+        None,
+        description="JSONL file of held-out examples in the same format. None: no held-out loss.",
+    )
+    prompt_field: str = Field(
+        "prompt",
+        min_length=1,
+        description="Name of the field that holds the prompt, a text.",
+    )
+    response_field: str = Field(
+        "response",
+        min_length=1,
+        description="Name of the field that holds the response to the prompt, a text.",
+    )
+    max_tokens: int = Field(
+        1024,
+        ge=2,
+        description="Examples longer than this many tokens, prompt and response after the chat template, are handled as "
+        "`too_long` says.",
+    )
+    too_long: Literal["error", "drop"] = Field(
+        "error",
+        description="What to do with an example over `max_tokens`: stop before any model is loaded, or leave it out and say how "
+        "many were.",
+    )
+    chat_template: bool = Field(
+        True,
+        description="Render examples through the tokenizer's chat template. False: prompt and response are tokenised as they are.",
+    )
+    system_prompt: str | None = Field(
+        None,
+        description="System message put before every example. None: what the chat template does by default.",
+    )
+
+    def files(self) -> dict[str, str]:
+        """The files that are read, by field."""
+        named = {"examples": self.examples, "eval_examples": self.eval_examples}
+        return {name: path for name, path in named.items() if path is not None}
+
+
+class SftPolicySettings(PolicySettings):
+    learning_rate: float = Field(
+        1e-5,
+        ge=0,
+        description="Peak learning rate of AdamW. 0 is allowed and must leave the model unchanged.",
+    )
+
+
+class TrainingSettings(Section):
+    epochs: int = Field(1, ge=1, description="Passes over the examples, each in another order given by `run.seed`.")
+    batch_size: int = Field(
+        32,
+        ge=1,
+        description="Examples per optimizer step, over all ranks. The loss is the mean over their learned tokens.",
+    )
+    eval_every: int = Field(
+        0,
+        ge=0,
+        description="Measure the held-out loss every so many optimizer steps, besides before the first and after the last; 0: "
+        "only then.",
+    )
+
+
+class SftSettings(Section):
+    """Everything a supervised run depends on. Required: `data.examples`, `policy.model`."""
+
+    run: RunSettings = RunSettings()
+    data: SftDataSettings
+    policy: SftPolicySettings
+    training: TrainingSettings = TrainingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    cluster: ClusterSettings = ClusterSettings()

@@ -1,0 +1,236 @@
+"""Examples for supervised fine-tuning: conversations as tokens, with the mark of who wrote each.
+
+The mask holds by construction: a conversation is cut into what the assistant wrote and what it was given, as text, and the pieces
+are tokenised one by one. So the assistant's tokens begin exactly where the engine would begin to sample them, and end with the
+token it stops on. Knows nothing of models and losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.config.sft import SftDataSettings
+from rlhf.data.assets import resolve
+from rlhf.data.errors import DataError
+from rlhf.data.prompts import load_tokenizer
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One example.
+
+    Attributes:
+        token_ids: int32 [n_tokens], prompt and answers; the last answer ends with the end-of-sequence token.
+        learned: bool [n_tokens], True for the assistant's tokens, the end-of-sequence token of each answer among them.
+    """
+
+    token_ids: np.ndarray
+    learned: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReadConversations:
+    """The examples of one file, in its order, and how many were left out, by reason."""
+
+    conversations: list[Conversation]
+    dropped: dict[str, int]
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that a loss is taken of, over all examples."""
+        return sum(int(conversation.learned.sum()) for conversation in self.conversations)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell these examples from others."""
+        digest = hashlib.sha256()
+        for conversation in self.conversations:
+            digest.update(conversation.token_ids.tobytes() + conversation.learned.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def read_examples(model: str, data: SftDataSettings) -> tuple[ReadConversations, ReadConversations | None]:
+    """Training and held-out examples, as the tokenizer of `model` (a folder, asset or hub name) reads them.
+
+    Raises:
+        UserError: a file or a row that cannot be used.
+    """
+    tokenizer = load_tokenizer(resolve(model))
+    examples = read_conversations(resolve(data.examples), "data.examples", tokenizer, data)
+    if data.eval_examples is None:
+        return examples, None
+    return examples, read_conversations(resolve(data.eval_examples), "data.eval_examples", tokenizer, data)
+
+
+def read_conversations(path: str, field: str, tokenizer: Any, data: SftDataSettings) -> ReadConversations:
+    """Read, check, render and tokenise the examples of one JSONL file.
+
+    Args:
+        field: of the settings that names the file, for messages.
+        tokenizer: a transformers tokenizer.
+
+    Raises:
+        DataError: unreadable file, bad line, an example over `data.max_tokens` (unless such are dropped), nothing left.
+    """
+    if data.chat_template and tokenizer.chat_template is None:
+        raise DataError(
+            "policy.model: its tokenizer has no chat template. Set data.chat_template=false, or use a chat model."
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError("policy.model: its tokenizer has no end-of-sequence token, with which responses would end.")
+    read: list[Conversation] = []
+    dropped: Counter[str] = Counter()
+    for where, row in _rows(Path(path), field):
+        conversation = tokenise_conversation(where, row, tokenizer, data)
+        length = len(conversation.token_ids)
+        if length <= data.max_tokens:
+            read.append(conversation)
+        elif data.too_long == "drop":
+            dropped["too_long"] += 1
+        else:
+            raise DataError(
+                f"{where}: the example has {length} tokens, more than data.max_tokens={data.max_tokens}. Raise it, shorten the "
+                "text, or set data.too_long=drop."
+            )
+    if not read:
+        why = f"all {dropped['too_long']} examples are longer than data.max_tokens" if dropped else "the file is empty"
+        raise DataError(f"{path}: there is nothing to learn from: {why}. Look at {field}.")
+    return ReadConversations(read, dict(dropped))
+
+
+def tokenise_conversation(where: str, row: dict[str, Any], tokenizer: Any, data: SftDataSettings) -> Conversation:
+    """One row as tokens, of any length.
+
+    Args:
+        where: the row's place, for messages.
+
+    Raises:
+        DataError: the row cannot be used.
+    """
+    messages = _messages(where, row, data)
+    pieces = (
+        _chat_pieces(where, messages, tokenizer) if data.chat_template else _plain_pieces(where, messages, tokenizer)
+    )
+    ids, learned = [], []
+    for tokens, by_assistant in pieces:
+        ids.append(np.asarray(tokens, dtype=np.int32))
+        learned.append(np.full(len(tokens), by_assistant))
+    return Conversation(np.concatenate(ids), np.concatenate(learned))
+
+
+def _rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Set {field} to a JSONL file of examples.")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not JSON: {error}. Each line must be one JSON object.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: a {type(row).__name__}, not an object with the fields of an example")
+            yield where, row
+
+
+def _messages(where: str, row: dict[str, Any], data: SftDataSettings) -> Messages:
+    """The row as a chat that ends with the assistant's turn."""
+    prompt, response = data.prompt_field, data.response_field
+    if "messages" in row:
+        clash = [name for name in (prompt, response) if name in row]
+        if clash:
+            raise DataError(f"{where}: has `messages` and `{clash[0]}`, so it is unclear what to learn. Remove one.")
+        messages = _chat(where, row["messages"])
+    else:
+        for name, setting in ((prompt, "data.prompt_field"), (response, "data.response_field")):
+            value = row.get(name)
+            if not isinstance(value, str) or not value.strip():
+                raise DataError(
+                    f"{where}: field `{name}` must be a text that is not empty; the row has {sorted(row)}. Correct the row, or name "
+                    f"another field in {setting}."
+                )
+        messages = [{"role": "user", "content": row[prompt]}, {"role": "assistant", "content": row[response]}]
+    if data.system_prompt is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise DataError(f"{where}: has a system message of its own, and data.system_prompt is set. Remove one.")
+    return [{"role": "system", "content": data.system_prompt}, *messages]
+
+
+def _chat(where: str, value: Any) -> Messages:
+    good = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )
+    if not good or len(value) < 2 or value[-1]["role"] != "assistant" or value[0]["role"] == "assistant":
+        raise DataError(
+            f"{where}: field `messages` must be a list of {{role, content}} that begins with the user's or the system's turn and ends "
+            "with the assistant's"
+        )
+    for number, message in enumerate(value):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise DataError(f"{where}: messages[{number}], a turn of the assistant, is empty. Remove the row.")
+    return value
+
+
+def _plain_pieces(where: str, messages: Messages, tokenizer: Any) -> list[tuple[list[int], bool]]:
+    """Without a template: the prompt as it is, and the response with its end-of-sequence token."""
+    if len(messages) != 2:
+        raise DataError(f"{where}: a chat of several turns needs data.chat_template=true")
+    prompt, response = (message["content"] for message in messages)
+    answer = tokenizer(response, add_special_tokens=False).input_ids
+    _check_end(where, answer.count(tokenizer.eos_token_id), tokenizer)
+    return [(tokenizer(prompt).input_ids, False), ([*answer, tokenizer.eos_token_id], True)]
+
+
+def _chat_pieces(where: str, messages: Messages, tokenizer: Any) -> list[tuple[list[int], bool]]:
+    """Through the chat template: what leads to each answer, the answer up to its end-of-sequence token, what the template adds."""
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    pieces: list[tuple[list[int], bool]] = []
+    done = 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if not (whole.startswith(after) and after.startswith(before) and len(after) > len(before) >= done):
+            raise DataError(
+                f"{where}: messages[{number}]: with this chat template the conversation does not begin with its own prompt (the "
+                "template changes earlier turns, or trims them), so the assistant's tokens cannot be told from the rest. Give each "
+                "answer a line of its own, or set data.chat_template=false."
+            )
+        pieces.append((_tokens(tokenizer, whole[done : len(before)]), False))
+        answer = _tokens(tokenizer, after[len(before) :])
+        ends = [place for place, token in enumerate(answer) if token == tokenizer.eos_token_id]
+        _check_end(where, len(ends) - 1, tokenizer)
+        last = number == len(messages) - 1
+        if ends:
+            pieces += [(answer[: ends[0] + 1], True), ([] if last else answer[ends[0] + 1 :], False)]
+        else:  # the template ends turns in a way of its own
+            pieces.append(([*answer, tokenizer.eos_token_id] if last else answer, True))
+        done = len(after)
+    return pieces
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    """The template has written the special tokens already."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _check_end(where: str, inside: int, tokenizer: Any) -> None:
+    """Raises DataError if the answer holds `inside` end-of-sequence tokens besides its own."""
+    if inside > 0:
+        raise DataError(
+            f"{where}: the response holds the end-of-sequence token {tokenizer.eos_token!r} in its text, where a model would stop. "
+            "Remove it there; it is added at the end."
+        )

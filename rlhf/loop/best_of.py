@@ -1,0 +1,98 @@
+"""`rlhf generate --best-of`: of N responses to each prompt, keep the one that the reward likes best, or those it likes enough.
+
+Best-of-N and rejection sampling with the judge of a configuration: one engine and one reward server, in this process. The reward is the
+judged one, before `reward.transforms`; from a judge that compares it is the mean probability of beating the other responses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.algorithms.labels import scored
+from rlhf.cluster import LocalRuntime
+from rlhf.config import Settings
+from rlhf.config.loader import UserError
+from rlhf.config.settings import single_process
+from rlhf.loop.answers import Question, response_row, write_rows
+from rlhf.reward.pool import RewardPool
+from rlhf.rollout.pool import RolloutPool
+from rlhf.rollout.sampling import Sampling
+from rlhf.types import Feedback
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of a prompt's responses are kept.
+
+    Attributes:
+        all: every one that has a reward; the best is marked.
+        at_least: only those with this reward or more.
+    """
+
+    all: bool = False
+    at_least: float | None = None
+
+    def kept(self, feedback: Feedback) -> list[tuple[int, float, bool]]:
+        """(index, reward, whether it is the best) of the kept responses; the first of equals is the best."""
+        rewards = scored(feedback)
+        if not rewards:
+            return []
+        best = max(rewards, key=lambda one: one[1])[0]
+        return [
+            (index, reward, index == best)
+            for index, reward in rewards
+            if (self.all or index == best) and (self.at_least is None or reward >= self.at_least)
+        ]
+
+
+def generate_best(
+    question: Question, judge: Settings, sampling: Sampling, selection: Selection, out: str | None
+) -> None:
+    """Print, or write to `out` as JSON lines, the kept ones of `sampling.n` responses to each prompt, with their rewards.
+
+    Args:
+        judge: the configuration whose `reward` judges; of the rest only `cluster` is used.
+
+    Raises:
+        UserError: there is nothing to choose from, or no response got a reward.
+    """
+    if sampling.n < 2 or sampling.temperature == 0:
+        raise UserError(
+            "--best-of chooses among different responses: ask for 2 or more, at a --temperature above 0 (it is "
+            f"{sampling.temperature:g})"
+        )
+    settings = single_process(question.settings.model_copy(update={"reward": judge.reward, "cluster": judge.cluster}))
+    rows, unjudged = asyncio.run(_chosen(settings, question, sampling, selection))
+    if unjudged == len(question.prompts):
+        raise UserError(
+            f"none of the {unjudged} prompts has a response with a reward. Mend the `reward` of --reward-config"
+        )
+    sys.stderr.write(f"{len(rows)} responses kept to {len(question.prompts)} prompts")
+    sys.stderr.write(f"; {unjudged} prompts without any reward were left out\n" if unjudged else "\n")
+    write_rows(rows, out)
+
+
+async def _chosen(
+    settings: Settings, question: Question, sampling: Sampling, selection: Selection
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows to keep, and the number of prompts without any reward."""
+    runtime = LocalRuntime()
+    try:
+        pool = await RolloutPool.start(runtime, settings)
+        rewards = await RewardPool.start(runtime, settings)
+        rollouts = await asyncio.gather(*(pool.sample(prompt, [sampling]) for prompt in question.prompts))
+        feedbacks: Sequence[Feedback] = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
+        rows = []
+        for rollout, feedback in zip(rollouts, feedbacks, strict=True):
+            completions = rollout.completions.value
+            for index, reward, best in selection.kept(feedback):
+                row = response_row(rollout.prompt, completions[index], question.tokenizer) | {"reward": reward}
+                rows.append(row | {"best": best} if selection.all else row)
+        await rewards.close()
+        return rows, sum(not scored(feedback) for feedback in feedbacks)
+    finally:
+        runtime.stop()

@@ -1,0 +1,105 @@
+"""`rlhf sft`: supervised fine-tuning on conversations, the start that alignment needs. Wires and takes down; trains nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, Wishes, uses_gpu
+from rlhf.config.sft import SftSettings
+from rlhf.config.sft_checks import check_warm_up
+from rlhf.data.assets import resolve
+from rlhf.data.conversations import read_examples
+from rlhf.tracking.console import SupervisedConsole
+from rlhf.tracking.record import Record
+from rlhf.training.checkpoints import Checkpoints
+from rlhf.training.sft import Conversations, NextToken
+from rlhf.training.supervised import Course, Saving, SupervisedGroup, train
+
+log = logging.getLogger(__name__)
+
+
+def sft(settings: SftSettings, debug: bool = False, resume: bool = False) -> None:
+    """Learn the configured examples, measure, export.
+
+    Args:
+        debug: one rank in this process, so that a breakpoint works anywhere.
+        resume: continue the run in `run.dir` from its last complete checkpoint.
+
+    Raises:
+        UserError: something the user can put right.
+    """
+    if debug:
+        settings = settings.model_copy(update={"policy": settings.policy.model_copy(update={"ranks": 1})})
+    asyncio.run(Tuning(settings, debug, resume).run())
+
+
+class Tuning:
+    """One run, from its files to its files."""
+
+    def __init__(self, settings: SftSettings, debug: bool, resume: bool):
+        self.settings, self.debug, self.resume = settings, debug, resume
+        self.examples, self.held_out = read_examples(settings.policy.model, settings.data)
+        for field, read in (("examples", self.examples), ("eval_examples", self.held_out)):
+            for reason, count in ({} if read is None else read.dropped).items():
+                log.warning("data.%s: %d examples are left out (%s)", field, count, reason)
+        training = settings.training
+        self.course = Course(
+            Conversations(self.examples.conversations), training.batch_size, training.epochs, settings.run.seed
+        )
+        check_warm_up(settings, self.course.updates)
+
+    async def run(self) -> None:
+        """Reserve the devices, start the ranks, take the remaining steps, export."""
+        settings = self.settings
+        runtime: Runtime = LocalRuntime() if self.debug else RayRuntime(settings.cluster, settings.policy.ranks)
+        try:
+            placement = runtime.reserve(_wishes(settings))
+            if os.path.isdir(settings.policy.model):
+                runtime.check_files({"policy": {"policy.model": os.path.abspath(settings.policy.model)}})
+            console = settings.tracking.console
+            shown = None if console == "off" else SupervisedConsole(self.course.updates)
+            with Record(settings, self.resume, resolve, console=lambda: shown) as record:
+                if placement is not None:
+                    record.placed(placement.lines())
+                if settings.checkpoint.every:
+                    runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
+                await self._train(runtime, record)
+        finally:
+            runtime.stop()
+
+    async def _train(self, runtime: Runtime, record: Record) -> None:
+        settings = self.settings
+        learner, updates = NextToken(settings.policy), self.course.updates
+        group = await SupervisedGroup.start(
+            runtime, learner, settings.policy, settings.cluster, settings.run.seed, updates
+        )
+        held_out = None if self.held_out is None else Conversations(self.held_out.conversations)
+        await train(group, self.course, record, self._saving(), held_out, settings.training.eval_every)
+        if settings.checkpoint.export:
+            await group.export(str((record.folder / "export").absolute()))
+        await group.close()
+
+    def _saving(self) -> Saving:
+        settings = self.settings
+        identity = {
+            "data.examples": self.examples.fingerprint(),
+            "run.seed": settings.run.seed,
+            "training.batch_size": settings.training.batch_size,
+        }
+        checkpoints = Checkpoints(settings.run.dir, settings.checkpoint.keep)
+        return Saving(checkpoints, settings.checkpoint.every, self.resume, identity)
+
+
+def _wishes(settings: SftSettings) -> Wishes:
+    """What the ranks want of a cluster."""
+    cluster = settings.cluster
+    return Wishes(
+        gpu=uses_gpu(cluster),
+        ranks=settings.policy.ranks,
+        engines=0,
+        servers=0,
+        policy_nodes=cluster.policy_nodes,
+        needs=cluster.node_resources,
+    )

@@ -1,0 +1,99 @@
+"""The plan of a supervised run in words, for `rlhf sft ... --dry-run`. Reads configuration, tokenizer and examples; loads no weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from rlhf.cluster import uses_gpu
+from rlhf.config.sft import SftSettings
+from rlhf.config.sft_checks import check_warm_up
+from rlhf.data.assets import resolve
+from rlhf.data.conversations import ReadConversations, read_examples
+from rlhf.preflight.inputs import PlanError, open_model
+from rlhf.preflight.shapes import ModelShape, model_shape
+from rlhf.training.sft import Conversations
+from rlhf.training.supervised import Course
+
+
+def read_model(settings: SftSettings) -> tuple[str, ModelShape]:
+    """The model's type and sizes.
+
+    Raises:
+        UserError: it is none, or its context does not hold the longest example.
+    """
+    config, _ = open_model(settings, resolve(settings.policy.model))
+    try:
+        shape = model_shape(config)
+    except ValueError as error:
+        raise PlanError(
+            f"`policy.model`: `{settings.policy.model}` is not a causal language model in Hugging Face format: {error}"
+        ) from None
+    if shape.context is not None and settings.data.max_tokens > shape.context:
+        raise PlanError(
+            f"`data.max_tokens`: examples of up to {settings.data.max_tokens} tokens, but the model's context holds {shape.context}. "
+            f"Set `data.max_tokens` to {shape.context} or less"
+        )
+    return config.model_type, shape
+
+
+def describe_sft(settings: SftSettings) -> str:
+    """The plan, after everything that can be validated without weights has been.
+
+    Raises:
+        UserError: the run cannot work as configured.
+    """
+    kind, shape = read_model(settings)
+    examples, held_out = read_examples(settings.policy.model, settings.data)
+    training = settings.training
+    course = Course(Conversations(examples.conversations), training.batch_size, training.epochs, settings.run.seed)
+    check_warm_up(settings, course.updates)
+    parts = {
+        "Run": _run(settings),
+        "Examples": _examples(settings, examples, held_out),
+        "Training": _training(settings, kind, shape, course),
+    }
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts.items())
+
+
+def _run(settings: SftSettings) -> Iterator[str]:
+    folder, checkpoint = os.path.abspath(settings.run.dir), settings.checkpoint
+    held = os.path.exists(os.path.join(folder, "manifest.json"))
+    state = ", which holds a run: continue it with --resume, or choose another `run.dir`" if held else ""
+    yield f"folder {folder}{state}; seed {settings.run.seed}"
+    every = (
+        f"every {checkpoint.every} optimizer steps, the last {checkpoint.keep} kept" if checkpoint.every else "never"
+    )
+    yield f"checkpoints: {every}; export: {'yes' if checkpoint.export else 'no'}"
+
+
+def _examples(settings: SftSettings, examples: ReadConversations, held_out: ReadConversations | None) -> Iterator[str]:
+    yield f"{settings.data.examples}: {_count(examples)}"
+    if held_out is None:
+        yield "held-out examples: none, so nothing is measured"
+    else:
+        yield f"held-out, {settings.data.eval_examples}: {_count(held_out)}"
+
+
+def _count(read: ReadConversations) -> str:
+    lengths = [len(conversation.token_ids) for conversation in read.conversations]
+    left_out = "".join(f"; {count} left out ({reason})" for reason, count in read.dropped.items())
+    return (
+        f"{len(lengths):,} examples of up to {max(lengths)} tokens, {sum(lengths):,} in all, of which {read.learned_tokens:,} are "
+        f"learned{left_out}"
+    )
+
+
+def _training(settings: SftSettings, kind: str, shape: ModelShape, course: Course) -> Iterator[str]:
+    policy, training = settings.policy, settings.training
+    yield f"{policy.model}, {kind}, {shape.parameters / 1e6:,.1f} M parameters"
+    if policy.lora.rank:
+        yield f"LoRA of rank {policy.lora.rank} learns; the rest is frozen"
+    yield (
+        f"{course.updates} optimizer steps: {training.epochs} epoch(s) of {course.updates_per_epoch}, {training.batch_size} examples each, "
+        f"on {policy.ranks} rank(s) on {'GPU' if uses_gpu(settings.cluster) else 'CPU'}, ZeRO stage {policy.zero_stage}, {policy.dtype}"
+    )
+    yield (
+        f"learning rate {policy.learning_rate:g}, {policy.schedule}, {policy.warmup_steps} steps of warm-up; at most "
+        f"{policy.micro_batch_tokens} tokens in a forward pass"
+    )

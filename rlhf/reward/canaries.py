@@ -1,0 +1,153 @@
+"""Canaries: pairs of which everybody knows the better one, judged now and then to see whether the judge is still the same.
+
+Owns the file's format and the verdict on the verdicts. Does not judge and does not know servers: `RewardPool` asks them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.reward import RewardSettings
+from rlhf.reward.errors import RewardError
+from rlhf.types import Failed, Feedback, Invalid, Outcome, Prompt, Score, TimedOut, content_id
+
+
+class CanaryAlarm(RuntimeError):
+    """The judge is not what it was at the start of the run."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """One pair.
+
+    Attributes:
+        line: of the file.
+        prompt: text and payload, without tokens.
+    """
+
+    line: int
+    prompt: Prompt
+    good: str
+    bad: str
+
+
+def load_canaries(path: str) -> list[Canary]:
+    """The pairs in a JSONL file.
+
+    Raises:
+        RewardError: the file or a line of it cannot be used.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"`reward.canaries`: {path} cannot be read as UTF-8 text: {error}") from None
+    canaries = [_canary(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not canaries:
+        raise RewardError(
+            f"`reward.canaries`: {path} holds no pairs. Write one line of JSON each, with `good` and `bad`"
+        )
+    return canaries
+
+
+def _canary(path: str, number: int, line: str) -> Canary:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RewardError(f"`reward.canaries`: {path}, line {number}: this is not JSON: {error}") from None
+    fields = {name: row.get(name) for name in ("good", "bad")} if isinstance(row, dict) else {}
+    if not all(isinstance(text, str) for text in fields.values()) or not fields:
+        raise RewardError(f"`reward.canaries`: {path}, line {number}: a pair needs the texts `good` and `bad`")
+    prompt = row.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise RewardError(f"`reward.canaries`: {path}, line {number}: `prompt` must be text")
+    payload = {name: value for name, value in row.items() if name not in ("good", "bad", "prompt")}
+    return Canary(number, Prompt(content_id(row), (), prompt, payload), fields["good"], fields["bad"])
+
+
+class Watch:
+    """Compares verdicts on the canaries with those at the start, server by server. Made anew for each run, also a resumed one.
+
+    A verdict is a pair of numbers: the rewards of the good and of the bad response; from a judge that compares, the probabilities of each
+    to beat the other.
+    """
+
+    def __init__(self, reward: RewardSettings, canaries: Sequence[Canary]):
+        self.canaries = canaries
+        self.reward = reward
+        self._first: dict[str, list[tuple[Outcome, ...]]] = {}
+        self._wrong: dict[str, set[int]] = {}
+
+    def begin(self, verdicts: Mapping[str, Sequence[Feedback]]) -> None:
+        """Take these as what is right.
+
+        Args:
+            verdicts: server -> feedback on (good, bad) of each canary.
+
+        Raises:
+            RewardError: more than `reward.canaries_wrong` are in the wrong order on a server.
+        """
+        for server, feedbacks in verdicts.items():
+            outcomes = [feedback.outcomes for feedback in feedbacks]
+            wrong = {index for index, pair in enumerate(outcomes) if not _right(pair)}
+            if len(wrong) > self.reward.canaries_wrong:
+                raise RewardError(
+                    f"`reward.canaries`: {len(wrong)} of {len(self.canaries)} pairs in {self.reward.canaries} come out wrong on {server}, "
+                    f"and `reward.canaries_wrong` allows {self.reward.canaries_wrong}:\n  "
+                    + "\n  ".join(self._describe(index, outcomes[index]) for index in sorted(wrong))
+                    + "\nMend the judge, or the pairs that it need not tell apart"
+                )
+            self._first[server], self._wrong[server] = outcomes, wrong
+
+    def compare(self, verdicts: Mapping[str, Sequence[Feedback]]) -> dict[str, float]:
+        """Accuracy and drift for the record, over all servers. A verdict that failed or timed out counts in neither.
+
+        Raises:
+            CanaryAlarm: a verdict has moved by more than `reward.canaries_tolerance`, or an order is newly wrong.
+        """
+        right, drift = [], 0.0
+        for server, feedbacks in verdicts.items():
+            for index, feedback in enumerate(feedbacks):
+                now, then = feedback.outcomes, self._first[server][index]
+                if any(isinstance(outcome, Failed | TimedOut) for outcome in (*now, *then)):
+                    continue
+                moved = _distance(then, now)
+                right.append(_right(now))
+                if moved > self.reward.canaries_tolerance or not (right[-1] or index in self._wrong[server]):
+                    raise CanaryAlarm(
+                        f"{server} does not judge as it did at the start. {self._describe(index, now)}; at the start: "
+                        f"{_words(then)}. `reward.canaries_tolerance` is {self.reward.canaries_tolerance:g}. Nothing was learned from "
+                        "this step. See what has changed (a service or a function of yours, the weights), then continue with --resume"
+                    )
+                drift = max(drift, moved)
+        if not right:
+            raise CanaryAlarm("no server has a verdict on any of `reward.canaries`. Nothing was learned from this step")
+        return {"reward/canary_accuracy": sum(right) / len(right), "reward/canary_drift": drift}
+
+    def _describe(self, index: int, pair: Sequence[Outcome]) -> str:
+        canary = self.canaries[index]
+        return f"line {canary.line}, good {canary.good!r:.60}, bad {canary.bad!r:.60}: {_words(pair)}"
+
+
+def _right(pair: Sequence[Outcome]) -> bool:
+    good, bad = pair
+    return isinstance(good, Score) and isinstance(bad, Score) and good.value > bad.value
+
+
+def _distance(then: Sequence[Outcome], now: Sequence[Outcome]) -> float:
+    """The farther move of the two; infinite where a score came or went."""
+    moves = (
+        abs(a.value - b.value)
+        if isinstance(a, Score) and isinstance(b, Score)
+        else (0.0 if isinstance(a, Invalid) and isinstance(b, Invalid) else float("inf"))
+        for a, b in zip(then, now, strict=True)
+    )
+    return max(moves)
+
+
+def _words(pair: Sequence[Outcome]) -> str:
+    good, bad = (f"{outcome.value:.6g}" if isinstance(outcome, Score) else str(outcome) for outcome in pair)
+    return f"{good} against {bad}"

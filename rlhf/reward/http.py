@@ -1,0 +1,218 @@
+"""Reward servers for callers on the network: the HTTP face of a `RewardPool`.
+
+Owns what a request may be (token, size, fields) and which answer means what. One bad request harms nobody else's: it is refused
+before any server sees it. Does not know who judges. `rlhf reward serve` runs it; `remote` is its client.
+
+    POST /judge   {"prompt", "responses": [...], "payload": {...}}  ->  outcomes, preferences, measures, fingerprint
+    GET  /health  200 while a server answers, else 503
+    GET  /info    kind, compares, fingerprint, servers, version
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+
+from rlhf import __version__
+from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, wishes
+from rlhf.config import Settings, UserError
+from rlhf.config.settings import single_process
+from rlhf.reward.errors import Busy, NoServerLeft
+from rlhf.reward.pool import RewardPool
+from rlhf.reward.wire import TOKEN, feedback_to_json
+from rlhf.types import Prompt, content_id
+
+MAX_BODY_BYTES = 8 * 2**20
+MAX_RESPONSES = 1024
+TOO_LARGE = f"the request is larger than {MAX_BODY_BYTES // 2**20} MiB; ask about fewer responses at once"
+RETRY_AFTER_S = 1
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than askers pause, who else may ask on one that is being closed."""
+
+
+class Question(BaseModel):
+    """The body of POST /judge."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = ""
+    responses: list[str] = Field(min_length=1, max_length=MAX_RESPONSES)
+    payload: dict[str, Any] = {}
+
+
+def make_app(pool: RewardPool, settings: Settings, token: str) -> FastAPI:
+    """The service, for any ASGI server."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Gate, token=token)
+    reward = settings.reward
+    fingerprint = pool.infos[0].fingerprint
+
+    @app.post("/judge")
+    async def judge(request: Request) -> JSONResponse:
+        # Taken for JSON whatever its header says: curl's says that it is a form.
+        question = Question.model_validate_json(await request.body())
+        prompt = Prompt(content_id(question.prompt), (), question.prompt, question.payload)
+        feedback = await pool.judge_texts(prompt, question.responses)
+        return JSONResponse({"fingerprint": fingerprint, **feedback_to_json(feedback)})
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        servers = {name: None if one is None else asdict(one) for name, one in (await pool.health()).items()}
+        healthy = any(one is not None for one in servers.values())
+        return JSONResponse({"healthy": healthy, "servers": servers}, 200 if healthy else 503)
+
+    @app.get("/info")
+    async def info() -> JSONResponse:
+        return JSONResponse(
+            {
+                "kind": reward.kind,
+                "compares": reward.compares,
+                "fingerprint": fingerprint,
+                "servers": reward.servers,
+                "version": __version__,
+            }
+        )
+
+    @app.exception_handler(ValidationError)
+    async def malformed(request: Request, error: ValidationError) -> JSONResponse:
+        return _refusal(422, "; ".join(_in_words(finding) for finding in error.errors(include_input=False)))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return _refusal(error.status_code, str(error.detail))
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> JSONResponse:
+        return _refusal(429, f"{error}; send it again later", RETRY_AFTER_S)
+
+    @app.exception_handler(NoServerLeft)
+    async def gone(request: Request, error: NoServerLeft) -> JSONResponse:
+        return _refusal(503, str(error))
+
+    return app
+
+
+class Gate:
+    """ASGI middleware: no token, no entry; and no body beyond the limit. Nothing of a refused request is read."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], token: str):
+        self._app, self._wanted = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        # In constant time: how long the comparison takes must not tell how much of a guess was right.
+        if not hmac.compare_digest(headers.get(b"authorization", b""), self._wanted):
+            words = f"the header `Authorization: Bearer TOKEN` is missing or wrong; the token is this service's {TOKEN}"
+            await _refusal(401, words)(scope, receive, send)
+            return
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+            await _refusal(413, TOO_LARGE)(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY_BYTES:  # sent in chunks, without a length
+                raise HTTPException(413, TOO_LARGE)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _refusal(status: int, words: str, retry_after_s: int | None = None) -> JSONResponse:
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": words}, status, headers)
+
+
+def _in_words(finding: dict[str, Any]) -> str:
+    """One of pydantic's findings, without the value itself, which may be long."""
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in finding["loc"]).lstrip(".")
+    if finding["type"] == "json_invalid":
+        return "the body is not valid JSON"
+    return f"`{place}`: {finding['msg']}" if place else f"the body must be a JSON object: {finding['msg']}"
+
+
+def serve(settings: Settings, host: str, port: int, local: bool) -> None:
+    """Answer until the process is asked to end (Ctrl-C or SIGTERM). Prints the address once requests are accepted.
+
+    Args:
+        port: 0: any that is free.
+        local: one server in this process, without Ray.
+
+    Raises:
+        UserError: the judge, the cluster or the address cannot be used.
+    """
+    token = os.environ.get(TOKEN)
+    if not token:
+        token = secrets.token_urlsafe(32)
+        print(f"{TOKEN} is not set; the token of this service is {token}", flush=True)
+    elif not token.isascii() or token != token.strip():
+        raise UserError(f"{TOKEN}: a token travels in a header, so it is of ASCII characters without spaces around it")
+    settings = single_process(settings) if local else settings
+    listener = _listen(host, port)
+    runtime = LocalRuntime() if local else RayRuntime(settings.cluster, settings.reward.servers)
+    try:
+        if not local:
+            runtime.reserve(replace(wishes(settings, policy=False), engines=0))
+        asyncio.run(_serve(runtime, settings, token, listener))
+    finally:
+        runtime.stop()
+
+
+async def _serve(runtime: Runtime, settings: Settings, token: str, listener: socket.socket) -> None:
+    pool = await RewardPool.start(runtime, settings, service=True)
+    app = make_app(pool, settings, token)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
+    listener.listen(config.backlog)  # from here on, nobody is refused
+    host, port = listener.getsockname()[:2]
+    print(f"{settings.reward.kind} with {settings.reward.servers} server(s) at http://{host}:{port}", flush=True)
+    server = _Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    await server.serve(sockets=[listener])
+    await pool.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn would repeat a signal after its end, and the pool and the runtime would not get theirs."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stop(self) -> None:
+        """Answer what has been asked, then end."""
+        self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, before anything is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: this address cannot be used: {error}") from None
+    return listener

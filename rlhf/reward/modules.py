@@ -1,0 +1,100 @@
+"""The networks of reward and preference models: from token ids to a few numbers for each text. No tokenizers, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+Pooling = Literal["mean", "last"]
+
+
+class EncoderWithHead(torch.nn.Module):
+    """An encoder whose pooled hidden states a linear head turns into the outputs for a text."""
+
+    def __init__(self, encoder: torch.nn.Module, layers: Sequence[int], pooling: Pooling, outputs: int = 1):
+        super().__init__()
+        self.encoder, self.layers, self.pooling = encoder, tuple(layers), pooling
+        self.head = torch.nn.Linear(len(self.layers) * encoder.config.hidden_size, outputs)
+
+    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[n, n_layers * hidden], fp32, from right-padded ids and mask [n, n_tokens]."""
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        states = torch.stack([output.hidden_states[layer] for layer in self.layers], dim=1).float()
+        if self.pooling == "last":
+            last = attention_mask.sum(1) - 1
+            return states[torch.arange(len(last)), :, last].flatten(1)
+        mask = attention_mask[:, None, :, None].float()
+        return ((states * mask).sum(2) / mask.sum(2)).flatten(1)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[n, outputs]."""
+        return self.head(self.features(input_ids, attention_mask))
+
+
+class Classifier(torch.nn.Module):
+    """A transformers sequence classifier.
+
+    Args:
+        log_odds: of a classifier with two labels: the second's log-odds are its one output. Otherwise the logits are its outputs.
+    """
+
+    def __init__(self, model: torch.nn.Module, log_odds: bool = False):
+        super().__init__()
+        self.model, self.log_odds = model, log_odds
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        """The linear layer that makes the logits, whatever the architecture calls it."""
+        width = self.model.config.num_labels
+        return [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == width][-1]
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[n, outputs], fp32."""
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        return logits[:, 1:] - logits[:, :1] if self.log_odds else logits
+
+
+class CumulativeLogits(torch.nn.Module):
+    """A scorer with the thresholds of ordinal ratings, while it is trained.
+
+    The thresholds rise by construction: the first is free, each gap is a softplus.
+
+    Args:
+        scorer: gives a reward r, [n, 1].
+        thresholds: to start from, rising, [K - 1].
+    """
+
+    def __init__(self, scorer: torch.nn.Module, thresholds: torch.Tensor):
+        super().__init__()
+        self.scorer = scorer
+        self.first = torch.nn.Parameter(thresholds[:1].clone())
+        self.gaps = torch.nn.Parameter(torch.log(torch.expm1(thresholds.diff())))
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        return self.scorer.head
+
+    def thresholds(self) -> torch.Tensor:
+        return torch.cat([self.first, self.first + torch.nn.functional.softplus(self.gaps).cumsum(0)])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """z_k = r - threshold_k, so that P(level > k) = sigmoid(z_k); [n, K - 1]."""
+        return self.scorer(input_ids=input_ids, attention_mask=attention_mask) - self.thresholds()
+
+
+def parts(module: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """A module's weights but the head's, and the head's (with thresholds): what a new head learns faster."""
+    head = list(module.head.parameters())
+    if isinstance(module, CumulativeLogits):
+        head += [module.first, module.gaps]
+    own = {id(parameter) for parameter in head}
+    return [parameter for parameter in module.parameters() if id(parameter) not in own], head
+
+
+def start_head(head: torch.nn.Linear) -> None:
+    """A new head starts small: N(0, 1 / (h + 1)) for h features (Stiennon et al. 2020), and a bias of 0."""
+    torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)

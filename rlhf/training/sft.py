@@ -1,0 +1,99 @@
+"""Supervised fine-tuning of a causal language model: -log p of the assistant's tokens, whatever the rest of a conversation says.
+
+A `Learner` for the supervised group, and its data as `Examples`. How a file becomes tokens is the data room's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from rlhf.config.policy import PolicySettings
+from rlhf.data.assets import resolve
+from rlhf.data.conversations import Conversation
+from rlhf.training import lora
+from rlhf.training.model import (
+    FORWARD_TOLERANCE,
+    LogProbModel,
+    check_forward,
+    checkpoint_activations,
+    load_causal_lm,
+    save_causal_lm,
+)
+from rlhf.training.packing import idle, pack_sequences
+from rlhf.training.supervised import Batch
+from rlhf.training.supervised_rank import Learner
+from rlhf.training.weights import in_host_memory, whole_weights
+
+
+class Sequences(NamedTuple):
+    """A micro-batch: token ids and learned tokens of each conversation (see `Conversation`)."""
+
+    token_ids: tuple[np.ndarray, ...]
+    learned: tuple[np.ndarray, ...]
+
+
+class Conversations:
+    """Conversations as `Examples`: a unit is one of them, a loss is a sum over learned tokens."""
+
+    def __init__(self, conversations: Sequence[Conversation]):
+        self._conversations = conversations
+
+    def units(self, epoch: int) -> range:
+        return range(len(self._conversations))
+
+    def cost(self, unit: int) -> int:
+        return len(self._conversations[unit].token_ids)
+
+    def batch(self, units: Sequence[int]) -> Batch:
+        chosen = [self._conversations[unit] for unit in units]
+        payload = Sequences(tuple(c.token_ids for c in chosen), tuple(c.learned for c in chosen))
+        return Batch(payload, float(sum(c.learned.sum() for c in chosen)))
+
+
+class NextToken(Learner):
+    """The policy's model, whole or with LoRA adapters, and the log-likelihood of given tokens."""
+
+    def __init__(self, settings: PolicySettings):
+        self.settings = settings
+
+    def build(self) -> nn.Module:
+        settings = self.settings
+        causal_lm = load_causal_lm(resolve(settings.model), settings.dtype, settings.lora.quantize_base)
+        model = LogProbModel(causal_lm, settings.logprob_chunk_tokens)
+        if settings.lora.rank:
+            lora.add_adapters(causal_lm, settings.lora)
+        if settings.gradient_checkpointing:
+            checkpoint_activations(causal_lm)
+        return model
+
+    def started(self, module: nn.Module, device: torch.device) -> None:
+        """Raises ModelError if the model's packed forward is not its own."""
+        check_forward(module, module.causal_lm.config.vocab_size, device, FORWARD_TOLERANCE[self.settings.dtype])
+
+    def inputs(self, batch: Sequences | None, device: torch.device) -> tuple[Any, ...]:
+        return (idle(device) if batch is None else pack_sequences(*batch, device),)
+
+    def loss(self, outputs: tuple[torch.Tensor, Any], batch: Sequences | None) -> torch.Tensor:
+        total = -outputs[0].sum()
+        return total * 0.0 if batch is None else total
+
+    def export(self, module: nn.Module, folder: Path, main: bool) -> None:
+        """The model in Hugging Face format with its tokenizer; under LoRA merged, and the adapter besides, in `folder/adapter`."""
+        settings, causal_lm = self.settings, module.causal_lm
+        adapted = settings.lora.rank > 0
+        weights = in_host_memory(whole_weights(causal_lm, lora.POLICY if adapted else None), main)
+        adapter = in_host_memory(lora.adapter_weights(causal_lm), main) if adapted else {}
+        if not main:
+            return
+        path = resolve(settings.model)
+        save_causal_lm(causal_lm, weights, str(folder))
+        AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+        if adapted:
+            lora.save_adapter(folder / "adapter", lora.adapter_config(settings.lora, path), adapter)

@@ -1,0 +1,266 @@
+"""Supervised training on a DeepSpeed group, from the first step to the last: what SFT and reward models share.
+
+Owns: which units each optimizer step learns from (`Course`), how they are spread over ranks and micro-batches (`SupervisedGroup`),
+and the run with its held-out losses, checkpoints and resume (`train`).
+Does not know: what is learned. The data are `Examples`, on the driver; the model and its loss a `Learner`, on the ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rlhf.cluster import Handle, Runtime, compute_env, together
+from rlhf.config.cluster import ClusterSettings
+from rlhf.config.loader import UserError
+from rlhf.config.policy import PolicySettings
+from rlhf.training.balance import plan_updates
+from rlhf.training.checkpoints import Checkpoints
+from rlhf.training.engine import TrainingDiverged
+from rlhf.training.supervised_rank import Learned, Learner, Share, SupervisedRank
+
+BATCHES_PER_SORT = 20
+"""Among how many batches units of like length are sought: enough to leave little padding, few enough to keep the order random."""
+
+
+class Batch(NamedTuple):
+    """A micro-batch on its way to a rank, and over how many tokens, texts or pairs its loss will be a sum."""
+
+    payload: Any
+    count: float
+
+
+class Examples(Protocol):
+    """What is learned from. A unit is what must stay together in one micro-batch."""
+
+    def units(self, epoch: int) -> Sequence[Any]:
+        """All units, always as many; which texts make one may differ from epoch to epoch."""
+        ...
+
+    def cost(self, unit: Any) -> int:
+        """Its tokens."""
+        ...
+
+    def batch(self, units: Sequence[Any]) -> Batch:
+        """These units as one micro-batch."""
+        ...
+
+
+class Course:
+    """Which units each optimizer step learns from: a pure function of the seed and the step, so that a resumed run repeats it.
+
+    Args:
+        batch_size: units per optimizer step; the last one of an epoch may have fewer.
+        like_lengths: a step's units are of like length, so that padding them costs little.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, epochs: int, seed: int, like_lengths: bool = False):
+        self.examples, self.batch_size, self.epochs, self.seed = examples, batch_size, epochs, seed
+        self._like_lengths = like_lengths
+        self.updates_per_epoch = -(-len(examples.units(0)) // batch_size)
+        self._epoch, self._batches = -1, []
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole course."""
+        return self.epochs * self.updates_per_epoch
+
+    def units(self, step: int) -> list[Any]:
+        """What optimizer step `step` (from 1) learns from."""
+        epoch, place = divmod(step - 1, self.updates_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._divided(epoch)
+        return self._batches[place]
+
+    def _divided(self, epoch: int) -> list[list[Any]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        units = self.examples.units(epoch)
+        order = rng.permutation(len(units)).tolist()
+        size = self.batch_size
+        if self._like_lengths:
+            chunks = [order[i : i + size * BATCHES_PER_SORT] for i in range(0, len(order), size * BATCHES_PER_SORT)]
+            order = [i for chunk in chunks for i in sorted(chunk, key=lambda i: self.examples.cost(units[i]))]
+        batches = [[units[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+        return [batches[i] for i in rng.permutation(len(batches))] if self._like_lengths else batches
+
+
+class SupervisedGroup:
+    """All ranks as one object. Made by `start`; all calls are collective over the ranks and wait at most `cluster`'s deadlines."""
+
+    def __init__(self, settings: PolicySettings, cluster: ClusterSettings, ranks: Sequence[Handle]):
+        self._settings, self._cluster, self._ranks = settings, cluster, ranks
+
+    @classmethod
+    async def start(
+        cls,
+        runtime: Runtime,
+        learner: Learner,
+        settings: PolicySettings,
+        cluster: ClusterSettings,
+        seed: int,
+        total_updates: int,
+    ) -> SupervisedGroup:
+        """Start all ranks and wait until they have built their modules."""
+        env = compute_env(cluster, settings.ranks)
+        ranks = [
+            runtime.start(
+                f"policy[{rank}]", SupervisedRank, learner, settings, cluster, seed, rank, total_updates, env=env
+            )
+            for rank in range(settings.ranks)
+        ]
+        group = cls(settings, cluster, ranks)
+        host, port = await ranks[0].call("address", deadline=cluster.startup_deadline_s)
+        await group._all("setup", host, port, deadline=cluster.startup_deadline_s)
+        return group
+
+    async def learn(self, step: int, examples: Examples, units: Sequence[Any]) -> dict[str, float]:
+        """Make optimizer step `step` with these units; its metrics (see `train`).
+
+        Raises:
+            TrainingDiverged: a loss or gradient is not finite.
+        """
+        shares, count = self._shares(examples, units)
+        calls = (
+            rank.call("learn", Share(batches, max(count, 1.0)), step, deadline=self._cluster.learn_deadline_s)
+            for rank, batches in zip(self._ranks, shares, strict=True)
+        )
+        learned: list[Learned] = await together(*calls)
+        loss = {"train/loss": sum(part.loss for part in learned) / count} if count else {}
+        return loss | {"train/grad_norm": learned[0].grad_norm, "train/learning_rate": learned[0].learning_rate}
+
+    async def measure(self, examples: Examples) -> float:
+        """Mean loss on examples that are not learned from."""
+        shares, count = self._shares(examples, examples.units(0))
+        calls = (
+            rank.call("measure", batches, deadline=self._cluster.learn_deadline_s)
+            for rank, batches in zip(self._ranks, shares, strict=True)
+        )
+        return sum(await together(*calls)) / max(count, 1.0)
+
+    def _shares(self, examples: Examples, units: Sequence[Any]) -> tuple[list[tuple[Any | None, ...]], float]:
+        """Each rank's payloads, and the count over all."""
+        costs = [examples.cost(unit) for unit in units]
+        (plan,) = plan_updates(costs, 1, self._settings.ranks, self._settings.micro_batch_tokens)
+        shares, count = [], 0.0
+        for share in plan:
+            batches = [examples.batch([units[i] for i in batch]) if batch else Batch(None, 0.0) for batch in share]
+            shares.append(tuple(batch.payload for batch in batches))
+            count += sum(batch.count for batch in batches)
+        return shares, count
+
+    async def save(self, folder: str, tag: str) -> None:
+        """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share)."""
+        await self._all("save", folder, tag, deadline=self._cluster.learn_deadline_s)
+
+    async def load(self, folder: str, tag: str) -> None:
+        """Restore a checkpoint that `save` wrote."""
+        await self._all("load", folder, tag, deadline=self._cluster.learn_deadline_s)
+
+    async def export(self, folder: str) -> None:
+        """Let the learner write the result to `folder` on rank 0's machine."""
+        await self._all("export", folder, deadline=self._cluster.learn_deadline_s)
+
+    async def close(self) -> None:
+        """Let the ranks leave their group."""
+        await self._all("close", deadline=self._cluster.startup_deadline_s)
+
+    async def _all(self, method: str, *args: Any, deadline: float) -> list[Any]:
+        return await together(*(rank.call(method, *args, deadline=deadline) for rank in self._ranks))
+
+
+class Journal(Protocol):
+    """Who writes down what happens, on disk first: a `Record`, or something simpler."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints of a run.
+
+    Attributes:
+        every: optimizer steps between two; 0: none.
+        resume: go on from the last complete one.
+        identity: what a resumed run must share with the one it continues (name -> value, as JSON).
+    """
+
+    checkpoints: Checkpoints
+    every: int
+    resume: bool
+    identity: Mapping[str, Any]
+
+
+async def train(
+    group: SupervisedGroup,
+    course: Course,
+    journal: Journal,
+    saving: Saving,
+    held_out: Examples | None = None,
+    eval_every: int = 0,
+) -> None:
+    """Take the remaining steps of the course.
+
+    Metrics of a step: train/loss (mean over the update), train/grad_norm, train/learning_rate, train/epoch, train/tokens, time/step
+    (s), throughput/tokens_per_s. Evaluations: heldout/loss, before the first step, after the last and every `eval_every`.
+
+    Raises:
+        UserError: a loss or gradient is not finite, or the checkpoint is of another run.
+    """
+    start = await _starting_point(group, journal, saving)
+    if held_out is not None and start == 0:
+        journal.evaluation(0, {"heldout/loss": await group.measure(held_out)})
+    for step in range(start + 1, course.updates + 1):
+        began, units = time.monotonic(), course.units(step)
+        try:
+            metrics = await group.learn(step, course.examples, units)
+        except TrainingDiverged as error:
+            raise UserError(
+                f"step {step} of {course.updates}: the loss or its gradient is not finite, so the training ended there; checkpoints "
+                "of earlier steps are unharmed. Lower the learning rate, or look at the examples."
+            ) from error
+        seconds, tokens = time.monotonic() - began, sum(course.examples.cost(unit) for unit in units)
+        journal.step(
+            step,
+            metrics
+            | {"train/epoch": step / course.updates_per_epoch, "train/tokens": tokens}
+            | {"time/step": seconds, "throughput/tokens_per_s": tokens / seconds},
+        )
+        last = step == course.updates
+        if saving.every and (step % saving.every == 0 or last):
+            await _save(group, saving, step)
+        if held_out is not None and (last or (eval_every and step % eval_every == 0)):
+            journal.evaluation(step, {"heldout/loss": await group.measure(held_out)})
+
+
+async def _starting_point(group: SupervisedGroup, journal: Journal, saving: Saving) -> int:
+    """Steps already done; their weights are loaded."""
+    if not saving.resume:
+        return 0
+    found = saving.checkpoints.latest()
+    if found is None:
+        journal.rewind(-1)  # also of what was measured before the first step
+        return 0
+    tag, state = found
+    differ = [name for name, value in saving.identity.items() if state["identity"].get(name) != value]
+    if differ:
+        raise UserError(
+            f"{saving.checkpoints.folder / tag}: the checkpoint was made with another {' and '.join(differ)}, so the run cannot go on "
+            "where it stopped. Restore it, or start a new run in another folder."
+        )
+    journal.rewind(state["step"])
+    await group.load(str(saving.checkpoints.folder), tag)
+    return state["step"]
+
+
+async def _save(group: SupervisedGroup, saving: Saving, step: int) -> None:
+    tag = saving.checkpoints.tag(step)
+    await group.save(str(saving.checkpoints.folder), tag)
+    saving.checkpoints.complete(tag, {"step": step, "identity": dict(saving.identity)})

@@ -1,0 +1,269 @@
+"""Training data: what files may hold, which errors name a row, how rows are divided, and the units and labels of a batch."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.reward.dataset import Pairs, PreferenceData, read_data
+from rlhf.reward.errors import RewardError
+from rlhf.reward.models import Comparison, Example, PromptOnly
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def read(tmp_path: Path):
+    """`read(rows)`: the data of these rows, through a file."""
+    return lambda *rows: read_data(write(tmp_path / "data.jsonl", list(rows)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ('{"text": "a", "rating": 1}', '{"text": "x"}', "line 2, field `rating`: missing"),
+        (
+            '{"text": "a", "rating": 1}',
+            '{"text": "x", "rating": "3"}',
+            "line 2, field `rating`: must be a finite number",
+        ),
+        (
+            '{"text": "a", "rating": 1}',
+            '{"text": "x", "rating": NaN}',
+            "line 2, field `rating`: must be a finite number",
+        ),
+        ('{"text": "a", "rating": 1}', '{"text": " ", "rating": 1}', "line 2, field `text`: must be text"),
+        (
+            '{"text": "a", "rating": 1}',
+            '{"text": "x", "rating": 1, "prompt": "y"}',
+            "field `prompt`: give it in every row",
+        ),
+        ('{"text": "a", "rating": 1}', "[1]", "line 2: a list"),
+        ('{"text": "a", "rating": 1}', "{", "line 2: not JSON"),
+        (
+            '{"text": "a", "ratings": {"x": 1}}',
+            '{"text": "b", "ratings": {"x": "1"}}',
+            "field `ratings.x`: must be a finite",
+        ),
+        ('{"text": "a", "ratings": {"x": 1}}', '{"text": "b", "ratings": {}}', "field `ratings`: has no rating"),
+        ('{"text": "a", "ratings": {"x": 1}}', '{"text": "b", "ratings": 3}', "field `ratings`: must be an object"),
+        ('{"chosen": "a", "rejected": "b"}', '{"chosen": "x", "rejected": "x"}', "line 2, field `rejected`: equal"),
+        ('{"chosen": "a", "rejected": "b"}', '{"chosen": "x", "rejected": "y", "margin": -1}', "Swap `chosen`"),
+        (
+            '{"chosen": "a", "rejected": "b"}',
+            '{"chosen": "x", "rejected": "y", "probability": 0.2}',
+            "must be 0.5 to 1",
+        ),
+        (
+            '{"responses": ["a", "b"]}',
+            '{"responses": ["a"]}',
+            "line 2, field `responses`: must be a list of at least two",
+        ),
+        ('{"responses": ["a", "b"]}', '{"responses": ["a", "b", "a"]}', "the same text stands in it twice"),
+        ('{"responses": ["a", "b"]}', '{"responses": ["a", "b"], "margin": 1}', "is for pairs"),
+        ('{"responses": ["a", "b"]}', '{"responses": ["a", ""]}', r"field `responses\[1\]`: must be text"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, first, second, message):
+    (tmp_path / "data.jsonl").write_text(first + "\n" + second + "\n")
+    with pytest.raises(RewardError, match=message):
+        read_data(str(tmp_path / "data.jsonl"))
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(RewardError, match="line 1: has the fields answer"):
+        read_data(write(tmp_path / "other.jsonl", [{"answer": 1}]))
+    with pytest.raises(RewardError, match="no rows"):
+        read_data(write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(RewardError, match="no data file"):
+        read_data(str(tmp_path / "none.jsonl"))
+
+
+def test_a_ranking_is_all_its_pairs(read):
+    data = read({"responses": ["best", "good", "bad"]}, {"responses": ["yes", "no"]})
+    assert [tuple(data.examples[i].response for i in pair) for pair in data.comparisons.index] == [
+        ("best", "good"),
+        ("best", "bad"),
+        ("good", "bad"),
+        ("yes", "no"),
+    ]
+    assert data.n_rows == 2 and [len(unit) for unit in data.units()] == [3, 2]
+
+
+def test_chats_are_read_as_their_last_two_turns(read):
+    """The form of many public preference sets; a `prompt` of its own wins."""
+    system, asked = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Recommend a film."}
+    chosen, rejected = ({"role": "assistant", "content": text} for text in ("Alien.", "No."))
+    rows = {"chosen": [system, asked, chosen], "rejected": [system, asked, rejected]}
+    data = read(rows, rows | {"prompt": "Which one?"})
+    assert data.input == "conversation"
+    assert data.examples == [
+        Example("Recommend a film.", "Alien."),
+        Example("Recommend a film.", "No."),
+        Example("Which one?", "Alien."),
+        Example("Which one?", "No."),
+    ]
+    ranked = read({"responses": [[asked, chosen], [asked, rejected]]})
+    assert ranked.examples == data.examples[:2]
+    with pytest.raises(RewardError, match="line 2, field `prompt`: give it in every row"):
+        read(rows, {"chosen": "a", "rejected": "b"})
+    with pytest.raises(RewardError, match="line 1, field `rejected`: must be text"):
+        read(rows | {"rejected": [asked, {"role": "assistant", "content": ""}]})
+
+
+def test_margins_and_probabilities_reach_the_labels(read):
+    data = read(
+        {"chosen": "a", "rejected": "b", "margin": 0.5},
+        {"chosen": "c", "rejected": "d", "probability": 0.75},
+        {"chosen": "e", "rejected": "f"},
+    )
+    labels = data.labels(data.units()[1:])
+    assert labels.pairs.tolist() == [[0, 1], [2, 3]]
+    assert labels.margins.tolist() == [0, 0] and labels.probabilities.tolist() == [0.75, 1]
+    assert data.labels(data.units()[:1]).margins.tolist() == [0.5]
+
+
+def test_several_ratings_may_be_missing(read):
+    data = read({"text": "a", "ratings": {"x": 1, "y": 3}}, {"text": "b", "ratings": {"y": 5}})
+    assert data.names == ("x", "y") and data.overall[0] == 2 and np.isnan(data.overall[1])
+    assert data.labels(data.units()).ratings.isnan().tolist() == [[False, False], [True, False]]
+
+
+def test_pairs_from_ratings_respect_the_margin(read):
+    rng = np.random.default_rng(0)
+    data = read(*({"text": f"t{i}", "rating": float(rating)} for i, rating in enumerate(rng.normal(size=100) * 3)))
+    pairs = data.pairs(2.0, 500, np.random.default_rng(0))
+    assert len(pairs) == 500
+    assert (data.overall[pairs[:, 0]] - data.overall[pairs[:, 1]] > 2.0).all()
+
+
+def test_of_many_ratings_pairs_are_drawn():
+    n = 12_000
+    ratings = np.random.default_rng(0).normal(size=(n, 1))
+    data = PreferenceData([Example("", str(i)) for i in range(n)], np.arange(n), "response", ratings, ("r",), (1.0,))
+    pairs = data.pairs(0.5, 300, np.random.default_rng(1))
+    assert len(pairs) == 300 and (data.overall[pairs[:, 0]] - data.overall[pairs[:, 1]] > 0.5).all()
+
+
+def test_rows_of_one_prompt_stay_together(read):
+    data = read(*({"prompt": f"p{i % 5}", "text": f"t{i}", "rating": i} for i in range(50)))
+    rest, part = data.divide(0.2, np.random.default_rng(0))
+    assert {e.prompt for e in rest.examples}.isdisjoint(e.prompt for e in part.examples)
+    assert (rest.n_rows, part.n_rows) == (40, 10)
+
+
+@given(st.lists(st.integers(2, 5), min_size=2, max_size=8), st.integers(0, 100))
+def test_dividing_rankings_loses_and_splits_nothing(sizes: list[int], seed: int):
+    """Every pair of a ranking is in one part, with the same texts as before."""
+    examples = [Example("", f"{row}.{place}") for row, size in enumerate(sizes) for place in range(size)]
+    numbers = np.repeat(np.arange(len(sizes)), sizes)
+    index = [(a, b) for a, b in combinations(range(len(examples)), 2) if numbers[a] == numbers[b]]
+    margins = np.arange(len(index), dtype=float)
+    data = PreferenceData(
+        examples, numbers, "response", comparisons=Pairs(np.array(index), margins, np.ones(len(index)))
+    )
+
+    def named(part: PreferenceData) -> set:
+        pairs = part.comparisons
+        texts = [(part.examples[a].response, part.examples[b].response) for a, b in pairs.index]
+        return set(zip(texts, pairs.margins.tolist(), strict=True))
+
+    rest, part = data.divide(0.4, np.random.default_rng(seed))
+    assert named(rest) | named(part) == named(data) and named(rest).isdisjoint(named(part))
+    for half in (rest, part):
+        assert sum(len(unit) for unit in half.units()) == len(half.examples)
+        assert all(len({half.examples[i].response.split(".")[0] for i in unit}) == 1 for unit in half.units())
+        assert half.row.tolist() == sorted(half.row.tolist()) and set(half.row) == set(range(half.n_rows))
+
+
+def test_compared_ratings_come_together_anew_in_each_epoch(read):
+    data = read(*({"text": f"t{i}", "rating": i % 3} for i in range(20))).grouped(8, 0.5, seed=1)
+    first, again, second = data.units(0), data.units(0), data.units(1)
+    assert [len(unit) for unit in first] == [8, 8, 4]
+    assert np.concatenate(first).tolist() == np.concatenate(again).tolist() != np.concatenate(second).tolist()
+    assert sorted(np.concatenate(second)) == list(range(20))
+    labels = data.labels(first[1:])
+    batch = np.concatenate(first[1:])
+    unit_of = np.repeat([0, 1], [8, 4])
+    for winner, loser in labels.pairs.tolist():
+        assert data.overall[batch[winner]] - data.overall[batch[loser]] > 0.5 and unit_of[winner] == unit_of[loser]
+    expected = sum(int((data.overall[u][:, None] - data.overall[u][None, :] > 0.5).sum()) for u in first[1:])
+    assert len(labels.pairs) == expected > 0
+
+
+def test_comparisons_are_read_in_both_orders(read):
+    data = read(
+        {"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.9},
+        {"prompt": "q", "chosen": "c", "rejected": "d"},
+    )
+    compared = data.as_comparisons(data.drawn_pairs(0.0, 10, np.random.default_rng(0)))
+    assert compared.examples[:2] == [Comparison("p", "a", "b"), Comparison("p", "b", "a")]
+    labels = compared.labels(compared.units())
+    assert labels.pairs.tolist() == [[0, 1], [2, 3]] and labels.probabilities.tolist() == pytest.approx([0.9, 1])
+
+
+def test_a_gate_reads_each_prompt_once(read):
+    data = read({"prompt": "p", "responses": ["a", "b", "c"]}, {"prompt": "q", "responses": ["d", "e"]}).with_prompts()
+    assert [len(unit) for unit in data.units()] == [4, 3]
+    assert data.examples[3] == PromptOnly("p") and data.examples[6] == PromptOnly("q")
+    units = data.units()[::-1]
+    batch, labels = np.concatenate(units), data.labels(units)
+    for (a, b), prompt in zip(labels.pairs.tolist(), labels.prompts.tolist(), strict=True):
+        first, second, question = (data.examples[batch[i]] for i in (a, b, prompt))
+        assert first.prompt == second.prompt == question.prompt and isinstance(question, PromptOnly)
+        assert first.response < second.response
+    assert len(labels.pairs) == 4
+
+
+def test_parquet_reads_like_jsonl(tmp_path, read):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": None},
+        {"prompt": "q", "chosen": "c", "rejected": "d", "margin": 2.0},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    data = read_data(str(tmp_path / "d.parquet"))
+    assert data.examples == read(*rows).examples and data.comparisons.margins.tolist() == [0, 2]
+    parquet.write_table(pyarrow.Table.from_pylist([rows[0] | {"chosen": "b"}]), tmp_path / "bad.parquet")
+    with pytest.raises(RewardError, match=r"bad\.parquet, row 1, field `rejected`: equal"):
+        read_data(str(tmp_path / "bad.parquet"))
+    (tmp_path / "no.parquet").write_text("nothing")
+    with pytest.raises(RewardError, match="not a Parquet file"):
+        read_data(str(tmp_path / "no.parquet"))
+
+
+def test_a_saved_data_set_is_read_offline(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": "a", "ratings": {"x": 1.0, "y": None}}, {"text": "b", "ratings": {"x": 2.0, "y": 3.0}}]
+    saved = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:1])}
+    )
+    saved.save_to_disk(tmp_path / "both")
+    saved["train"].save_to_disk(tmp_path / "one")
+    for name, n in ((f"hf:{tmp_path}/both", 2), (f"hf:{tmp_path}/both:test", 1), (f"hf:{tmp_path}/one", 2)):
+        assert read_data(name).n_rows == n
+    with pytest.raises(RewardError, match="no split `valid`. It has train, test"):
+        read_data(f"hf:{tmp_path}/both:valid")
+    with pytest.raises(RewardError, match="has no splits"):
+        read_data(f"hf:{tmp_path}/one:train")
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "d.parquet").write_bytes(b"")
+    for name in ("datasets", "pyarrow"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    with pytest.raises(RewardError, match=r"needs the package datasets\. Install it with .*rlhf\[datasets\]"):
+        read_data("hf:someone/something")
+    with pytest.raises(RewardError, match=r"needs the package pyarrow"):
+        read_data(str(tmp_path / "d.parquet"))
