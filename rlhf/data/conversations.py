@@ -8,11 +8,8 @@ token it stops on. Knows nothing of models and losses.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from rlhf.config.sft import SftDataSettings
 from rlhf.data.assets import resolve
 from rlhf.data.errors import DataError
 from rlhf.data.prompts import load_tokenizer
+from rlhf.data.rows import read_rows
 
 Messages = list[dict[str, str]]
 
@@ -89,7 +87,7 @@ def read_conversations(path: str, field: str, tokenizer: Any, data: SftDataSetti
         raise DataError("policy.model: its tokenizer has no end-of-sequence token, with which responses would end.")
     read: list[Conversation] = []
     dropped: Counter[str] = Counter()
-    for where, row in _rows(Path(path), field):
+    for where, row in read_rows(path, f"Set {field} to a JSONL file of examples.", "the fields of an example"):
         conversation = tokenise_conversation(where, row, tokenizer, data)
         length = len(conversation.token_ids)
         if length <= data.max_tokens:
@@ -125,23 +123,6 @@ def tokenise_conversation(where: str, row: dict[str, Any], tokenizer: Any, data:
         ids.append(np.asarray(tokens, dtype=np.int32))
         learned.append(np.full(len(tokens), by_assistant))
     return Conversation(np.concatenate(ids), np.concatenate(learned))
-
-
-def _rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Set {field} to a JSONL file of examples.")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON: {error}. Each line must be one JSON object.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a {type(row).__name__}, not an object with the fields of an example")
-            yield where, row
 
 
 def _messages(where: str, row: dict[str, Any], data: SftDataSettings) -> Messages:

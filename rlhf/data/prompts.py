@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rlhf.config.data import DataSettings
 from rlhf.data.errors import DataError
 from rlhf.data.pairs import read_pair, tokenise_pair
+from rlhf.data.rows import read_rows
 from rlhf.types import Prompt, content_id
+
+MISSING = "Set data.prompts (or data.eval_prompts) to a JSONL file of prompts."
 
 
 def load_prompts(path: str, tokenizer: Any, settings: DataSettings, pair_tokens: int | None = None) -> list[Prompt]:
@@ -31,7 +31,7 @@ def load_prompts(path: str, tokenizer: Any, settings: DataSettings, pair_tokens:
     """
     prompts: dict[str, Prompt] = {}
     counts: Counter[str] = Counter()
-    for where, row in _rows(Path(path)):
+    for where, row in read_rows(path, MISSING, "a `prompt` or `messages` field"):
         prompt = make_prompt(where, row, tokenizer, settings, pairs=pair_tokens is not None)
         excess = _excess(prompt, settings.max_prompt_tokens, pair_tokens)
         if prompt.id in prompts:
@@ -93,23 +93,6 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise DataError(f"policy.model: no tokenizer can be loaded from {path!r}: {error}") from error
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Set data.prompts (or data.eval_prompts) to a JSONL file of prompts.")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON: {error}. Each line must be one JSON object.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a {type(row).__name__}, not an object with a `prompt` or `messages` field")
-            yield where, row
 
 
 def _messages(where: str, row: dict[str, Any]) -> tuple[list[dict[str, str]], dict[str, Any]]:
