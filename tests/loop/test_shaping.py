@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf.config import load
-from rlhf.loop.calibrate import calibrate
 from rlhf.loop.run import Training
 
 pytestmark = pytest.mark.engine
@@ -56,7 +57,9 @@ def test_the_reference_ranks_in_the_middle_of_its_own_responses(tmp_path: Path) 
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG)
     ranked = ["reward.transforms=[{name: calibrate}]", f"reward.reference_scores={scores}"]
-    calibrate(load(path, ranked), samples=16, output=None)
+    # In a process of its own: it starts a Ray cluster, and this one may be in another.
+    command = [sys.executable, "-m", "rlhf.cli", "reward", "calibrate", str(path), "--samples", "16", *ranked]
+    subprocess.run(command, check=True)
     steps = train(tmp_path / "run", *ranked, "policy.learning_rate=0", "algorithm.samples_per_prompt=8")
     mean = sum(step["reward/shaped_mean"] for step in steps) / 3  # of 144 responses
     assert mean == pytest.approx(0.5, abs=0.12)

@@ -50,7 +50,6 @@ def pool(request: Any, tiny_settings: Any, run: Any, ray_runtime: Any) -> Iterat
     yield started
     run(started.close())
     if local:
-        torch.distributed.destroy_process_group()
         os.environ.clear()
         os.environ.update(before)
 

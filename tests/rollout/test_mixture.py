@@ -93,7 +93,6 @@ def engines(request, tiny_model, tiny_settings, tmp_path_factory, run) -> Iterat
     pool = run(RolloutPool.start(LocalRuntime(), settings, mixes=True))
     yield Engines(pool, run, folder)
     run(pool.close())
-    torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
 

@@ -40,7 +40,6 @@ def debug_pool(tiny_settings, run) -> Iterator[RolloutPool]:
     started = run(RolloutPool.start(LocalRuntime(), tiny_settings()))
     yield started
     run(started.close())
-    torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
 
