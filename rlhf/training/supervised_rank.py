@@ -4,8 +4,10 @@ What is learned is a `Learner`'s affair: it builds the module and knows its loss
 per update (None where there is nothing for one of them), so collective calls always match.
 """
 
+# ruff: noqa: B027 - the empty methods of `Learner` are hooks, which most learners do without
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,24 +24,24 @@ from rlhf.training.ranks import Member, join, leave, rendezvous
 STATE = "learner.pt"
 
 
-class Learner:
+class Learner(ABC):
     """A model and its loss. Made on the driver and sent to every rank, so it must be small and picklable until `build`."""
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """The module that learns, in host memory. All ranks hold the same random state when they are asked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self, batch: Any | None, device: torch.device) -> tuple[Any, ...]:
         """Arguments of the module's forward, for a micro-batch's payload; for None the smallest there are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, outputs: Any, batch: Any | None) -> torch.Tensor:
         """The sum of the losses over the micro-batch; 0, with a gradient of 0 for every weight, for None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, module: nn.Module, folder: Path, main: bool) -> None:
         """Write the result to `folder`. Collective; `main` is true on the one rank that writes."""
-        raise NotImplementedError
 
     def groups(self, module: nn.Module) -> list[dict[str, Any]] | None:
         """The optimizer's parameter groups; None if all weights learn alike."""
