@@ -27,57 +27,62 @@ from typing import Any
 import aiohttp
 
 from rlhf.data.assets import resolve
-from rlhf.reward.asking import AGAIN, pause_s
+from rlhf.reward.judges.asking import AGAIN, pause_s
 
 TOKEN = "benchmark"
 MANY = 64
 BATCHES = (8, 16, 32, 64, 128)
+BARE = {"bare": False, "bare_sorted": True}
+"""The bare model, and whether its texts are sorted by length."""
 BURST = 10_000
 MALFORMED = b'{"responses": "not a list"}'
 
 
 def bare_model(model: str, texts: Sequence[str], threads: int, orders: Any) -> None:
-    """Child process: for each order (batch sizes, seconds), the rate of each size in texts per second. Texts are tokenised and sorted
-    by length before."""
+    """Child process: for each order (batch sizes, whether sorted by length, seconds), the rate of each size in texts per second. Texts are
+    tokenised before. Unsorted they come in random order, as to a server; sorted, hardly any padding is left, which no server can have,
+    since it would have to know all texts before the first."""
     import torch
 
     from rlhf.reward.models import Example, load_model
 
     torch.set_num_threads(threads)
     loaded = load_model(model)
-    ids = sorted(loaded.encode([Example("", text) for text in texts]), key=len)
+    ids = loaded.encode([Example("", text) for text in texts])
     module, luck = loaded.module.eval(), random.Random(0)
 
     @torch.inference_mode()
-    def rate(size: int, limit_s: float) -> float:
+    def rate(size: int, by_length: bool, limit_s: float) -> float:
         """Over batches of all lengths, in random order."""
         begun, done = time.perf_counter(), 0
         while True:
-            starts = list(range(0, len(ids), size))
+            luck.shuffle(ids)
+            rows = sorted(ids, key=len) if by_length else ids
+            starts = list(range(0, len(rows), size))
             luck.shuffle(starts)
             for start in starts:
-                batch = ids[start : start + size]
+                batch = rows[start : start + size]
                 module(**loaded.batch(batch))
                 done += len(batch)
                 if time.perf_counter() - begun > limit_s:
                     return done / (time.perf_counter() - begun)
 
     while (order := orders.recv()) is not None:
-        sizes, limit_s = order
-        orders.send({size: rate(size, limit_s) for size in sizes})
+        sizes, by_length, limit_s = order
+        orders.send({size: rate(size, by_length, limit_s) for size in sizes})
 
 
 @contextmanager
 def bare(
     model: str, texts: Sequence[str], threads: int
-) -> Iterator[Callable[[Sequence[int], float], dict[int, float]]]:
+) -> Iterator[Callable[[Sequence[int], bool, float], dict[int, float]]]:
     """Asks the child process for the rates of batch sizes, each measured for so many seconds."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     child = multiprocessing.get_context("spawn").Process(target=bare_model, args=(model, texts, threads, theirs))
     child.start()
 
-    def rates(sizes: Sequence[int], seconds: float) -> dict[int, float]:
-        ours.send((sizes, seconds))
+    def rates(sizes: Sequence[int], by_length: bool, seconds: float) -> dict[int, float]:
+        ours.send((sizes, by_length, seconds))
         return ours.recv()
 
     try:
@@ -213,12 +218,15 @@ def main() -> None:
             "clients_1_local": (local, 1, 1),
             "clients_64_one_at_a_time": (one_by_one, MANY, 1),
         }
-        plain(BATCHES, 0.5)  # warm up
-        sizes = plain(BATCHES, 3.0)
-        best = max(sizes, key=sizes.__getitem__)
-        print("bare, by batch size:", {size: round(value, 1) for size, value in sizes.items()}, flush=True)
+        plain(BATCHES, False, 0.5)  # warm up
+        sizes = {name: plain(BATCHES, by_length, 3.0) for name, by_length in BARE.items()}
+        for name, rates in sizes.items():
+            print(f"{name}, by batch size:", {size: round(value, 1) for size, value in rates.items()}, flush=True)
         for number in range(args.rounds):
-            found = {"bare": plain([best], args.seconds)[best]}
+            found = {}
+            for name, by_length in BARE.items():
+                best = max(sizes[name], key=sizes[name].__getitem__)
+                found[name] = plain([best], by_length, args.seconds)[best]
             for name, (where, clients, per_request) in parts.items():
                 found[name] = asyncio.run(rate(where, texts, clients, per_request, args.seconds))
             for name, value in found.items():
@@ -237,7 +245,10 @@ def known_scores(model: str, texts: Sequence[str]) -> list[float]:
 
 
 def report(
-    measured: dict[str, list[float]], sizes: dict[int, float], bursts: dict[str, Any], args: argparse.Namespace
+    measured: dict[str, list[float]],
+    sizes: dict[str, dict[int, float]],
+    bursts: dict[str, Any],
+    args: argparse.Namespace,
 ) -> None:
     """Print and keep medians of the rounds' own ratios."""
 
@@ -245,9 +256,11 @@ def report(
         return statistics.median(a / b for a, b in zip(measured[part], measured[other], strict=True))
 
     ratios = {
-        "clients_64_over_bare": ratio("clients_64", "bare"),
-        "clients_8_of_8_over_bare": ratio("clients_8_of_8", "bare"),
-        "clients_64_local_over_bare": ratio("clients_64_local", "bare"),
+        **{
+            f"{part}_over_{name}": ratio(part, name)
+            for name in BARE
+            for part in ("clients_64", "clients_8_of_8", "clients_64_local")
+        },
         "clients_64_over_one_at_a_time": ratio("clients_64_local", "clients_64_one_at_a_time"),
         "clients_64_over_clients_1": ratio("clients_64", "clients_1"),
         "burst_right": bursts["answers"].get("right", 0) / (BURST * 9 // 10),

@@ -84,7 +84,7 @@ def _parser(reward_training: bool) -> argparse.ArgumentParser:
     _add_serve(reward_commands)
     _add_calibrate(reward_commands)
     if reward_training:
-        from rlhf.reward.train import add_arguments
+        from rlhf.reward.training.train import add_arguments
 
         add_arguments(reward_train)
 
@@ -189,7 +189,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = _add(commands, "generate", _generate, "sample responses from a model with the rollout engine")
     generate.add_argument("model", metavar="MODEL", help="folder, asset or hub name; for example an export")
     source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", metavar="FILE", help="JSONL file of prompts, as `data.prompts` describes it")
+    source.add_argument("--prompts", metavar="FILE", help="file of prompts, as `data.prompts` describes it")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given more than once")
     generate.add_argument("--max-tokens", type=int, default=256, help="longest response, in tokens (default: 256)")
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
@@ -321,13 +321,13 @@ def _print_methods() -> None:
 
 
 def _reward_train(args: argparse.Namespace) -> None:
-    from rlhf.reward.train import main as train_reward
+    from rlhf.reward.training.train import main as train_reward
 
     train_reward(args)
 
 
 def _reward_serve(args: argparse.Namespace) -> None:
-    from rlhf.reward.http import serve
+    from rlhf.reward.serving.http import serve
 
     serve(load(args.config, args.overrides), args.host, args.port, local=args.local)
 

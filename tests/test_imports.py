@@ -17,6 +17,8 @@ STOREYS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
+REWARD_STOREYS = ((None,), ("verifiers",), ("judges",), ("serving", "training"))
+"""The inner rooms of `reward`; None: the files beside them."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -24,8 +26,8 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[tuple[str, int]]:
-    """(room, line) of every import of the package in this file, inside functions too."""
+def imports(path: Path) -> set[tuple[tuple[str, ...], int]]:
+    """(parts of the name below `rlhf`, line) of every import of the package in this file, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -37,8 +39,12 @@ def imported_rooms(path: Path) -> set[tuple[str, int]]:
             continue
         for parts in (name.split(".") for name in names):
             if parts[0] == "rlhf" and len(parts) > 1 and parts[1] in FLOOR:
-                found.add((parts[1], node.lineno))
+                found.add((tuple(parts[1:]), node.lineno))
     return found
+
+
+def imported_rooms(path: Path) -> set[tuple[str, int]]:
+    return {(name[0], line) for name, line in imports(path)}
 
 
 def test_every_room_has_a_storey() -> None:
@@ -61,3 +67,12 @@ def test_types_stand_alone() -> None:
     assert not imported_rooms(PACKAGE / "types.py")
     for path in (PACKAGE / "config").glob("*.py"):
         assert {room for room, _ in imported_rooms(path)} <= {"config"}
+
+
+def test_the_inner_rooms_of_reward_have_storeys_too() -> None:
+    floor = {room: number for number, rooms in enumerate(REWARD_STOREYS) for room in rooms}
+    for path in (path for path in FILES if room_of(path) == "reward"):
+        own = path.parent.name if path.parent.name in floor else None
+        for name, line in imports(path):
+            other = name[1] if len(name) > 1 and name[1] in floor else None
+            assert name[0] != "reward" or other == own or floor[other] < floor[own], f"{path}:{line}: not `{other}`"

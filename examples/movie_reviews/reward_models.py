@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.data.assets import resolve
-from rlhf.reward.dataset import PreferenceData, read_data
 from rlhf.reward.models import load_any_model
-from rlhf.reward.reliability import brier, expected_calibration_error
-from rlhf.reward.report import pair_logits, probabilities_of
+from rlhf.reward.training.dataset import PreferenceData, read_data
+from rlhf.reward.training.reliability import brier, expected_calibration_error
+from rlhf.reward.training.report import pair_logits, probabilities_of
 
 APART = 0.5
 PAIRS, TEST_PAIRS = 3_000, 500

@@ -11,13 +11,14 @@ from rlhf.config.base import Section
 
 class DataSettings(Section):
     prompts: str = Field(
-        description="JSONL file of training prompts; each line an object with a `prompt` (text) or `messages` (chat) "
-        "field. `chosen` and `rejected`, both or neither, are a pair of responses (text, or a chat that ends with the "
+        description="Training prompts: a file of JSON lines, a file that ends in `.parquet`, or `hf:NAME[:SPLIT]`, a data set of the "
+        "package `datasets`. Each row has a `prompt` (text) or `messages` (chat) field."
+        " `chosen` and `rejected`, both or neither, are a pair of responses (text, or a chat that ends with the "
         "assistant's turn). All other fields become the payload that reward functions see.",
     )
     eval_prompts: str | None = Field(
         None,
-        description="JSONL file of held-out prompts in the same format. None: no evaluation.",
+        description="Held-out prompts in the same format. None: no evaluation.",
     )
     max_prompt_tokens: int = Field(
         512,

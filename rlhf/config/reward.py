@@ -100,7 +100,7 @@ class RewardSettings(SourceSettings):
     )
     common_set: str | None = Field(
         None,
-        description="JSONL of `response`, with or without `prompt`, that every member scores at the start; its scores are then "
+        description="File of rows with `response`, with or without `prompt`, that every member scores at the start; its scores are then "
         "brought to mean 0 and standard deviation 1 on it. Other fields are the payload.",
     )
     transforms: list[Transform] = Field(
@@ -159,7 +159,7 @@ class RewardSettings(SourceSettings):
     )
     canaries: str | None = Field(
         None,
-        description="JSONL of pairs that the judge must tell apart: `good`, `bad`, with or without `prompt`; other fields are the "
+        description="File of pairs that the judge must tell apart: `good`, `bad`, with or without `prompt`; other fields are the "
         "payload. Every server judges them at the start and now and then.",
     )
     canaries_every: int = Field(

@@ -16,12 +16,13 @@ from rlhf.config.tracking import TrackingSettings
 
 class SftDataSettings(Section):
     examples: str = Field(
-        description="JSONL file of training examples; each line an object with `messages` (a chat that ends with the assistant's "
-        "turn; every turn of the assistant is learned), or with a prompt and a response. Other fields are not read.",
+        description="Training examples: a file of JSON lines, a file that ends in `.parquet`, or `hf:NAME[:SPLIT]`, a data set of the "
+        "package `datasets`. Each row has `messages` (a chat that ends with the assistant's turn; every turn of the assistant is learned), "
+        "or a prompt and a response. Other fields are not read.",
     )
     eval_examples: str | None = Field(
         None,
-        description="JSONL file of held-out examples in the same format. None: no held-out loss.",
+        description="Held-out examples in the same format. None: no held-out loss.",
     )
     prompt_field: str = Field(
         "prompt",

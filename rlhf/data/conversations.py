@@ -70,14 +70,14 @@ def read_examples(model: str, data: SftDataSettings) -> tuple[ReadConversations,
 
 
 def read_conversations(path: str, field: str, tokenizer: Any, data: SftDataSettings) -> ReadConversations:
-    """Read, check, render and tokenise the examples of one JSONL file.
+    """Read, check, render and tokenise the examples of one file.
 
     Args:
         field: of the settings that names the file, for messages.
         tokenizer: a transformers tokenizer.
 
     Raises:
-        DataError: unreadable file, bad line, an example over `data.max_tokens` (unless such are dropped), nothing left.
+        DataError: unreadable file, bad row, an example over `data.max_tokens` (unless such are dropped), nothing left.
     """
     if data.chat_template and tokenizer.chat_template is None:
         raise DataError(
@@ -87,7 +87,7 @@ def read_conversations(path: str, field: str, tokenizer: Any, data: SftDataSetti
         raise DataError("policy.model: its tokenizer has no end-of-sequence token, with which responses would end.")
     read: list[Conversation] = []
     dropped: Counter[str] = Counter()
-    for where, row in read_rows(path, f"Set {field} to a JSONL file of examples.", "the fields of an example"):
+    for where, row in read_rows(path, f"Set {field} to a file of examples.", "the fields of an example"):
         conversation = tokenise_conversation(where, row, tokenizer, data)
         length = len(conversation.token_ids)
         if length <= data.max_tokens:

@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines to `Prompt`s, with or without a pair of responses; every mistake is reported by file, line and field."""
+"""Prompt files: rows to `Prompt`s, with or without a pair of responses; every mistake is reported by file, line and field."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from rlhf.data.pairs import read_pair, tokenise_pair
 from rlhf.data.rows import read_rows
 from rlhf.types import Prompt, content_id
 
-MISSING = "Set data.prompts (or data.eval_prompts) to a JSONL file of prompts."
+MISSING = "Set data.prompts (or data.eval_prompts) to a file of prompts."
 
 
 def load_prompts(path: str, tokenizer: Any, settings: DataSettings, pair_tokens: int | None = None) -> list[Prompt]:
     """Read, check, render and tokenise the prompts of one file, in file order.
 
-    A line is an object with `prompt` (text) or `messages` (a chat: list of {role, content}, ending with the user's turn). It may
+    A row is an object with `prompt` (text) or `messages` (a chat: list of {role, content}, ending with the user's turn). It may
     have `chosen` and `rejected`: a response each, as text or as a chat that ends with it. All other fields become the payload. Equal
-    lines count once; the same prompt with another pair or payload is another prompt.
+    rows count once; the same prompt with another pair or payload is another prompt.
 
     Args:
         tokenizer: a transformers tokenizer.
-        pair_tokens: for a method that learns from the pairs: the longest response it takes, in tokens. Every line then needs a
+        pair_tokens: for a method that learns from the pairs: the longest response it takes, in tokens. Every row then needs a
             pair. None: pairs are checked, but not tokenised.
 
     Raises:
-        DataError: unreadable file, bad line, empty set, a prompt over `data.max_prompt_tokens` or a response over `pair_tokens`.
+        DataError: unreadable file, bad row, empty set, a prompt over `data.max_prompt_tokens` or a response over `pair_tokens`.
     """
     prompts: dict[str, Prompt] = {}
     counts: Counter[str] = Counter()
@@ -62,8 +62,12 @@ def make_prompt(where: str, row: dict[str, Any], tokenizer: Any, settings: DataS
     content = {"messages": messages, "payload": payload, "system": settings.system_prompt}
     if pair is not None:
         content["pair"] = pair
+    try:
+        identity = content_id(content)
+    except TypeError as error:
+        raise DataError(f"{where}: a column holds what JSON has no form for ({error}). Convert or remove it.") from None
     return Prompt(
-        id=content_id(content),
+        id=identity,
         token_ids=tuple(_tokenise(where, messages, tokenizer, settings)),
         text=messages[-1]["content"],
         payload=payload,

@@ -1,4 +1,7 @@
-"""JSON lines: one object a line, with the place of each for messages."""
+"""Where rows of data come from: JSON lines, a Parquet file, or a data set of the package `datasets`; each with its place for messages.
+
+What a row must hold is for the reader of prompts, of examples, of ratings to say.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,89 @@ from typing import Any
 
 from rlhf.data.errors import DataError
 
+HUB = "hf:"
+EXTRA = 'Install it with `pip install "rlhf[datasets]"`, or convert the data to JSONL.'
 
-def read_rows(path: str, missing: str, wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`FILE:LINE` and the object of each line that is not blank.
+Placed = tuple[str, dict[str, Any]]
+"""Where a row stands, `FILE:LINE` or `FILE, row N`, and the row."""
+
+
+def read_rows(path: str, missing: str, wanted: str) -> Iterator[Placed]:
+    """The rows of `hf:NAME[:SPLIT]`, of a file that ends in .parquet, or of any other file as JSON lines, blank ones left out.
+
+    In a table every row has every column, so a column without a value counts as missing.
 
     Args:
         missing: what to do if there is no such file.
-        wanted: what each object has, in words.
+        wanted: what each row has, in words.
 
     Raises:
-        DataError: no such file, or a line that is no JSON object.
+        DataError: nothing there, or not what it should be; with the place and the remedy.
     """
+    if path.startswith(HUB):
+        return _table(path, _from_hub(path))
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file. {missing}")
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON: {error}. Each line must be one JSON object.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a {type(row).__name__}, not an object with {wanted}")
-            yield where, row
+    return _table(path, _from_parquet(path)) if path.endswith(".parquet") else _lines(path, wanted)
+
+
+def _lines(path: str, wanted: str) -> Iterator[Placed]:
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _object(f"{path}:{number}", line, wanted)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}). A Parquet file must end in .parquet.") from None
+
+
+def _object(where: str, line: str, wanted: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error}. Each line must be one JSON object.") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object with {wanted}")
+    return row
+
+
+def _table(path: str, rows: Iterator[dict[str, Any]]) -> Iterator[Placed]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", {name: value for name, value in row.items() if value is not None}
+
+
+def _from_parquet(path: str) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: reading Parquet needs the package pyarrow. {EXTRA}") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({error}).") from None
+    for batch in table.to_batches():
+        yield from batch.to_pylist()
+
+
+def _from_hub(path: str) -> Iterator[dict[str, Any]]:
+    """NAME is a folder that `save_to_disk` wrote, or what `datasets.load_dataset` takes."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{path}: this needs the package datasets. {EXTRA}") from None
+    name, _, split = path.removeprefix(HUB).partition(":")
+    try:
+        data = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    except Exception as error:  # the hub's client raises what it likes; all of it means that it cannot be read
+        raise DataError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}). Without a network, save the data set with "
+            f"`save_to_disk` where there is one, and name that folder: `{HUB}FOLDER[:SPLIT]`."
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data and (split or "train" not in data):
+            raise DataError(f"{path}: there is no split `{split or 'train'}`. It has {', '.join(data)}.")
+        data = data[split or "train"]
+    elif split:
+        raise DataError(f"{path}: has no splits. Write `{HUB}{name}`.")
+    yield from data

@@ -21,7 +21,7 @@ from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
 from rlhf.loop.evaluation import evaluation_sampling, held_out
 from rlhf.loop.judged import Judged
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.report import HeldOut, win_rate

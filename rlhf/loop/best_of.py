@@ -18,7 +18,7 @@ from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
 from rlhf.loop.answers import Question, response_row, write_rows
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
 from rlhf.types import Feedback

@@ -17,7 +17,6 @@ from rlhf.config.policy import LoraSettings
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.loop.answers import engines_and_judges
-from rlhf.reward.pool import RewardPool
 from rlhf.reward.reference_scores import (
     REWARD,
     Origin,
@@ -28,6 +27,7 @@ from rlhf.reward.reference_scores import (
     sampling_of,
     unreferenced,
 )
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
 from rlhf.types import Feedback, Prompt, Rollout, Score

@@ -22,7 +22,7 @@ from rlhf.data.ledger import Ledger
 from rlhf.loop.clock import Clock
 from rlhf.loop.judged import Judged, rollout_metrics
 from rlhf.policy import Moment, PolicyGroup
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling

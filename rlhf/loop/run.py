@@ -29,8 +29,8 @@ from rlhf.loop.evaluation import (
 from rlhf.loop.judged import measured
 from rlhf.loop.online import OnlineLoop, Roles
 from rlhf.policy import PolicyGroup
-from rlhf.reward.pool import RewardPool
 from rlhf.reward.reference_scores import members_need_references
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
 from rlhf.tracking.record import Record

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from rlhf.config import Settings
+from rlhf.config.loader import UserError
 from rlhf.preflight.finding import Finding
-from rlhf.reward.errors import RewardError
 from rlhf.reward.reference_scores import unreferenced
-from rlhf.reward.server import RewardServer
+from rlhf.reward.serving.server import RewardServer
 from rlhf.types import Completion, Feedback, Invalid, Outcome, Prompt, Score
 
 QUESTION = "How do I keep bread fresh for longer?"
@@ -69,7 +69,7 @@ def check_reward(settings: Settings, tokenizer: Any, pair: Pair) -> Finding:
     """The verdict on the pair, judged."""
     try:
         good, bad = judged(settings, tokenizer, pair).outcomes
-    except RewardError as error:
+    except UserError as error:
         return Finding("reward", "failed", str(error), "correct `reward.path`, `reward.kind` or `reward.input`")
     return compare(good, bad)
 

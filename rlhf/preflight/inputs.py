@@ -19,10 +19,10 @@ from rlhf.config.sft import SftSettings
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.preflight.shapes import ModelShape, model_shape
-from rlhf.reward.canaries import load_canaries
-from rlhf.reward.ensemble import read_common_set
 from rlhf.reward.functions import COMPARE, SCORE, load_function
-from rlhf.reward.llm_judge import check_llm_judge
+from rlhf.reward.judges.ensemble import read_common_set
+from rlhf.reward.judges.llm_judge import check_llm_judge
+from rlhf.reward.serving.canaries import load_canaries
 from rlhf.reward.shaping import Shaping
 from rlhf.reward.verifiers.verifier import check_prompts
 from rlhf.types import Prompt

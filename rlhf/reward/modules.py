@@ -98,3 +98,25 @@ def start_head(head: torch.nn.Linear) -> None:
     torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
+
+
+def split_embedding(outputs: torch.Tensor, dimensions: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A GPM's unit embeddings [n, 2k], and its gates [n, k] if its outputs are wider than that."""
+    gates = None
+    if outputs.shape[1] > dimensions:
+        gates = torch.softmax(outputs[:, dimensions:], dim=1) * (dimensions // 2)
+    return torch.nn.functional.normalize(outputs[:, :dimensions], dim=1), gates
+
+
+def skew_symmetric_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """GPM's score s(i beats j) = <R v_i, v_j> = sum_l lambda_l (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l]), one per pair.
+
+    R has the blocks [[0, -1], [1, 0]] (Zhang et al. 2024, "Beyond Bradley-Terry models: a general preference model", section
+    4). Swapping the responses changes the sign. With v = [r, 1] it is r_i - r_j, the Bradley-Terry model.
+
+    Args:
+        first, second: embeddings v_i and v_j, [n_pairs, 2k].
+        gate: lambda, at least 0, [n_pairs, k]; None: all 1.
+    """
+    areas = first[:, 0::2] * second[:, 1::2] - first[:, 1::2] * second[:, 0::2]
+    return (areas if gate is None else gate * areas).sum(1)

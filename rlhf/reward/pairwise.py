@@ -22,6 +22,11 @@ Order = tuple[int, int]
 """Two responses of a prompt, in the order in which the judge reads them."""
 
 
+def pair_probabilities(differences: np.ndarray, temperature: float) -> np.ndarray:
+    """P(first beats second) = sigmoid((r_1 - r_2) / T), elementwise on reward differences [n_pairs]."""
+    return 0.5 * (1.0 + np.tanh(np.asarray(differences, dtype=np.float64) / (2.0 * temperature)))
+
+
 def orders(digests: Sequence[str]) -> list[Order]:
     """What a judge must be asked: every two responses that differ, in both orders."""
     n = len(digests)

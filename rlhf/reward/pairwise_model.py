@@ -15,11 +15,9 @@ import numpy as np
 import torch
 
 from rlhf.reward.errors import RewardError
-from rlhf.reward.losses import skew_symmetric_score
 from rlhf.reward.models import Comparison, Example, PromptOnly, RewardModel, Text, load_any_model
-from rlhf.reward.modules import Classifier
-from rlhf.reward.objectives import split_embedding
-from rlhf.reward.reliability import pair_probabilities
+from rlhf.reward.modules import Classifier, skew_symmetric_score, split_embedding
+from rlhf.reward.pairwise import pair_probabilities
 from rlhf.types import Failed
 
 Responses = tuple[str, str]

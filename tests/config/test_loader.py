@@ -84,7 +84,10 @@ def test_settings_are_frozen(load_with: LoadWith) -> None:
         (VALID + "pollicy: {}\n", ["line 8", "`pollicy` is not a known section", "`policy`"]),
         (VALID + "zzz: {}\n", ["`zzz`", "Known sections are: run, data"]),
         ("data: {prompts: x}\npolicy: {model: y}\n", ["`reward.path` is missing", "`reward.url`"]),
-        (VALID.replace("prompts: prompts.jsonl", "shuffle: true"), ["line 1", "`data.prompts` is missing", "JSONL"]),
+        (
+            VALID.replace("prompts: prompts.jsonl", "shuffle: true"),
+            ["line 1", "`data.prompts` is missing", "JSON lines"],
+        ),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config import Settings
 from rlhf.loop.run import Training
-from rlhf.reward.canaries import CanaryAlarm
+from rlhf.reward.serving.canaries import CanaryAlarm
 from tests.reward import sample_rewards
 from tests.reward.services import TOKEN, reward_service
 

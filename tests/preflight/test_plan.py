@@ -141,7 +141,7 @@ def test_a_service_and_its_canaries_are_looked_at(tmp_path: Path) -> None:
     canaries.write_text('{"good": "a", "bad": "b"}\n')
     assert "the service at http://rewards:8000" in describe(tiny(*service, f"reward.canaries={canaries}"))
     canaries.write_text('{"good": "a"}\n')
-    with pytest.raises(UserError, match=r"canaries\.jsonl, line 1: a pair needs"):
+    with pytest.raises(UserError, match=r"canaries\.jsonl:1: a pair needs"):
         describe(tiny(*service, f"reward.canaries={canaries}"))
 
 

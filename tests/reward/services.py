@@ -13,8 +13,8 @@ import uvicorn
 
 from rlhf.cluster import LocalRuntime
 from rlhf.config import Settings
-from rlhf.reward.http import make_app
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.serving.http import make_app
+from rlhf.reward.serving.pool import RewardPool
 
 TOKEN = "a-token-of-this-test"
 

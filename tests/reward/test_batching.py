@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.reward.batching import WINDOW, Batcher, Limits, choose, full
+from rlhf.reward.judges.batching import WINDOW, Batcher, Limits, choose, full
 
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=40)
 LIMITS = st.builds(Limits, items=st.integers(1, 12), tokens=st.integers(1, 200), wait_s=st.just(0.0))

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from rlhf.cluster import LocalRuntime
-from rlhf.reward.cache import CachedJudge
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.judges.cache import CachedJudge
 from rlhf.reward.scoring import Measured
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Prompt, TimedOut
 
 PROMPT = Prompt("p", (1,), "Say it.", {"n": 3})

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from rlhf.cluster import LocalRuntime
+from rlhf.config.loader import UserError
 from rlhf.config.reward import RewardSettings
-from rlhf.reward.canaries import CanaryAlarm, Watch, load_canaries
 from rlhf.reward.errors import RewardError
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.serving.canaries import CanaryAlarm, Watch, load_canaries
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Feedback, Invalid, Score, TimedOut
 from tests.reward import sample_rewards
 
@@ -24,28 +25,28 @@ def write(folder, *rows):
 def test_a_file_is_read(tmp_path):
     path = write(tmp_path, {"good": "g", "bad": "b", "prompt": "Say it.", "answer": 4}, "", {"good": "h", "bad": "c"})
     first, second = load_canaries(path)
-    assert (first.line, first.good, first.bad, first.prompt.text) == (1, "g", "b", "Say it.")
+    assert (first.where, first.good, first.bad, first.prompt.text) == (f"{path}:1", "g", "b", "Say it.")
     assert first.prompt.payload == {"answer": 4}
-    assert (second.line, second.prompt.text, second.prompt.payload) == (3, "", {})
+    assert (second.where, second.prompt.text, second.prompt.payload) == (f"{path}:3", "", {})
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (["{"], "line 1: this is not JSON"),
-        ([{"good": "g", "bad": "b"}, {"good": "g"}], "line 2: a pair needs the texts `good` and `bad`"),
-        ([[1]], "line 1: a pair needs"),
-        ([{"good": "g", "bad": "b", "prompt": 3}], "line 1: `prompt` must be text"),
+        (["{"], ":1: not JSON"),
+        ([{"good": "g", "bad": "b"}, {"good": "g"}], ":2: a pair needs the texts `good` and `bad`"),
+        ([[1]], ":1: a list, not an object with the texts `good`"),
+        ([{"good": "g", "bad": "b", "prompt": 3}], ":1: `prompt` must be text"),
         ([], "holds no pairs"),
     ],
 )
 def test_a_broken_file_is_refused(tmp_path, rows, words):
-    with pytest.raises(RewardError, match=words):
+    with pytest.raises(UserError, match=words):
         load_canaries(write(tmp_path, *rows))
 
 
 def test_no_file_is_refused(tmp_path):
-    with pytest.raises(RewardError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file. Correct `reward.canaries`"):
         load_canaries(str(tmp_path / "none.jsonl"))
 
 
@@ -67,10 +68,10 @@ def watch(tmp_path):
 def test_wrong_orders_at_the_start_are_listed(watch):
     with pytest.raises(RewardError) as caught:
         watch().begin(verdicts((1.0, 0.0), (0.0, 1.0)))
-    assert "1 of 2 pairs" in str(caught.value) and "line 2, good 'h', bad 'c': 0 against 1" in str(caught.value)
-    assert "line 1" not in str(caught.value)
+    assert "1 of 2 pairs" in str(caught.value) and ":2, good 'h', bad 'c': 0 against 1" in str(caught.value)
+    assert ":1, good" not in str(caught.value)
     for pair in ((1.0, 1.0), (Invalid("None"), 0.0), (Failed("broke"), 0.0)):
-        with pytest.raises(RewardError, match="line 2"):
+        with pytest.raises(RewardError, match=":2, good"):
             watch().begin(verdicts((1.0, 0.0), pair))
     watch(canaries_wrong=1).begin(verdicts((1.0, 0.0), (0.0, 1.0)))
 
@@ -85,7 +86,7 @@ def test_later_the_accuracy_and_the_drift_are_measured(watch):
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ((1.0, 0.0011), "line 1, good 'g', bad 'b': 1 against 0.0011; at the start: 1 against 0"),
+        ((1.0, 0.0011), ":1, good 'g', bad 'b': 1 against 0.0011; at the start: 1 against 0"),
         ((Invalid("None"), 0.0), "Invalid"),
     ],
 )

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from rlhf.cluster import LocalRuntime
 from rlhf.config import Settings
+from rlhf.config.loader import UserError
 from rlhf.config.reward import RewardSettings
-from rlhf.reward.ensemble import combine, read_common_set
-from rlhf.reward.errors import RewardError
+from rlhf.reward.judges.ensemble import combine, read_common_set
 from rlhf.reward.models import Example, load_model
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Feedback, Invalid, Rollout, Score, TimedOut
 
 HERE = "tests.reward.sample_rewards"
@@ -187,7 +187,7 @@ def test_a_common_set_that_is_no_use(run, tiny_settings, make_text_rollout, tmp_
     path = tmp_path / "common.jsonl"
     path.write_text("\n".join(lines))
     settings = tiny_settings(reward=several(common_set=str(path)))
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         judged(run, settings, make_text_rollout(["x"]))
 
 

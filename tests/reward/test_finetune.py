@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.reward import finetune, train
-from rlhf.reward.dataset import PreferenceData, read_data
 from rlhf.reward.errors import RewardError
-from rlhf.reward.finetune import FullSettings, Preferences, fine_tune
-from rlhf.reward.group import Group, read_group
 from rlhf.reward.models import Description, EncoderWithHead, RewardModel, new_model
-from rlhf.reward.objectives import BradleyTerry, GeneralPreference, MultiObjective, Objective, Squared
+from rlhf.reward.training import finetune, train
+from rlhf.reward.training.dataset import PreferenceData, read_data
+from rlhf.reward.training.finetune import FullSettings, Preferences, fine_tune
+from rlhf.reward.training.group import Group, read_group
+from rlhf.reward.training.objectives import BradleyTerry, GeneralPreference, MultiObjective, Objective, Squared
 from tests.reward.conftest import SIZES
 from tests.reward.training import fit, texts, write
 

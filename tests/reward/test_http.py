@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from rlhf.cluster import LocalRuntime
 from rlhf.config import UserError
-from rlhf.reward import http
-from rlhf.reward.pool import RewardPool
-from rlhf.reward.wire import feedback_from_json, feedback_to_json
+from rlhf.reward.judges.wire import feedback_from_json, feedback_to_json
+from rlhf.reward.serving import http
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Feedback, Invalid, Score, TimedOut
 
 HERE = "tests.reward.sample_rewards"

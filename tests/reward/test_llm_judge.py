@@ -23,12 +23,12 @@ from starlette.routing import Route
 
 from rlhf.cluster import LocalRuntime
 from rlhf.config.reward import SourceSettings
-from rlhf.reward import asking, llm_judge_endpoint
 from rlhf.reward.errors import RewardError
-from rlhf.reward.llm_judge import PLACES, QUESTION, LlmJudge, Question, check_llm_judge, make_llm_judge
-from rlhf.reward.llm_judge_endpoint import Endpoint, read_choice
-from rlhf.reward.llm_judge_engine import Reader, open_model
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.judges import asking, llm_judge_endpoint
+from rlhf.reward.judges.llm_judge import PLACES, QUESTION, LlmJudge, Question, check_llm_judge, make_llm_judge
+from rlhf.reward.judges.llm_judge_endpoint import Endpoint, read_choice
+from rlhf.reward.judges.llm_judge_engine import Reader, open_model
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Feedback, Prompt, Score, TimedOut
 from tests.reward.services import service
 

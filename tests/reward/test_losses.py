@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.reward.losses import bradley_terry, cross_entropy, min_norm_weights, ordinal, skew_symmetric_score
+from rlhf.reward.modules import skew_symmetric_score
+from rlhf.reward.training.losses import bradley_terry, cross_entropy, min_norm_weights, ordinal
 
 ONE, ZERO = torch.tensor([1.0]), torch.tensor([0.0])
 numbers = st.floats(-3, 3)

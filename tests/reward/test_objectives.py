@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.reward.dataset import Pairs, PreferenceData
 from rlhf.reward.models import Comparison, Example
-from rlhf.reward.objectives import (
+from rlhf.reward.modules import split_embedding
+from rlhf.reward.training.dataset import Pairs, PreferenceData
+from rlhf.reward.training.objectives import (
     BradleyTerry,
     CrossEncoder,
     GeneralPreference,
@@ -18,7 +19,6 @@ from rlhf.reward.objectives import (
     MultiObjective,
     Ordinal,
     Squared,
-    split_embedding,
 )
 
 

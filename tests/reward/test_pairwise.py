@@ -17,8 +17,8 @@ from rlhf.reward.functions import COMPARE, load_function, prefers_more_letter_a
 from rlhf.reward.models import COMPARISON
 from rlhf.reward.pairwise import feedback, orders
 from rlhf.reward.pairwise_model import load_pairwise_model
-from rlhf.reward.pool import RewardPool
 from rlhf.reward.scoring import probability_of
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Feedback, Invalid, Rollout, Score, TimedOut
 
 PICKY = "tests.reward.sample_rewards:picky"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from rlhf.cluster import LocalRuntime
 from rlhf.reward.errors import NoServerLeft, RewardError
 from rlhf.reward.models import Example, load_model
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Invalid, Score, TimedOut
 from tests.reward import sample_rewards
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.reward.reliability import (
+from rlhf.reward.pairwise import pair_probabilities
+from rlhf.reward.training.reliability import (
     brier,
     draw_reliability,
     expected_calibration_error,
     fit_temperature,
     length_bias,
-    pair_probabilities,
     rank_correlation,
     reliability_bins,
 )

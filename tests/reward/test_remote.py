@@ -14,12 +14,12 @@ from starlette.routing import Route
 
 from rlhf.cluster import LocalRuntime
 from rlhf.config.reward import SourceSettings
-from rlhf.reward import asking, remote
-from rlhf.reward.asking import pause_s
 from rlhf.reward.errors import RewardError
-from rlhf.reward.pool import RewardPool
-from rlhf.reward.remote import RemoteJudge
+from rlhf.reward.judges import asking, remote
+from rlhf.reward.judges.asking import pause_s
+from rlhf.reward.judges.remote import RemoteJudge
 from rlhf.reward.scoring import Measured
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Prompt, TimedOut
 from tests.reward.services import TOKEN, reward_service, service
 

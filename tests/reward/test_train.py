@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf.reward import train
 from rlhf.reward.errors import RewardError
-from rlhf.reward.heads import fit_logistic, fit_ridge
 from rlhf.reward.models import Example, load_model
+from rlhf.reward.training import train
+from rlhf.reward.training.heads import fit_logistic, fit_ridge
 from tests.reward.training import cyclic_pairs, fit, texts, write
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.reward.errors import RewardError
-from rlhf.reward.pool import RewardPool
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.verifiers import sandbox, workers
 from rlhf.reward.verifiers.code import CodeVerifier
 from rlhf.reward.verifiers.sandbox import Limits, SandboxError, run_program

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.reward import train
+from rlhf.reward.training import train
 
 
 def fit(model: Path, data: Path, output: Path, *options: str) -> dict:

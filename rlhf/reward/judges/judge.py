@@ -17,11 +17,11 @@ from rlhf.config import Settings
 from rlhf.config.reward import RewardSettings, SourceSettings
 from rlhf.config.reward_checks import CACHED
 from rlhf.data.assets import resolve
-from rlhf.reward.batching import Batcher, Limits
-from rlhf.reward.cache import CachedJudge
 from rlhf.reward.errors import RewardError
 from rlhf.reward.functions import COMPARE, SCORE, load_function, takes_all
-from rlhf.reward.remote import RemoteJudge
+from rlhf.reward.judges.batching import Batcher, Limits
+from rlhf.reward.judges.cache import CachedJudge
+from rlhf.reward.judges.remote import RemoteJudge
 from rlhf.reward.scoring import failure
 from rlhf.types import Failed, Prompt, TimedOut
 
@@ -88,7 +88,7 @@ async def _make(source: SourceSettings, settings: Settings, workplace: Workplace
     if source.kind == "function":
         return FunctionJudge(load_function(source.path, SCORE), workplace)
     if source.kind == "several":
-        from rlhf.reward.ensemble import Ensemble
+        from rlhf.reward.judges.ensemble import Ensemble
 
         members = [await make_judge(member, settings, workplace, local) for member in settings.reward.members]
         return await Ensemble.start(settings.reward, members, settings.cluster.startup_deadline_s)
@@ -101,7 +101,7 @@ async def _make(source: SourceSettings, settings: Settings, workplace: Workplace
 
         return await VerifierJudge.start(source.path, settings)
     if source.kind == "llm_judge":
-        from rlhf.reward.llm_judge import make_llm_judge
+        from rlhf.reward.judges.llm_judge import make_llm_judge
 
         return await make_llm_judge(source, settings, local)
     device = _device(settings, local)

@@ -14,11 +14,6 @@ import numpy as np
 BINS = 10
 
 
-def pair_probabilities(differences: np.ndarray, temperature: float) -> np.ndarray:
-    """P(first beats second) = sigmoid((r_1 - r_2) / T), elementwise on reward differences [n_pairs]."""
-    return 0.5 * (1.0 + np.tanh(np.asarray(differences, dtype=np.float64) / (2.0 * temperature)))
-
-
 def fit_temperature(differences: np.ndarray, probabilities: np.ndarray | float = 1.0) -> float:
     """The T that makes sigmoid(difference / T) likeliest, for differences winner minus loser, [n_pairs].
 

@@ -12,7 +12,8 @@ from typing import Protocol
 
 import torch
 
-from rlhf.reward import losses
+from rlhf.reward.modules import skew_symmetric_score, split_embedding
+from rlhf.reward.training import losses
 
 TEMPERATURE = 0.1
 """GPM's tau: P(i beats j) = sigmoid(s_ij / tau) (Zhang et al. 2024)."""
@@ -139,17 +140,9 @@ class GeneralPreference:
         embeddings, gates = split_embedding(outputs, self._dimensions)
         first, second = embeddings[batch.pairs[:, 0]], embeddings[batch.pairs[:, 1]]
         gate = None if gates is None else gates[batch.prompts]
-        score = losses.skew_symmetric_score(first, second, gate)
+        score = skew_symmetric_score(first, second, gate)
         each = losses.cross_entropy(score / self._temperature, batch.probabilities)
         return each.sum(), float(len(each))
-
-
-def split_embedding(outputs: torch.Tensor, dimensions: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A GPM's unit embeddings [n, 2k], and its gates [n, k] if its outputs are wider than that."""
-    gates = None
-    if outputs.shape[1] > dimensions:
-        gates = torch.softmax(outputs[:, dimensions:], dim=1) * (dimensions // 2)
-    return torch.nn.functional.normalize(outputs[:, :dimensions], dim=1), gates
 
 
 class CrossEncoder:

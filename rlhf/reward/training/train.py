@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 from rlhf.data.assets import resolve
-from rlhf.reward import choices
-from rlhf.reward.dataset import Pairs, PreferenceData, read_data
 from rlhf.reward.errors import RewardError
-from rlhf.reward.group import Group, read_group, training_folder
-from rlhf.reward.group import add_arguments as add_group_arguments
-from rlhf.reward.heads import LinearHead, fit_logistic, fit_ridge
 from rlhf.reward.models import DESCRIPTION, RewardModel, is_classifier, new_model, read_base
 from rlhf.reward.modules import CumulativeLogits
-from rlhf.reward.reliability import Bin, draw_reliability, fit_temperature
-from rlhf.reward.report import measure, pair_logits, readable, too_long
+from rlhf.reward.training import choices
+from rlhf.reward.training.dataset import Pairs, PreferenceData, read_data
+from rlhf.reward.training.group import Group, read_group, training_folder
+from rlhf.reward.training.group import add_arguments as add_group_arguments
+from rlhf.reward.training.heads import LinearHead, fit_logistic, fit_ridge
+from rlhf.reward.training.reliability import Bin, draw_reliability, fit_temperature
+from rlhf.reward.training.report import measure, pair_logits, readable, too_long
 
 REPORT = "reward_report.json"
 DIAGRAM = "reliability.png"
@@ -207,7 +207,10 @@ def _train_full(
     group: Group,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    from rlhf.reward.finetune import FullSettings, fine_tune  # loads DeepSpeed, which the frozen methods do not need
+    from rlhf.reward.training.finetune import (  # loads DeepSpeed, which the frozen methods do not need
+        FullSettings,
+        fine_tune,
+    )
 
     head, scorer = model.module.head, model.module
     new_head = not _ready_made(args)

@@ -16,7 +16,6 @@ Does not know how a member judges.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ import numpy as np
 from rlhf.config.reward import MemberSettings, RewardSettings
 from rlhf.config.transforms import REFERENCED
 from rlhf.data.assets import resolve
+from rlhf.data.rows import read_rows
 from rlhf.reward.errors import RewardError
 from rlhf.reward.reference_scores import ReferenceScores, members_need_references, read_reference_scores
 from rlhf.reward.scoring import Measured, outcome_of
@@ -35,7 +35,7 @@ from rlhf.reward.transforms import Moments, Scored, before_reference, needs_refe
 from rlhf.types import Failed, Invalid, Prompt, Score, TimedOut, content_id
 
 if TYPE_CHECKING:
-    from rlhf.reward.judges import Judge, Texts
+    from rlhf.reward.judges.judge import Judge, Texts
 
 
 def combine(scores: Sequence[float], weights: Sequence[float], reward: RewardSettings) -> float:
@@ -213,25 +213,17 @@ def read_common_set(path: str) -> list[tuple[Prompt, str]]:
     """The common set: responses with their prompts.
 
     Raises:
-        RewardError: no file, a line that is not as `reward.common_set` says, or fewer than two responses.
+        UserError: no file, a row that is not as `reward.common_set` says, or fewer than two responses.
     """
-    if not Path(path).is_file():
-        raise RewardError(f"`reward.common_set`: there is no file {path}")
-    texts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            texts.append(_row(f"{path}:{number}", line))
+    rows = read_rows(path, "Correct `reward.common_set`.", "the text `response`")
+    texts = [_response(where, row) for where, row in rows]
     if len(texts) < 2:
         raise RewardError(f"`reward.common_set`: {path} holds {len(texts)} responses; a scale needs two or more")
     return texts
 
 
-def _row(where: str, line: str) -> tuple[Prompt, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RewardError(f"`reward.common_set`: {where}: not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("response"), str):
+def _response(where: str, row: dict[str, Any]) -> tuple[Prompt, str]:
+    if not isinstance(row.get("response"), str):
         raise RewardError(f"`reward.common_set`: {where}: needs an object with the text `response`")
     prompt = row.get("prompt", "")
     if not isinstance(prompt, str):

@@ -16,9 +16,9 @@ from typing import Any
 from rlhf.config import Settings
 from rlhf.data.assets import resolve
 from rlhf.reward import pairwise
-from rlhf.reward.judges import Judge, Workplace, make_judge
+from rlhf.reward.judges.judge import Judge, Workplace, make_judge
+from rlhf.reward.judges.wire import TOKEN
 from rlhf.reward.scoring import Measured, outcome_of
-from rlhf.reward.wire import TOKEN
 from rlhf.types import Completion, Failed, Feedback, Prompt, TimedOut, content_id
 
 SECRETS = (TOKEN, "OPENAI_API_KEY")

@@ -32,8 +32,8 @@ from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, wishes
 from rlhf.config import Settings, UserError
 from rlhf.config.settings import single_process
 from rlhf.reward.errors import Busy, NoServerLeft
-from rlhf.reward.pool import RewardPool
-from rlhf.reward.wire import TOKEN, feedback_to_json
+from rlhf.reward.judges.wire import TOKEN, feedback_to_json
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Prompt, content_id
 
 MAX_BODY_BYTES = 8 * 2**20

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.config.reward import SourceSettings
-from rlhf.reward.asking import Asker
 from rlhf.reward.errors import RewardError
+from rlhf.reward.judges.asking import Asker
 from rlhf.types import Failed, TimedOut
 
 KEY = "OPENAI_API_KEY"

@@ -23,8 +23,8 @@ import torch
 
 from rlhf.reward.errors import RewardError
 from rlhf.reward.models import Comparison, Example, Input, PromptOnly, Text
-from rlhf.reward.objectives import Labels
-from rlhf.reward.rows import Row, read_rows
+from rlhf.reward.training.objectives import Labels
+from rlhf.reward.training.rows import Row, read_preferences
 
 KINDS = {"rated": ("text", "rating", "ratings"), "paired": ("chosen", "rejected"), "ranked": ("responses",)}
 MANY = 10_000
@@ -226,12 +226,12 @@ def _rated_pairs(ratings: np.ndarray, margin: float, limit: int, rng: np.random.
 
 
 def read_data(path: str) -> PreferenceData:
-    """Read a file (`rows.read_rows`) of rated, paired or ranked rows; the first row decides which.
+    """Read a file (`rows.read_preferences`) of rated, paired or ranked rows; the first row decides which.
 
     Raises:
         RewardError: with the file, the line, the field and what is wrong with it.
     """
-    rows = list(read_rows(path))
+    rows = read_preferences(path)
     if not rows:
         raise RewardError(f"{path} has no rows.")
     kind, given = _kind(rows[0]), [row.prompt() for row in rows]

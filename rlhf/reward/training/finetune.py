@@ -25,12 +25,12 @@ from transformers import PreTrainedModel
 from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, Wishes, uses_gpu
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.policy import PolicySettings
-from rlhf.reward.dataset import PreferenceData
 from rlhf.reward.errors import RewardError
-from rlhf.reward.group import Group
 from rlhf.reward.models import RewardModel
 from rlhf.reward.modules import EncoderWithHead, parts
-from rlhf.reward.objectives import Labels, Objective
+from rlhf.reward.training.dataset import PreferenceData
+from rlhf.reward.training.group import Group
+from rlhf.reward.training.objectives import Labels, Objective
 from rlhf.tracking.jsonl import JsonLines, read
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.supervised import Batch, Course, Saving, SupervisedGroup, train

@@ -20,7 +20,7 @@ from rlhf.cluster.devices import compute_env
 from rlhf.config import Settings
 from rlhf.data.assets import resolve
 from rlhf.reward.errors import RewardError
-from rlhf.reward.judges import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
+from rlhf.reward.judges.judge import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
 from rlhf.types import Failed, TimedOut
 
 LETTERS = ("A", "B")

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rlhf.reward import objectives
-from rlhf.reward.dataset import PreferenceData
 from rlhf.reward.errors import RewardError
 from rlhf.reward.models import Description
-from rlhf.reward.objectives import Objective
+from rlhf.reward.training import objectives
+from rlhf.reward.training.dataset import PreferenceData
+from rlhf.reward.training.objectives import Objective
 
 NAMES = ("squared", "bradley-terry", "ordinal", "gpm", "cross-encoder", "more")
 NEEDS_RATINGS = ("squared", "ordinal", "more")

@@ -15,7 +15,7 @@ from rlhf.reward.scoring import Measured
 from rlhf.types import Failed, Prompt, TimedOut
 
 if TYPE_CHECKING:
-    from rlhf.reward.judges import Judge, Texts
+    from rlhf.reward.judges.judge import Judge, Texts
 
 
 class CachedJudge:

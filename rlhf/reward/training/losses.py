@@ -55,20 +55,6 @@ def ordinal(cumulative: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     return -(F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(below - above)))
 
 
-def skew_symmetric_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """GPM's score s(i beats j) = <R v_i, v_j> = sum_l lambda_l (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l]), one per pair.
-
-    R has the blocks [[0, -1], [1, 0]] (Zhang et al. 2024, "Beyond Bradley-Terry models: a general preference model", section
-    4). Swapping the responses changes the sign. With v = [r, 1] it is r_i - r_j, the Bradley-Terry model.
-
-    Args:
-        first, second: embeddings v_i and v_j, [n_pairs, 2k].
-        gate: lambda, at least 0, [n_pairs, k]; None: all 1.
-    """
-    areas = first[:, 0::2] * second[:, 1::2] - first[:, 1::2] * second[:, 0::2]
-    return (areas if gate is None else gate * areas).sum(1)
-
-
 def min_norm_weights(gradients: torch.Tensor, iterations: int = 250) -> torch.Tensor:
     """Weights [n], at least 0 and of sum 1, of the shortest convex combination of `gradients` [n, n_features].
 

@@ -5,13 +5,12 @@ Owns the file's format and the verdict on the verdicts. Does not judge and does 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlhf.config.reward import RewardSettings
+from rlhf.data.rows import read_rows
 from rlhf.reward.errors import RewardError
 from rlhf.types import Failed, Feedback, Invalid, Outcome, Prompt, Score, TimedOut, content_id
 
@@ -25,27 +24,24 @@ class Canary:
     """One pair.
 
     Attributes:
-        line: of the file.
+        where: it stands.
         prompt: text and payload, without tokens.
     """
 
-    line: int
+    where: str
     prompt: Prompt
     good: str
     bad: str
 
 
 def load_canaries(path: str) -> list[Canary]:
-    """The pairs in a JSONL file.
+    """The pairs in a file.
 
     Raises:
-        RewardError: the file or a line of it cannot be used.
+        UserError: the file or a row of it cannot be used.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RewardError(f"`reward.canaries`: {path} cannot be read as UTF-8 text: {error}") from None
-    canaries = [_canary(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = read_rows(path, "Correct `reward.canaries`.", "the texts `good` and `bad`")
+    canaries = [_canary(where, row) for where, row in rows]
     if not canaries:
         raise RewardError(
             f"`reward.canaries`: {path} holds no pairs. Write one line of JSON each, with `good` and `bad`"
@@ -53,19 +49,14 @@ def load_canaries(path: str) -> list[Canary]:
     return canaries
 
 
-def _canary(path: str, number: int, line: str) -> Canary:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RewardError(f"`reward.canaries`: {path}, line {number}: this is not JSON: {error}") from None
-    fields = {name: row.get(name) for name in ("good", "bad")} if isinstance(row, dict) else {}
-    if not all(isinstance(text, str) for text in fields.values()) or not fields:
-        raise RewardError(f"`reward.canaries`: {path}, line {number}: a pair needs the texts `good` and `bad`")
-    prompt = row.get("prompt", "")
+def _canary(where: str, row: dict[str, Any]) -> Canary:
+    good, bad, prompt = row.get("good"), row.get("bad"), row.get("prompt", "")
+    if not isinstance(good, str) or not isinstance(bad, str):
+        raise RewardError(f"`reward.canaries`: {where}: a pair needs the texts `good` and `bad`")
     if not isinstance(prompt, str):
-        raise RewardError(f"`reward.canaries`: {path}, line {number}: `prompt` must be text")
+        raise RewardError(f"`reward.canaries`: {where}: `prompt` must be text")
     payload = {name: value for name, value in row.items() if name not in ("good", "bad", "prompt")}
-    return Canary(number, Prompt(content_id(row), (), prompt, payload), fields["good"], fields["bad"])
+    return Canary(where, Prompt(content_id(row), (), prompt, payload), good, bad)
 
 
 class Watch:
@@ -129,7 +120,7 @@ class Watch:
 
     def _describe(self, index: int, pair: Sequence[Outcome]) -> str:
         canary = self.canaries[index]
-        return f"line {canary.line}, good {canary.good!r:.60}, bad {canary.bad!r:.60}: {_words(pair)}"
+        return f"{canary.where}, good {canary.good!r:.60}, bad {canary.bad!r:.60}: {_words(pair)}"
 
 
 def _right(pair: Sequence[Outcome]) -> bool:

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.reward.dataset import Pairs, PreferenceData, both_orders
 from rlhf.reward.models import PromptOnly, RewardModel, Text
+from rlhf.reward.pairwise import pair_probabilities
 from rlhf.reward.pairwise_model import GeneralPreferenceModel
-from rlhf.reward.reliability import (
+from rlhf.reward.training.dataset import Pairs, PreferenceData, both_orders
+from rlhf.reward.training.reliability import (
     Bin,
     brier,
     expected_calibration_error,
     length_bias,
-    pair_probabilities,
     rank_correlation,
     reliability_bins,
 )

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from rlhf.config import Settings
 from rlhf.config.reward import SourceSettings
 from rlhf.reward.errors import RewardError
-from rlhf.reward.llm_judge_endpoint import Endpoint
-from rlhf.reward.llm_judge_engine import open_model, start_engine
+from rlhf.reward.judges.llm_judge_endpoint import Endpoint
+from rlhf.reward.judges.llm_judge_engine import open_model, start_engine
 from rlhf.types import Failed, Prompt, TimedOut
 
 PLACES = ("{prompt}", "{a}", "{b}")

@@ -14,11 +14,12 @@ from typing import Any
 
 from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime
 from rlhf.config import Settings
+from rlhf.config.loader import UserError
 from rlhf.data.assets import resolve
-from rlhf.reward.canaries import Watch, load_canaries
 from rlhf.reward.errors import Busy, NoServerLeft, RewardError
 from rlhf.reward.scoring import failure
-from rlhf.reward.server import Health, RewardServer, ServerInfo, secrets
+from rlhf.reward.serving.canaries import Watch, load_canaries
+from rlhf.reward.serving.server import Health, RewardServer, ServerInfo, secrets
 from rlhf.types import Failed, Feedback, Outcome, Prompt, Rollout, TimedOut
 
 # A server keeps the deadline itself, response by response. The pool waits a little longer, for the way there and back,
@@ -74,7 +75,7 @@ class RewardPool:
         handles = [_launch(runtime, settings, index, service) for index in range(settings.reward.servers)]
         try:
             infos = await asyncio.gather(*(_ready(handle, settings) for handle in handles))
-        except RewardError as error:
+        except UserError as error:
             raise RewardError(_cause(error)) from None
         servers = [_Server(index, *pair) for index, pair in enumerate(zip(handles, infos, strict=True))]
         pool = cls(runtime, settings, service, servers)
@@ -209,7 +210,7 @@ class RewardPool:
         try:
             handle = _launch(self._runtime, self._settings, server.index, self._service)
             info = await _ready(handle, self._settings)
-        except (RewardError, ActorDied, DeadlineExpired, *self._errors) as error:
+        except (UserError, ActorDied, DeadlineExpired, *self._errors) as error:
             self._deaths.append(f"{server.handle.name} could not be started again: {_cause(error)}".splitlines()[0])
         else:
             if info.fingerprint == server.info.fingerprint:
