@@ -153,8 +153,11 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_submit(commands: argparse._SubParsersAction) -> None:
-    submit = _add(commands, "submit", _submit, "run `train` as a job on a Ray cluster that is already there")
+    submit = _add(commands, "submit", _submit, "run `train` or `sft` as a job on a Ray cluster that is already there")
     _add_configuration(submit)
+    submit.add_argument(
+        "--command", dest="job", choices=("train", "sft"), default="train", help="what to run (default: train)"
+    )
     submit.add_argument("--address", required=True, metavar="URL", help="its jobs server, such as http://head:8265")
     submit.add_argument("--follow", action="store_true", help="print the job's output and end with its exit status")
     submit.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in run.dir")
@@ -280,8 +283,10 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _submit(args: argparse.Namespace) -> None:
     from rlhf.cluster.submit import submit
+    from rlhf.config.commands import LOADERS
 
-    status = submit(load(args.config, args.overrides), args.address, follow=args.follow, resume=args.resume)
+    settings = LOADERS[args.job](args.config, args.overrides)
+    status = submit(settings, args.address, follow=args.follow, resume=args.resume)
     if status != 0:
         sys.exit(status)
 

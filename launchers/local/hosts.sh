@@ -27,7 +27,8 @@ count=${#hosts[@]}
 [[ ! -x $PWD/.venv/bin/rlhf ]] || export PATH=$PWD/.venv/bin:$PATH
 # shellcheck source=/dev/null
 [[ -z ${RLHF_SETUP:-} ]] || source "$RLHF_SETUP"
-run_dir=$(python -m rlhf.cluster.launching run-folder "$@") || exit
+command=${RLHF_COMMAND:-train}
+run_dir=$(python -m rlhf.cluster.launching run-folder --command "$command" "$@") || exit
 logs=$run_dir/hosts
 mkdir -p "$logs"
 [[ -n ${HEAD_IP:-} ]] || HEAD_IP=$(python -m rlhf.cluster.launching address "${hosts[-1]}") || exit
@@ -89,8 +90,8 @@ fi
 
 status=1
 if [[ -z $caught ]] && wait "$driver"; then
-  say "rlhf train $*"
-  rlhf train "$@" cluster.address="$head" 9>&- &
+  say "rlhf $command $*"
+  rlhf "$command" "$@" cluster.address="$head" 9>&- &
   driver=$!
   supervise "$driver" "${parts[@]}"
 fi

@@ -24,7 +24,8 @@ declare -a step_options wrap # keeps what the batch script has set
 step=(srun --overlap --cpu-bind=none --input=none "${step_options[@]}")
 on_head=("${step[@]}" --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" "${wrap[@]}")
 
-run_dir=$("${on_head[@]}" python -m rlhf.cluster.launching run-folder "$@") || exit
+command=${RLHF_COMMAND:-train}
+run_dir=$("${on_head[@]}" python -m rlhf.cluster.launching run-folder --command "$command" "$@") || exit
 LOGS=$run_dir/slurm/$SLURM_JOB_ID-$restart
 mkdir -p "$LOGS"
 
@@ -65,8 +66,8 @@ status=1
 if [[ -z $caught ]] && wait "${parts[1]}"; then
   options=()
   if ((restart > 0)) && [[ -f $run_dir/manifest.json ]]; then options=(--resume); fi
-  say "restart $restart: rlhf train $* ${options[*]}"
-  "${on_head[@]}" rlhf train "$@" cluster.address="$HEAD_IP:$RAY_PORT" "${options[@]}" \
+  say "restart $restart: rlhf $command $* ${options[*]}"
+  "${on_head[@]}" rlhf "$command" "$@" cluster.address="$HEAD_IP:$RAY_PORT" "${options[@]}" \
     > >(tee "$LOGS/driver.log") 2>&1 &
   parts[1]=$!
   supervise "${parts[1]}" "${parts[0]}"

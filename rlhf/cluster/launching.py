@@ -13,18 +13,19 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlhf.config import UserError, load
+from rlhf.config import UserError
+from rlhf.config.commands import LOADERS
 
 POLL_S = 1.0
 
 
-def run_folder(config: str, overrides: Sequence[str]) -> Path:
-    """Absolute path of `run.dir`. Options of `rlhf train` (they begin with `--`) are passed over.
+def run_folder(config: str, overrides: Sequence[str], command: str = "train") -> Path:
+    """Absolute path of `run.dir`. Options of the command, `train` or `sft` (they begin with `--`), are passed over.
 
     Raises:
         UserError: a mistake in the configuration.
     """
-    settings = load(config, [item for item in overrides if not item.startswith("--")])
+    settings = LOADERS[command](config, [item for item in overrides if not item.startswith("--")])
     return Path(settings.run.dir).absolute()
 
 
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rlhf.cluster.launching", description=__doc__)
     questions = parser.add_subparsers(dest="question", metavar="QUESTION", required=True)
     folder = questions.add_parser("run-folder", help="absolute path of run.dir; checks the configuration")
+    folder.add_argument("--command", choices=LOADERS, default="train", help="that will run (default: train)")
     folder.add_argument("config")
     folder.add_argument("overrides", nargs=argparse.REMAINDER)
     questions.add_parser("address", help="this host's address as PEER sees it").add_argument("peer")
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.question == "run-folder":
-            print(run_folder(args.config, args.overrides))
+            print(run_folder(args.config, args.overrides, args.command))
         elif args.question == "address":
             print(address_towards(args.peer))
         elif args.question == "head":

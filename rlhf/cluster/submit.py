@@ -2,7 +2,7 @@
 
 Owns what travels: the configuration as it was resolved and checked here, and the small files that it names by relative
 path. Models, big data and the run folder do not travel: their paths must be absolute, on storage that all nodes share. The
-job is `rlhf train` on the cluster's head; nothing of the run happens in this process.
+job is `rlhf train` or `rlhf sft` on the cluster's head; nothing of the run happens in this process.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Settings, UserError, show
+from rlhf.config.reward import RewardSettings
+from rlhf.config.sft import SftSettings
 
 CONFIG = "config.yaml"
 MAX_UPLOAD_MB = 100
 POLL_S = 1.0
 
 
-def submit(settings: Settings, address: str, follow: bool, resume: bool = False) -> int:
+def submit(settings: Settings | SftSettings, address: str, follow: bool, resume: bool = False) -> int:
     """Submit a run as a Ray job.
 
     Args:
@@ -41,7 +43,8 @@ def submit(settings: Settings, address: str, follow: bool, resume: bool = False)
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="rlhf-submit-") as folder:
         pack(settings, files, Path(folder))
-        entrypoint = f"python -m rlhf.cli train {CONFIG}" + (" --resume" if resume else "")
+        command = "sft" if isinstance(settings, SftSettings) else "train"
+        entrypoint = f"python -m rlhf.cli {command} {CONFIG}" + (" --resume" if resume else "")
         try:
             job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
         except RuntimeError as error:
@@ -61,7 +64,7 @@ def submit(settings: Settings, address: str, follow: bool, resume: bool = False)
         raise
 
 
-def travelling_files(settings: Settings, here: Path | None = None) -> list[Path]:
+def travelling_files(settings: Settings | SftSettings, here: Path | None = None) -> list[Path]:
     """Files that the configuration names by relative path, relative to `here` (by default the current folder).
 
     Raises:
@@ -78,7 +81,8 @@ def travelling_files(settings: Settings, here: Path | None = None) -> list[Path]
             "that all nodes share"
         )
     folders: dict[str, str | None] = {"policy.model": settings.policy.model}
-    folders |= {f"{place}.path": source.model for place, source in settings.reward.sources()}
+    if isinstance(settings, Settings):
+        folders |= {f"{place}.path": source.model for place, source in settings.reward.sources()}
     for field, path in folders.items():
         if path is not None and not Path(path).is_absolute() and (here / path).exists():
             raise UserError(
@@ -95,7 +99,7 @@ def travelling_files(settings: Settings, here: Path | None = None) -> list[Path]
     return files
 
 
-def pack(settings: Settings, files: list[Path], folder: Path) -> None:
+def pack(settings: Settings | SftSettings, files: list[Path], folder: Path) -> None:
     """Write the job's working directory: the settings, and the files under the paths that the settings give."""
     cluster = settings.cluster.model_copy(update={"address": "auto"})  # the one the job runs in
     (folder / CONFIG).write_text(show(settings.model_copy(update={"cluster": cluster})), encoding="utf-8")
@@ -105,29 +109,37 @@ def pack(settings: Settings, files: list[Path], folder: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _files(settings: Settings, here: Path) -> Iterator[Path]:
-    data, reward = settings.data, settings.reward
-    named = {
-        "data.prompts": data.prompts,
-        "data.eval_prompts": data.eval_prompts,
-        "reward.canaries": reward.canaries,
-        "reward.common_set": reward.common_set,
-        "reward.reference_scores": reward.reference_scores,
-        **{f"{place}.judge_prompt": source.judge_prompt for place, source in reward.sources()},
-    }
+def _files(settings: Settings | SftSettings, here: Path) -> Iterator[Path]:
+    named = {f"data.{field}": name for field, name in settings.data.files().items()}
+    if isinstance(settings, Settings):
+        named |= _reward_files(settings.reward)
     for field, name in named.items():
         if name is None or Path(name).is_absolute() or not (here / name).is_file():
             continue
         if ".." in Path(name).parts:
             raise UserError(f"{field}={name}: leads out of this folder, which is what travels. Give an absolute path")
         yield Path(name)
-    own_code = [settings.algorithm.name] if ":" in settings.algorithm.name else []
-    own_code += [source.path for _, source in reward.sources() if source.is_function]
+    own_code = _own_code(settings) if isinstance(settings, Settings) else []
     for top in sorted({name.partition(":")[0].partition(".")[0] for name in own_code} - {"rlhf"}):
         if (here / f"{top}.py").is_file():
             yield Path(f"{top}.py")
         else:
             yield from sorted(path.relative_to(here) for path in (here / top).rglob("*.py"))
+
+
+def _reward_files(reward: RewardSettings) -> dict[str, str | None]:
+    return {
+        "reward.canaries": reward.canaries,
+        "reward.common_set": reward.common_set,
+        "reward.reference_scores": reward.reference_scores,
+        **{f"{place}.judge_prompt": source.judge_prompt for place, source in reward.sources()},
+    }
+
+
+def _own_code(settings: Settings) -> list[str]:
+    """Import paths of the user's own algorithm and reward functions."""
+    algorithm = [settings.algorithm.name] if ":" in settings.algorithm.name else []
+    return algorithm + [source.path for _, source in settings.reward.sources() if source.is_function]
 
 
 def _connect(address: str) -> Any:

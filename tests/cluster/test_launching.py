@@ -10,6 +10,7 @@ import pytest
 from rlhf.cluster.launching import address_towards, main, run_folder, wait_for_head, wait_for_nodes
 from rlhf.config import UserError
 
+SFT = str(Path(__file__).parents[2] / "configs" / "movie_reviews" / "sft.yaml")
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
 
@@ -18,6 +19,8 @@ def test_the_run_folder_is_absolute_and_follows_overrides(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_folder(TINY, ["--resume", "run.dir=here"]) == tmp_path / "here"
+    assert run_folder(SFT, ["run.dir=there"], "sft") == tmp_path / "there"
+    assert main(["run-folder", "--command", "sft", TINY]) == 2, "other settings"
     assert main(["run-folder", TINY, "loop.steps=3", "--resume"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/runs/tiny\n"
     assert main(["run-folder", TINY, "loop.stepz=3"]) == 2

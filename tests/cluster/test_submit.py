@@ -21,6 +21,8 @@ import pytest
 from rlhf.cli import main
 from rlhf.cluster.submit import CONFIG, MAX_UPLOAD_MB, pack, travelling_files
 from rlhf.config import Settings, UserError, load, show
+from rlhf.config.sft import SftSettings
+from rlhf.config.sft_checks import load_sft
 
 BASE: dict[str, dict[str, Any]] = {
     "run": {"dir": "/shared/runs/one"},
@@ -67,6 +69,17 @@ def test_what_the_configuration_names_by_relative_path_travels(
     assert (folder / "held" / "out.jsonl").read_text() == "held out"
     arrived = load(folder / CONFIG)
     assert arrived.cluster.address == "auto", "the run joins the cluster that its job runs in"
+    assert arrived.model_copy(update={"cluster": chosen.cluster}) == chosen
+
+
+def test_a_supervised_run_travels_too(here: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    sections = {name: BASE[name] for name in ("run", "policy", "cluster")}
+    chosen = SftSettings(**sections, data={"examples": "prompts.jsonl", "eval_examples": "/shared/held.jsonl"})
+    files = travelling_files(chosen)
+    assert files == [Path("prompts.jsonl")]
+    folder = tmp_path_factory.mktemp("job")
+    pack(chosen, files, folder)
+    arrived = load_sft(folder / CONFIG)
     assert arrived.model_copy(update={"cluster": chosen.cluster}) == chosen
 
 
@@ -167,8 +180,15 @@ def test_a_job_is_run_followed_and_its_status_is_ours(jobs_server: Any, here: Pa
         "the job's own output: it has read the file that travelled"
     )
     assert followed.returncode == 2
-    left = submit(jobs_server, here)
-    assert left.returncode == 0
+    examples = SftSettings(
+        run={"dir": str(here / "sft")},
+        data={"examples": "prompts.jsonl"},
+        **{name: BASE[name] for name in ("policy", "cluster")},
+    )
+    (here / "run.yaml").write_text(show(examples))
+    left = submit(jobs_server, here, "--command", "sft")
+    assert left.returncode == 0, left.stderr
+    assert "with config.yaml, prompts.jsonl" in left.stdout
     assert "ray job stop --address" in left.stdout
 
 

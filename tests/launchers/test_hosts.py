@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-HOSTS = Path(__file__).parents[2] / "launchers" / "local" / "hosts.sh"
+ROOT = Path(__file__).parents[2]
+HOSTS = ROOT / "launchers" / "local" / "hosts.sh"
+SFT = ROOT / "configs" / "movie_reviews" / "sft.yaml"
 
 
 @pytest.fixture
@@ -38,6 +40,15 @@ def test_success_ends_all_hosts(started: Any) -> None:
     assert calls["rlhf train"].endswith("cluster.address=10.0.0.1:6379")
     (ray,) = [call for call in started.calls if call.startswith("ray start") and "rollout_node" in call]
     assert "--address=10.0.0.1:6379" in ray
+
+
+def test_it_runs_the_command_that_is_asked_for(stage: Any) -> None:
+    stage.arguments[0] = str(SFT)
+    begin(stage, RLHF_COMMAND="sft")
+    stage.until("driver-runs")
+    assert any(call.startswith("rlhf sft") for call in stage.calls)
+    (stage.folder / "driver").write_text("0")
+    assert stage.ended() == 0
 
 
 def test_the_token_is_the_same_everywhere_and_in_no_command(started: Any) -> None:
