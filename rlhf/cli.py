@@ -344,6 +344,8 @@ def _reward_calibrate(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    if args.out is not None and not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: its folder does not exist. Make it, or correct the path")
     if args.best_of is not None:
         _generate_best(args)
         return

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.report import HeldOut, win_rate
 from rlhf.types import Completion, Prompt
 
+ANNOUNCEMENTS = 10
+"""How often `rlhf generate --out` says how far it is."""
+
 
 def generate(
     model: str,
@@ -45,7 +48,7 @@ def generate(
     if n > 1 and temperature == 0:
         raise UserError("--n: at temperature 0 all responses are the same. Use --n 1, or a temperature above 0.")
     question = ask(model, prompts_file, prompts, max_tokens)
-    write_rows(asyncio.run(_answer(question, Sampling(n=n, max_tokens=max_tokens, temperature=temperature))), out)
+    asyncio.run(_answer(question, Sampling(n=n, max_tokens=max_tokens, temperature=temperature), out))
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,42 @@ def ask(model: str, prompts_file: str | None, prompts: Sequence[str] | None, max
     return Question(settings.model_copy(update={"data": data_settings}), asked, tokenizer)
 
 
-def write_rows(rows: Sequence[dict[str, Any]], out: str | None) -> None:
-    """Responses with their prompts: as JSON lines into the file `out`, or for a person onto standard output."""
-    if out is not None:
-        Path(out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return
-    for row in rows:
-        reward = f" [reward {row['reward']:.4g}]" if "reward" in row else ""
-        sys.stdout.write(f"> {row['prompt']}\n{row['response']}{reward}\n\n")
+async def write_rows(answers: Sequence[Coroutine[Any, Any, list[dict[str, Any]]]], out: str | None) -> int:
+    """Write responses with their prompts: as JSON lines into the file `out`, or for a person onto standard output.
+
+    The rows of a prompt are written as soon as those of all prompts before it are, so what is done outlives a failure. Now and then
+    standard error says how far it is.
+
+    Args:
+        answers: the work on each prompt, which ends in its rows; all of it is begun at once.
+
+    Returns:
+        How many rows there are.
+    """
+    tasks = [asyncio.ensure_future(answer) for answer in answers]
+    announced = max(1, len(tasks) // ANNOUNCEMENTS)
+    written = 0
+    try:
+        with ExitStack() as stack:
+            file = sys.stdout if out is None else stack.enter_context(Path(out).open("w", encoding="utf-8"))
+            for number, task in enumerate(tasks, start=1):
+                rows = await task
+                file.writelines(
+                    _for_a_person(row) if out is None else json.dumps(row, ensure_ascii=False) + "\n" for row in rows
+                )
+                file.flush()
+                written += len(rows)
+                if out is not None and number % announced == 0:
+                    sys.stderr.write(f"{number:,} of {len(tasks):,} prompts\n")
+    finally:
+        for task in tasks:
+            task.cancel()
+    return written
+
+
+def _for_a_person(row: dict[str, Any]) -> str:
+    reward = f" [reward {row['reward']:.4g}]" if "reward" in row else ""
+    return f"> {row['prompt']}\n{row['response']}{reward}\n\n"
 
 
 def response_row(prompt: Prompt, completion: Completion, tokenizer: Any) -> dict[str, Any]:
@@ -102,16 +133,16 @@ def response_row(prompt: Prompt, completion: Completion, tokenizer: Any) -> dict
     }
 
 
-async def _answer(question: Question, sampling: Sampling) -> list[dict[str, Any]]:
+async def _answer(question: Question, sampling: Sampling, out: str | None) -> None:
     runtime = LocalRuntime()
     try:
         pool = await RolloutPool.start(runtime, question.settings)
-        rollouts = await asyncio.gather(*(pool.sample(prompt, [sampling]) for prompt in question.prompts))
-        return [
-            response_row(rollout.prompt, completion, question.tokenizer)
-            for rollout in rollouts
-            for completion in rollout.completions.value
-        ]
+
+        async def answer(prompt: Prompt) -> list[dict[str, Any]]:
+            rollout = await pool.sample(prompt, [sampling])
+            return [response_row(prompt, completion, question.tokenizer) for completion in rollout.completions.value]
+
+        await write_rows([answer(prompt) for prompt in question.prompts], out)
     finally:
         runtime.stop()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from rlhf.loop.answers import Question, response_row, write_rows
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
-from rlhf.types import Feedback
+from rlhf.types import Feedback, Prompt
 
 
 @dataclass(frozen=True)
@@ -66,33 +65,37 @@ def generate_best(
             f"{sampling.temperature:g})"
         )
     settings = single_process(question.settings.model_copy(update={"reward": judge.reward, "cluster": judge.cluster}))
-    rows, unjudged = asyncio.run(_chosen(settings, question, sampling, selection))
+    n_rows, unjudged = asyncio.run(_choose(settings, question, sampling, selection, out))
     if unjudged == len(question.prompts):
         raise UserError(
             f"none of the {unjudged} prompts has a response with a reward. Mend the `reward` of --reward-config"
         )
-    sys.stderr.write(f"{len(rows)} responses kept to {len(question.prompts)} prompts")
+    sys.stderr.write(f"{n_rows} responses kept to {len(question.prompts)} prompts")
     sys.stderr.write(f"; {unjudged} prompts without any reward were left out\n" if unjudged else "\n")
-    write_rows(rows, out)
 
 
-async def _chosen(
-    settings: Settings, question: Question, sampling: Sampling, selection: Selection
-) -> tuple[list[dict[str, Any]], int]:
-    """The rows to keep, and the number of prompts without any reward."""
-    runtime = LocalRuntime()
+async def _choose(
+    settings: Settings, question: Question, sampling: Sampling, selection: Selection, out: str | None
+) -> tuple[int, int]:
+    """Write the rows to keep. Returns how many, and the number of prompts without any reward."""
+    runtime, unjudged = LocalRuntime(), 0
     try:
         pool = await RolloutPool.start(runtime, settings)
         rewards = await RewardPool.start(runtime, settings)
-        rollouts = await asyncio.gather(*(pool.sample(prompt, [sampling]) for prompt in question.prompts))
-        feedbacks: Sequence[Feedback] = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
-        rows = []
-        for rollout, feedback in zip(rollouts, feedbacks, strict=True):
-            completions = rollout.completions.value
+
+        async def choose(prompt: Prompt) -> list[dict[str, Any]]:
+            nonlocal unjudged
+            rollout = await pool.sample(prompt, [sampling])
+            feedback = await rewards.judge(rollout)
+            unjudged += not scored(feedback)
+            rows = []
             for index, reward, best in selection.kept(feedback):
-                row = response_row(rollout.prompt, completions[index], question.tokenizer) | {"reward": reward}
+                row = response_row(prompt, rollout.completions.value[index], question.tokenizer) | {"reward": reward}
                 rows.append(row | {"best": best} if selection.all else row)
+            return rows
+
+        n_rows = await write_rows([choose(prompt) for prompt in question.prompts], out)
         await rewards.close()
-        return rows, sum(not scored(feedback) for feedback in feedbacks)
+        return n_rows, unjudged
     finally:
         runtime.stop()
