@@ -1,11 +1,11 @@
 """Over-optimisation, and what an ensemble does about it: the demo's policy on one weak reward model, and on five.
 
-    python examples/movie_reviews/overoptimisation.py run [single] [ensemble] [--folder runs/overoptimisation] [--set section.key=value ...]
+    python examples/movie_reviews/overoptimisation.py run [RUN ...] [--folder runs/overoptimisation] [--set section.key=value ...]
     python examples/movie_reviews/overoptimisation.py report [--folder runs/overoptimisation] [--docs docs]
 
-`run` fits five weak reward models and trains the policy twice: on the first of them (`single`), and on the five by the worst case
-(`ensemble`, `reward.combine: worst`). Both runs are alike but for that, and what exists is left alone. `report` plots, against the KL
-to the start, what each run optimised and what a judge says that neither was trained on.
+`run` fits five weak reward models and trains the policy three times: on the first of them (`single`), on one model fitted on the sentences
+of all five (`pooled`), and on the five by the worst case (`ensemble`, `reward.combine: worst`). The runs are alike but for that, and what
+exists is left alone. `report` plots, against the KL to the start, what each run optimised and what a judge says that none was trained on.
 
 Held apart: each weak model is a ridge head fitted on 60 rated sentences of its own out of the demo's `reward_test.jsonl` (further ones
 of the same file measure it, and 64 more are the common set). The gold judge is the demo's reward model, fitted on `reward_train.jsonl`:
@@ -39,7 +39,14 @@ from rlhf.tracking import jsonl, report
 CONFIG = Path(__file__).parents[2] / "configs" / "movie_reviews" / "iterative_dpo.yaml"
 GOLD = Path("runs/demo/reward_model")
 MEMBERS, RATINGS, MEASURED, COMMON = 5, 60, 200, 64
-RUNS = {"single": 1, "ensemble": MEMBERS}
+WEAK = [f"weak_{i}" for i in range(MEMBERS)]
+RUNS = {"single": WEAK[:1], "pooled": ["weak_all"], "ensemble": WEAK}
+"""Run -> the reward models that it optimises."""
+LABELS = {
+    "single": "one weak reward model",
+    "pooled": "one model, all sentences",
+    "ensemble": f"the worst of {MEMBERS}",
+}
 # Rounds with the previous iterate as reference: nothing ties the policy to its start, so it goes as far as it can.
 OPTIONS = (
     *("policy.dtype=fp32", "checkpoint.every=0", "checkpoint.export=false"),
@@ -53,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     runner = actions.add_parser("run")
-    runner.add_argument("runs", nargs="*", metavar="RUN", help="single or ensemble; default: both")
+    runner.add_argument("runs", nargs="*", metavar="RUN", help=f"{', '.join(RUNS)}; default: all")
     runner.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="settings of all runs")
     reporter = actions.add_parser("report")
     reporter.add_argument("--docs", type=Path, default=Path("docs"))
@@ -71,14 +78,12 @@ def main() -> None:
 def run(names: Sequence[str], folder: Path, overrides: Sequence[str]) -> None:
     """Fit the weak models and train the policy, each unless it is there."""
     prepare.prepare(GOLD, method="ridge", threads=None)
-    weak = weak_models(folder)
+    fit_models(folder)
     for name in names:
         target = folder / name
         if (target / "heldout_after.jsonl").exists():
             continue
-        members = [
-            {"name": f"weak_{i}", "kind": "model", "path": str(path)} for i, path in enumerate(weak[: RUNS[name]])
-        ]
+        members = [{"name": model, "kind": "model", "path": str(folder / model)} for model in RUNS[name]]
         members.append({"name": "gold", "kind": "model", "path": str(GOLD), "weight": 0.0})
         reward = {"kind": "several", "path": None, "combine": "worst", "members": members}
         reward["common_set"] = str(folder / "common.jsonl")
@@ -91,8 +96,8 @@ def run(names: Sequence[str], folder: Path, overrides: Sequence[str]) -> None:
         subprocess.run(command, check=True)
 
 
-def weak_models(folder: Path) -> list[Path]:
-    """Five reward models, each fitted on sentences of its own; and the file of the common set."""
+def fit_models(folder: Path) -> None:
+    """Five reward models, each fitted on sentences of its own, and one on all of these; and the file of the common set."""
     rows = jsonl.read(Path(resolve("asset:movie-reviews/reward_test.jsonl")))
     random.Random(0).shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,13 +105,12 @@ def weak_models(folder: Path) -> list[Path]:
     write(folder / "measured.jsonl", rows[used : used + MEASURED])
     common = rows[used + MEASURED : used + MEASURED + COMMON]
     write(folder / "common.jsonl", [{"response": row["text"]} for row in common])
-    models = []
-    for i in range(MEMBERS):
-        data, model = folder / f"weak_{i}.jsonl", folder / f"weak_{i}"
-        models.append(model)
+    learned = {name: rows[i * RATINGS : (i + 1) * RATINGS] for i, name in enumerate(WEAK)} | {"weak_all": rows[:used]}
+    for seed, (name, sentences) in enumerate(learned.items()):
+        data, model = folder / f"{name}.jsonl", folder / name
         if model.exists():
             continue
-        write(data, rows[i * RATINGS : (i + 1) * RATINGS])
+        write(data, sentences)
         options = [
             "--train",
             str(data),
@@ -115,11 +119,10 @@ def weak_models(folder: Path) -> list[Path]:
             "--output",
             str(model),
             "--seed",
-            str(i),
+            str(seed),
         ]
         command = [sys.executable, "-m", "rlhf.cli", "reward", "train", "--model", "asset:minilm-l6-v2", *options]
         subprocess.run(command, check=True)
-    return models
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -133,9 +136,9 @@ def write_report(folder: Path, docs: Path) -> None:
     if not results:
         sys.exit(f"{folder}: no complete run; start with `overoptimisation.py run`")
     docs.mkdir(parents=True, exist_ok=True)
-    weak = [json.loads((folder / f"weak_{i}" / "reward_report.json").read_text()) for i in range(MEMBERS)]
-    gold = json.loads((GOLD / "reward_report.json").read_text())
-    accuracy = {"weak": [one["test"]["pair_accuracy"] for one in weak], "gold": gold["test"]["pair_accuracy"]}
+    models = {name: folder / name for name in (*WEAK, "weak_all")} | {"gold": GOLD}
+    reports = {name: json.loads((path / "reward_report.json").read_text()) for name, path in models.items()}
+    accuracy = {name: one["test"]["pair_accuracy"] for name, one in reports.items()}
     figures = {"held_out_pair_accuracy": accuracy, "runs": results}
     (docs / "overoptimisation.json").write_text(json.dumps(jsonl.finite(figures), indent=1) + "\n", encoding="utf-8")
     plot(results, docs / "overoptimisation.png")
@@ -173,11 +176,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Gold and proxy reward against the KL, a line per run."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), dpi=110, layout="constrained")
-    labels = {"single": "one weak reward model", "ensemble": f"the worst of {MEMBERS}"}
     for one in results:
         kl = [point["kl"] for point in one["curve"]]
         for axis, judged in zip(axes, ("gold", "proxy"), strict=True):
-            axis.plot(kl, [point[judged] for point in one["curve"]], marker="o", markersize=3, label=labels[one["run"]])
+            axis.plot(kl, [point[judged] for point in one["curve"]], marker="o", markersize=3, label=LABELS[one["run"]])
     titles = ("gold judge, never optimised (rating)", "what was optimised (standard deviations on the common set)")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_xlabel("KL to the start (nats per response)")
