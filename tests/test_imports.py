@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,32 @@ def test_the_inner_rooms_of_reward_have_storeys_too() -> None:
         for name, line in imports(path):
             other = name[1] if len(name) > 1 and name[1] in floor else None
             assert name[0] != "reward" or other == own or floor[other] < floor[own], f"{path}:{line}: not `{other}`"
+
+
+def test_what_is_imported_from_the_package_is_there() -> None:
+    """Also where an import stands inside of a function, and in the examples and benchmarks, which no test runs to their ends."""
+    root = PACKAGE.parent
+    for path in (
+        path for folder in ("rlhf", "examples", "benchmarks", "tests") for path in (root / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rlhf":
+                source = root.joinpath(*node.module.split("."))
+                for name in (alias.name for alias in node.names):
+                    there = (source / f"{name}.py").exists() or (source / name / "__init__.py").exists()
+                    assert there or name in bound_names(source), f"{path}:{node.lineno}: {node.module} has no `{name}`"
+
+
+@functools.cache
+def bound_names(module: Path) -> set[str]:
+    """What a module or package binds: functions, classes, variables and what it imports itself."""
+    file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names

@@ -46,7 +46,7 @@ def prepare(output: Path, method: str, threads: int | None) -> None:
         f"training the reward model ({method} on MiniLM, human ratings of film-review sentences); under two minutes",
         flush=True,
     )
-    from rlhf.reward import train
+    from rlhf.reward.training import train
 
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
