@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.engine
+
 ROOT = Path(__file__).parents[2]
 HOSTS = ROOT / "launchers" / "local" / "hosts.sh"
 SFT = ROOT / "configs" / "movie_reviews" / "sft.yaml"

@@ -51,6 +51,7 @@ def logits(folder: Path, text: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("base", ["encoder", "tiny_model", "classifier"])
+@pytest.mark.engine
 def test_a_fine_tuned_reward_is_a_sequence_classifier(base, rated, tmp_path, request):
     fit(request.getfixturevalue(base), rated, tmp_path / "model", *FULL)
     examples = ["aaab", "ababababbbba", "b"]

@@ -23,6 +23,8 @@ from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Prompt, TimedOut
 from tests.reward.services import TOKEN, reward_service, service
 
+pytestmark = pytest.mark.engine
+
 PROMPT = Prompt("p", (1,), "Say it.", {"n": 3})
 HERE = "tests.reward.sample_rewards"
 

@@ -14,6 +14,8 @@ from rlhf.reward.training import train
 from rlhf.reward.training.heads import fit_logistic, fit_ridge
 from tests.reward.training import cyclic_pairs, fit, texts, write
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture
 def rated(tmp_path: Path) -> Path:

@@ -17,6 +17,8 @@ from rlhf.reward.verifiers.sandbox import Limits, SandboxError, run_program
 from rlhf.reward.verifiers.workers import WorkerPool
 from rlhf.types import Score
 
+pytestmark = pytest.mark.engine
+
 RIGHT = "def square(x):\n    return x * x\n"
 TESTS = ["assert square(3) == 9", "assert square(-2) == 4"]
 
