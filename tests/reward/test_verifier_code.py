@@ -239,7 +239,6 @@ def test_where_nothing_can_be_shut_off_nothing_is_run(run, monkeypatch, tmp_path
         run(WorkerPool.start("code", 1))
 
 
-@pytest.mark.engine
 def test_a_ray_server_verifies_programs(run, scratch_runtime, tiny_settings, make_text_rollout) -> None:
     import ray
 
