@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Settings, UserError, show
+from rlhf.config.data import HUB
 from rlhf.config.reward import RewardSettings
 from rlhf.config.sft import SftSettings
 
@@ -88,6 +89,13 @@ def travelling_files(settings: Settings | SftSettings, here: Path | None = None)
             raise UserError(
                 f"{field}={path}: a relative path, and the model does not travel with the job. Give its absolute path on storage that "
                 "all nodes share"
+            )
+    for field, name in settings.data.files().items():
+        folder = name.removeprefix(HUB).partition(":")[0]
+        if name.startswith(HUB) and not Path(folder).is_absolute() and (here / folder).is_dir():
+            raise UserError(
+                f"data.{field}={name}: a data set in a folder does not travel with the job. Give its absolute path on storage that all "
+                "nodes share"
             )
     files = list(_files(settings, here))
     size = sum((here / file).stat().st_size for file in files) / 2**20

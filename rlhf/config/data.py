@@ -8,6 +8,9 @@ from pydantic import Field
 
 from rlhf.config.base import Section
 
+HUB = "hf:"
+"""Before the name of a data set of the package `datasets`, or of a folder that holds one."""
+
 
 class DataSettings(Section):
     prompts: str = Field(

@@ -8,8 +8,8 @@ from typing import Any
 from rlhf.config.data import DataSettings
 from rlhf.data.errors import DataError
 from rlhf.data.pairs import read_pair, tokenise_pair
-from rlhf.data.rows import read_rows
-from rlhf.types import Prompt, content_id
+from rlhf.data.rows import identity, read_rows
+from rlhf.types import Prompt
 
 MISSING = "Set data.prompts (or data.eval_prompts) to a file of prompts."
 
@@ -62,12 +62,8 @@ def make_prompt(where: str, row: dict[str, Any], tokenizer: Any, settings: DataS
     content = {"messages": messages, "payload": payload, "system": settings.system_prompt}
     if pair is not None:
         content["pair"] = pair
-    try:
-        identity = content_id(content)
-    except TypeError as error:
-        raise DataError(f"{where}: a column holds what JSON has no form for ({error}). Convert or remove it.") from None
     return Prompt(
-        id=identity,
+        id=identity(where, content),
         token_ids=tuple(_tokenise(where, messages, tokenizer, settings)),
         text=messages[-1]["content"],
         payload=payload,

@@ -10,13 +10,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.data import HUB
 from rlhf.data.errors import DataError
+from rlhf.types import content_id
 
-HUB = "hf:"
 EXTRA = 'Install it with `pip install "rlhf[datasets]"`, or convert the data to JSONL.'
 
 Placed = tuple[str, dict[str, Any]]
 """Where a row stands, `FILE:LINE` or `FILE, row N`, and the row."""
+
+
+def identity(where: str, value: Any) -> str:
+    """`content_id` of what was read at `where`.
+
+    Raises:
+        DataError: a column of a table holds what JSON has no form for, such as a date.
+    """
+    try:
+        return content_id(value)
+    except TypeError as error:
+        raise DataError(f"{where}: a column holds what JSON has no form for ({error}). Convert or remove it.") from None
 
 
 def read_rows(path: str, missing: str, wanted: str) -> Iterator[Placed]:

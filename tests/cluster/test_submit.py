@@ -97,6 +97,7 @@ def test_absolute_paths_and_assets_stay_where_they_are(here: Path) -> None:
         ({"reward": {"kind": "model", "path": "model"}}, "reward.path=model: a relative path"),
         ({"data": {"prompts": "../here/prompts.jsonl"}}, "data.prompts=../here/prompts.jsonl: leads out"),
         ({"data": {"prompts": "big.jsonl"}}, "would travel with the job"),
+        ({"data": {"prompts": "hf:model:train"}}, "data.prompts=hf:model:train: a data set in a folder"),
     ],
 )
 def test_what_cannot_work_there_is_refused_here(here: Path, sections: dict[str, Any], says: str) -> None:

@@ -15,7 +15,8 @@ from rlhf.config.sft import SftDataSettings
 from rlhf.data.conversations import read_conversations
 from rlhf.data.errors import DataError
 from rlhf.data.prompts import load_prompts, load_tokenizer
-from rlhf.data.rows import read_rows
+from rlhf.data.rows import identity, read_rows
+from rlhf.types import content_id
 
 ROWS = [
     {"prompt": "hello", "answer": 4, "response": "yes", "chosen": None, "rejected": None},
@@ -108,3 +109,4 @@ def test_a_value_that_no_payload_can_have_is_named(tmp_path: Path, tiny_model: P
     path = write_parquet(tmp_path / "d.parquet", [{"prompt": "a", "when": datetime.datetime(2026, 1, 1)}])
     with pytest.raises(DataError, match=r"d\.parquet, row 1: a column holds .*datetime.* Convert or remove it"):
         load_prompts(path, load_tokenizer(str(tiny_model)), DataSettings(prompts=path))
+    assert identity("here", {"a": 1}) == content_id({"a": 1})

@@ -27,7 +27,7 @@ import numpy as np
 from rlhf.config.reward import MemberSettings, RewardSettings
 from rlhf.config.transforms import REFERENCED
 from rlhf.data.assets import resolve
-from rlhf.data.rows import read_rows
+from rlhf.data.rows import identity, read_rows
 from rlhf.reward.errors import RewardError
 from rlhf.reward.reference_scores import ReferenceScores, members_need_references, read_reference_scores
 from rlhf.reward.scoring import Measured, outcome_of
@@ -229,7 +229,7 @@ def _response(where: str, row: dict[str, Any]) -> tuple[Prompt, str]:
     if not isinstance(prompt, str):
         raise RewardError(f"`reward.common_set`: {where}: field `prompt` must be a text")
     payload = {name: value for name, value in row.items() if name not in ("prompt", "response")}
-    return Prompt(content_id(row), (), prompt, payload), row["response"]
+    return Prompt(identity(where, row), (), prompt, payload), row["response"]
 
 
 def _named(outcome: Invalid | Failed | TimedOut, name: str) -> Invalid | Failed | TimedOut:

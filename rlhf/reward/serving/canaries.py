@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.reward import RewardSettings
-from rlhf.data.rows import read_rows
+from rlhf.data.rows import identity, read_rows
 from rlhf.reward.errors import RewardError
-from rlhf.types import Failed, Feedback, Invalid, Outcome, Prompt, Score, TimedOut, content_id
+from rlhf.types import Failed, Feedback, Invalid, Outcome, Prompt, Score, TimedOut
 
 
 class CanaryAlarm(RuntimeError):
@@ -24,7 +24,7 @@ class Canary:
     """One pair.
 
     Attributes:
-        where: it stands.
+        where: its row's place, for messages.
         prompt: text and payload, without tokens.
     """
 
@@ -56,7 +56,7 @@ def _canary(where: str, row: dict[str, Any]) -> Canary:
     if not isinstance(prompt, str):
         raise RewardError(f"`reward.canaries`: {where}: `prompt` must be text")
     payload = {name: value for name, value in row.items() if name not in ("good", "bad", "prompt")}
-    return Canary(where, Prompt(content_id(row), (), prompt, payload), good, bad)
+    return Canary(where, Prompt(identity(where, row), (), prompt, payload), good, bad)
 
 
 class Watch:
