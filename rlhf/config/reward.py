@@ -128,9 +128,9 @@ class RewardSettings(SourceSettings):
     batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Most tokens in one batch of a model, padding included: the longest response (with what else the model reads) "
-        "times the number of responses. A longer one is judged alone. null: 16384 on a GPU; 384 on a CPU, where a larger batch "
-        "brings only more padding.",
+        description="Most tokens in one batch of a model, of responses with what else the model reads. A longer one is judged alone. "
+        "Where texts are padded (on a GPU, or with a model that cannot do without), padding counts: the longest times their number. "
+        "null: 16384 on a GPU, 1024 on a CPU, there 384 with padding.",
     )
     max_wait_ms: float = Field(10.0, ge=0, description="How long a server waits for a batch to fill, in milliseconds.")
     max_waiting: int = Field(

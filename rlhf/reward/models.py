@@ -134,9 +134,12 @@ class RewardModel:
     def batch(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """Right-padded `input_ids` and `attention_mask`, [n, longest], on the model's device."""
         # A text of no tokens would have nothing to pool.
-        ids = [row or [self.tokenizer.pad_token_id] for row in ids]
-        padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        return {name: padded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        padding = self.tokenizer.pad_token_id
+        rows = [torch.tensor(row or [padding]) for row in ids]
+        lengths = torch.tensor([len(row) for row in rows])
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": padded.to(self.device), "attention_mask": mask.to(self.device)}
 
     def score(self, examples: Sequence[Example]) -> np.ndarray:
         """Rewards, float64 [n]; not finite where the model broke down. Not of a model that compares."""

@@ -21,12 +21,15 @@ class EncoderWithHead(torch.nn.Module):
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[n, n_layers * hidden], fp32, from right-padded ids and mask [n, n_tokens]."""
         output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        states = torch.stack([output.hidden_states[layer] for layer in self.layers], dim=1).float()
+        states = [output.hidden_states[layer] for layer in self.layers]
+        lengths = attention_mask.sum(1, keepdim=True)
         if self.pooling == "last":
-            last = attention_mask.sum(1) - 1
-            return states[torch.arange(len(last)), :, last].flatten(1)
-        mask = attention_mask[:, None, :, None].float()
-        return ((states * mask).sum(2) / mask.sum(2)).flatten(1)
+            rows = torch.arange(len(lengths))
+            return torch.cat([layer[rows, lengths[:, 0] - 1] for layer in states], dim=1).float()
+        shares = (attention_mask / lengths)[
+            :, None
+        ]  # a product of matrices: no copy of the states is masked and summed
+        return torch.cat([shares @ layer.float() for layer in states], dim=2)[:, 0]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[n, outputs]."""

@@ -56,14 +56,14 @@ class CrossEncoder:
     """A sequence classifier that reads both responses. sigmoid(logit / temperature) is the probability that A is better than B."""
 
     def __init__(self, model: RewardModel):
-        self._model = model
+        self.model = model
 
     def read(self, prompt: str, comparisons: Sequence[Responses]) -> Reading:
         """A text that the model cannot read whole is a failure: cut short, it would lose response B."""
-        if self._model.description.input == "response":
+        if self.model.description.input == "response":
             prompt = ""  # as in training
-        ids = self._model.encode([Comparison(prompt, *pair) for pair in comparisons], whole=True)
-        limit = self._model.description.max_tokens
+        ids = self.model.encode([Comparison(prompt, *pair) for pair in comparisons], whole=True)
+        limit = self.model.description.max_tokens
 
         def answers(rows: Sequence[Any]) -> list[Any]:
             found = iter(rows)
@@ -72,20 +72,20 @@ class CrossEncoder:
         return Reading([row for row in ids if len(row) <= limit], answers)
 
     def _probability(self, row: Any) -> Any:
-        return pair_probabilities(row[0], self._model.description.temperature) if isinstance(row, np.ndarray) else row
+        return pair_probabilities(row[0], self.model.description.temperature) if isinstance(row, np.ndarray) else row
 
     def outputs(self, ids: Sequence[list[int]]) -> np.ndarray:
-        return self._model.run_tokens(self._model.module, ids, at_once=len(ids))
+        return self.model.run_tokens(self.model.module, ids, at_once=len(ids))
 
     def fingerprint(self) -> str:
-        return self._model.fingerprint()
+        return self.model.fingerprint()
 
 
 class GeneralPreferenceModel:
     """An embedding of each response, compared by `skew_symmetric_score`: K responses are read K times, not K (K - 1) times."""
 
     def __init__(self, model: RewardModel):
-        self._model = model
+        self.model = model
 
     def read(self, prompt: str, comparisons: Sequence[Responses]) -> Reading:
         texts: dict[Text, int] = {}
@@ -99,12 +99,12 @@ class GeneralPreferenceModel:
             places = [tuple(texts[Example(prompt, response)] for response in pair) for pair in comparisons]
             return [self._answer(rows, *pair) for pair in places]
 
-        return Reading(self._model.encode(list(texts)) if texts else [], answers)
+        return Reading(self.model.encode(list(texts)) if texts else [], answers)
 
     @property
     def gated(self) -> bool:
         """Whether a prompt's own text weighs the parts of the embedding."""
-        return self._model.module.head.out_features > self._model.description.dimensions
+        return self.model.module.head.out_features > self.model.description.dimensions
 
     def _answer(self, rows: Sequence[Any], a: int, b: int) -> Any:
         needed = [rows[a], rows[b], *([rows[-1]] if self.gated else [])]
@@ -112,7 +112,7 @@ class GeneralPreferenceModel:
         if failed:
             return failed[0]
         score = self.scores(np.stack(needed), np.array([[0, 1]]), np.array([2]) if self.gated else None)[0]
-        return pair_probabilities(score, self._model.description.temperature)
+        return pair_probabilities(score, self.model.description.temperature)
 
     def scores(self, outputs: np.ndarray, pairs: np.ndarray, prompts: np.ndarray | None = None) -> np.ndarray:
         """s(first beats second), [n_pairs], between -1 and 1 (with a gate, times at most k).
@@ -122,15 +122,15 @@ class GeneralPreferenceModel:
             pairs: rows of it, [n_pairs, 2].
             prompts: rows of it, [n_pairs]; only with a gate.
         """
-        embeddings, gates = split_embedding(torch.from_numpy(outputs), self._model.description.dimensions)
+        embeddings, gates = split_embedding(torch.from_numpy(outputs), self.model.description.dimensions)
         gate = None if gates is None else gates[prompts]
         return skew_symmetric_score(embeddings[pairs[:, 0]], embeddings[pairs[:, 1]], gate).numpy()
 
     def outputs(self, ids: Sequence[list[int]]) -> np.ndarray:
-        return self._model.run_tokens(self._model.module, ids, at_once=len(ids))
+        return self.model.run_tokens(self.model.module, ids, at_once=len(ids))
 
     def fingerprint(self) -> str:
-        return self._model.fingerprint()
+        return self.model.fingerprint()
 
 
 def load_pairwise_model(path: str, device: str = "cpu") -> PairwiseModel:

@@ -7,6 +7,7 @@ transformers under the name "packed" and receives the groups through the model's
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class Segment:
 
     Attributes:
         start, stop: positions in the row.
-        mask: bool [stop - start, stop - start], True where a query may see a key; None for plain causal attention.
+        mask: bool [stop - start, stop - start], True where a query may see a key; None for the model's own attention: causal, or in
+            an encoder from all to all.
         positions: position of each token in its sequence, [stop - start] (for sliding windows).
     """
 
@@ -71,6 +73,13 @@ def packed_attention(
         raise ValueError(
             f"{type(module).__name__} needs {', '.join(unsupported)}, which packed attention does not support"
         )
+    attend = _attend_on_cpu if query.device.type == "cpu" else _attend
+    if not getattr(module, "is_causal", True):
+        if sliding_window is not None:
+            raise ValueError(
+                f"{type(module).__name__} has a window in both directions, which packed attention does not support"
+            )
+        attend = functools.partial(_attend, causal=False)
     outputs = []
     for segment in segments:
         part = slice(segment.start, segment.stop)
@@ -79,7 +88,6 @@ def packed_attention(
             distance = segment.positions[:, None] - segment.positions[None, :]
             mask = _causal(distance) if mask is None else mask
             mask = mask & (distance < sliding_window)
-        attend = _attend_on_cpu if query.device.type == "cpu" else _attend
         outputs.append(attend(query[:, :, part], key[:, :, part], value[:, :, part], mask, scaling, dropout))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
@@ -91,13 +99,14 @@ def _attend(
     mask: torch.Tensor | None,
     scaling: float | None,
     dropout: float,
+    causal: bool = True,
 ) -> torch.Tensor:
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=causal and mask is None,
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],

@@ -7,6 +7,7 @@ event loop; the work itself may run in a thread.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -25,25 +26,28 @@ class Limits:
 
     Attributes:
         items: most items.
-        tokens: most tokens with the padding: the longest item's length times the number of items.
+        tokens: most tokens; with `padding`, the longest item's length times the number of items, else the lengths' sum.
         wait_s: how long an item waits for others, in seconds.
+        padding: whether a batch costs as much as if all were as long as its longest item.
     """
 
     items: int
     tokens: int
     wait_s: float
+    padding: bool
 
 
 def full(lengths: Sequence[int], limits: Limits) -> bool:
     """Whether waiting items of these lengths make a whole batch, so that waiting longer would not fill it better."""
-    return len(lengths) >= limits.items or max(lengths, default=0) * len(lengths) >= limits.tokens
+    tokens = max(lengths, default=0) * len(lengths) if limits.padding else sum(lengths)
+    return len(lengths) >= limits.items or tokens >= limits.tokens
 
 
 def choose(lengths: Sequence[int], limits: Limits) -> list[int]:
     """Which of the waiting items make the next batch.
 
-    The oldest is always in it, so that none waits for ever; around it, of the oldest ones, those nearest to its length, because a batch
-    costs as much as if all were as long as its longest item.
+    The oldest is always in it, so that none waits for ever. Without padding those next in age follow; with it, of the oldest ones, those
+    nearest to its length.
 
     Args:
         lengths: in tokens, the oldest item first; not empty.
@@ -51,6 +55,9 @@ def choose(lengths: Sequence[int], limits: Limits) -> list[int]:
     Returns:
         Indices in ascending order. An item longer than `limits.tokens` goes alone.
     """
+    if not limits.padding:
+        totals = itertools.accumulate(lengths[: limits.items])
+        return list(range(max(1, sum(total <= limits.tokens for total in totals))))
     lengths = lengths[: WINDOW * limits.items]
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     low = order.index(0)

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf.config import Settings
 from rlhf.config.reward import RewardSettings, SourceSettings
@@ -25,7 +25,12 @@ from rlhf.reward.judges.remote import RemoteJudge
 from rlhf.reward.scoring import failure
 from rlhf.types import Failed, Prompt, TimedOut
 
-BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 384, 16384
+if TYPE_CHECKING:
+    from rlhf.reward.models import RewardModel
+
+BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 1024, 16384
+BATCH_TOKENS_CPU_PADDED = 384
+"""Where texts are padded, a larger batch only pads more."""
 
 Texts = tuple[str, ...]
 """One response to score, or two to compare: the first against the second."""
@@ -166,7 +171,7 @@ class ModelJudge:
             )
         if trained_on is None:
             self._model.read(source.input)
-        self._batcher: Batcher = Batcher(self._work, _limits(reward, device))
+        self._batcher: Batcher = Batcher(self._work, _limits(reward, self._model))
         self._workplace = workplace
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
@@ -193,7 +198,7 @@ class PairwiseModelJudge:
         from rlhf.reward.pairwise_model import load_pairwise_model
 
         self._model = load_pairwise_model(resolve(source.path), device)
-        self._batcher: Batcher = Batcher(self._work, _limits(reward, device))
+        self._batcher: Batcher = Batcher(self._work, _limits(reward, self._model.model))
         self._workplace = workplace
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
@@ -210,9 +215,14 @@ class PairwiseModelJudge:
         """Nothing is held but memory."""
 
 
-def _limits(reward: RewardSettings, device: str) -> Limits:
-    tokens = reward.batch_tokens or (BATCH_TOKENS_CPU if device == "cpu" else BATCH_TOKENS_GPU)
-    return Limits(reward.batch_size, tokens, reward.max_wait_ms / 1000)
+def _limits(reward: RewardSettings, model: RewardModel) -> Limits:
+    """Of the batches of a model, which computes no padding from here on if it can."""
+    from rlhf.reward.unpadded import without_padding
+
+    padding = not without_padding(model)
+    on_cpu = BATCH_TOKENS_CPU_PADDED if padding else BATCH_TOKENS_CPU
+    tokens = reward.batch_tokens or (on_cpu if model.device == "cpu" else BATCH_TOKENS_GPU)
+    return Limits(reward.batch_size, tokens, reward.max_wait_ms / 1000, padding)
 
 
 async def _batched(batcher: Batcher, ids: Sequence[list[int]], deadline_s: float) -> list[Any]:

@@ -34,6 +34,7 @@ from rlhf.config.settings import single_process
 from rlhf.reward.errors import Busy, NoServerLeft
 from rlhf.reward.judges.wire import TOKEN, feedback_to_json
 from rlhf.reward.serving.pool import RewardPool
+from rlhf.reward.serving.server import freeze_heap
 from rlhf.types import Prompt, content_id
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -61,13 +62,16 @@ def make_app(pool: RewardPool, settings: Settings, token: str) -> FastAPI:
     reward = settings.reward
     fingerprint = pool.infos[0].fingerprint
 
-    @app.post("/judge")
     async def judge(request: Request) -> JSONResponse:
         # Taken for JSON whatever its header says: curl's says that it is a form.
         question = Question.model_validate_json(await request.body())
         prompt = Prompt(content_id(question.prompt), (), question.prompt, question.payload)
         feedback = await pool.judge_texts(prompt, question.responses)
         return JSONResponse({"fingerprint": fingerprint, **feedback_to_json(feedback)})
+
+    app.add_route(
+        "/judge", judge, ["POST"]
+    )  # without what FastAPI does for parameters: there are none, and it takes time
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -176,7 +180,8 @@ def serve(settings: Settings, host: str, port: int, local: bool) -> None:
     try:
         if not local:
             runtime.reserve(replace(wishes(settings, policy=False), engines=0))
-        asyncio.run(_serve(runtime, settings, token, listener))
+        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:  # uvloop
+            runner.run(_serve(runtime, settings, token, listener))
     finally:
         runtime.stop()
 
@@ -185,6 +190,7 @@ async def _serve(runtime: Runtime, settings: Settings, token: str, listener: soc
     pool = await RewardPool.start(runtime, settings, service=True)
     app = make_app(pool, settings, token)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
+    freeze_heap()
     listener.listen(config.backlog)  # from here on, nobody is refused
     host, port = listener.getsockname()[:2]
     print(f"{settings.reward.kind} with {settings.reward.servers} server(s) at http://{host}:{port}", flush=True)
