@@ -13,17 +13,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
 from rlhf.training.cpu_products import use_fast_linear
-from rlhf.training.weights import gather_in_chunks
+from rlhf.training.weights import gather_in_chunks, is_adapted
+
+if TYPE_CHECKING:  # peft takes two seconds to import, and most runs adapt nothing
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 POLICY = "default"
 """The adapter that learns; it has the name that peft gives to an only one."""
@@ -41,6 +44,8 @@ def adapter_config(settings: LoraSettings, base: str = "") -> LoraConfig:
     Args:
         base: name or folder of the model that is adapted, for readers of peft's files.
     """
+    from peft import LoraConfig
+
     targets = settings.target_modules
     return LoraConfig(
         r=settings.rank,
@@ -64,6 +69,8 @@ def add_adapters(model: nn.Module, settings: LoraSettings, frozen: Sequence[str]
     Raises:
         LoraError: no such layers, or layers that LoRA is not meant for here.
     """
+    from peft import inject_adapter_in_model
+
     model.requires_grad_(False)
     for name in (POLICY, *frozen):
         try:
@@ -95,7 +102,7 @@ def _refuse_other_layers(model: nn.Module, settings: LoraSettings) -> None:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """The layers with adapters, by their names in the base model."""
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
+    return ((name, layer) for name, layer in model.named_modules() if is_adapted(layer))
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:

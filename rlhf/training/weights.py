@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import deepspeed
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 GATHER_ELEMENTS = 64 * 2**20
 """Parameters gathered at a time when weights leave the group, in elements."""
@@ -22,6 +24,11 @@ GATHER_ELEMENTS = 64 * 2**20
 T = TypeVar("T")
 
 _BASE = ".base_layer."  # where peft puts the layer that it wraps
+
+
+def is_adapted(layer: nn.Module) -> bool:
+    """Whether peft has wrapped it (a `LoraLayer`); peft itself is imported only by who adapts a model."""
+    return hasattr(layer, "lora_A")
 
 
 @contextmanager
@@ -127,7 +134,7 @@ def _gather(chunk: list[tuple[T, list[nn.Parameter]]]) -> Iterator[T]:
 
 def _weights(model: nn.Module) -> Iterator[_Weight]:
     """The model's own tensors, in the order of its parameters; those of adapters are left out."""
-    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    adapted = {name: layer for name, layer in model.named_modules() if is_adapted(layer)}
     for name, parameter in model.named_parameters():
         owner, _, rest = name.rpartition(_BASE)
         if owner in adapted:
