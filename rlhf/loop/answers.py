@@ -115,6 +115,7 @@ async def write_rows(answers: Sequence[Coroutine[Any, Any, list[dict[str, Any]]]
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # before what they talk to is closed
     return written
 
 

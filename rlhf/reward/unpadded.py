@@ -29,15 +29,14 @@ def without_padding(model: RewardModel) -> bool:
     if model.device != "cpu":
         return False
     body = model.module.encoder if isinstance(model.module, EncoderWithHead) else model.module.model.base_model
-    batch = model.batch(_sample(body.get_input_embeddings().num_embeddings, model.tokenizer.pad_token_id))
+    batch = model.batch(_sample(len(model.tokenizer), model.tokenizer.pad_token_id))
     before = body.config._attn_implementation
+    hooks = []
     with torch.inference_mode():
-        expected = model.module(**batch)
-        hooks = (
-            body.register_forward_pre_hook(_one_row, with_kwargs=True),
-            body.register_forward_hook(_padded_rows, with_kwargs=True),
-        )
         try:
+            expected = model.module(**batch)
+            hooks.append(body.register_forward_pre_hook(_one_row, with_kwargs=True))
+            hooks.append(body.register_forward_hook(_padded_rows, with_kwargs=True))
             body.set_attn_implementation(attention.NAME)
             error = (model.module(**batch) - expected).abs().max()
             same = bool(error <= TOLERANCE * (expected.amax(0) - expected.amin(0)).max())
