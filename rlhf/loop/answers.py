@@ -166,7 +166,7 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     tokenizer = load_tokenizer(resolve(settings.policy.model))
     prompts = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)[: settings.loop.eval_limit]
     ours, theirs = (asyncio.run(_judged_answers(settings, prompts, model, tokenizer)) for model in (policy, baseline))
-    rate, (low, high) = win_rate(theirs.rewards, ours.rewards, seed=settings.run.seed)
+    rate, (low, high) = win_rate(theirs.rewards, ours.rewards)
     figures = {
         "prompts": len(prompts),
         "policy": _means(policy, ours),

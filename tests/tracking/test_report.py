@@ -7,7 +7,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -43,13 +42,18 @@ def test_win_rate(before: list[float], after: list[float], rate: float) -> None:
     assert report.win_rate(before, after)[0] == rate
 
 
-def test_the_interval_agrees_with_the_normal_approximation_and_repeats() -> None:
-    generator = np.random.default_rng(1)
-    before, after = generator.normal(size=400), generator.normal(0.5, size=400)
-    rate, (low, high) = report.win_rate(list(before), list(after))
-    error = math.sqrt(rate * (1 - rate) / 400)
-    assert (low, high) == pytest.approx((rate - 1.96 * error, rate + 1.96 * error), abs=0.006)
-    assert report.win_rate(list(before), list(after))[1] == (low, high)
+@pytest.mark.parametrize(("wins", "n"), [(0, 8), (1, 2), (20, 32), (32, 32), (300, 400)])
+def test_the_interval_holds_the_rates_that_the_wins_do_not_refute(wins: int, n: int) -> None:
+    """Wilson's bounds are the true rates from which what was seen is 1.96 standard errors away."""
+    rate, interval = report.win_rate([0.0] * n, [1.0] * wins + [-1.0] * (n - wins))
+    assert interval[0] <= rate <= interval[1]
+    for bound in interval:
+        assert abs(rate - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / n), abs=1e-5)
+
+
+def test_all_prompts_saying_the_same_prove_no_certainty() -> None:
+    assert report.win_rate([0.0] * 2, [1.0] * 2)[1] == pytest.approx((0.342, 1.0), abs=1e-3)
+    assert report.win_rate([0.0] * 64, [1.0] * 64)[1] == pytest.approx((0.943, 1.0), abs=1e-3)
 
 
 def test_win_rate_refuses_what_is_not_paired() -> None:
@@ -85,7 +89,7 @@ def test_summary_has_the_promised_fields(tmp_path: Path) -> None:
     assert summary["after"] == {"reward": 1.5, "judge": 0.6, "length": 10.0}
     assert summary["kl_per_token"] == 0.17
     assert summary["win_rate"] == 1.0
-    assert summary["win_rate_interval"] == [1.0, 1.0]
+    assert summary["win_rate_interval"] == pytest.approx([0.342, 1.0], abs=1e-3)
     assert (summary["seconds"], summary["steps"]) == (12.3, 24)
 
 
