@@ -133,9 +133,8 @@ class RewardModel:
 
     def batch(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """Right-padded `input_ids` and `attention_mask`, [n, longest], on the model's device."""
-        # A text of no tokens would have nothing to pool.
         padding = self.tokenizer.pad_token_id
-        rows = [torch.tensor(row or [padding]) for row in ids]
+        rows = [torch.tensor(row or [padding]) for row in ids]  # a text of no tokens would have nothing to pool
         lengths = torch.tensor([len(row) for row in rows])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()

@@ -26,9 +26,7 @@ class EncoderWithHead(torch.nn.Module):
         if self.pooling == "last":
             rows = torch.arange(len(lengths))
             return torch.cat([layer[rows, lengths[:, 0] - 1] for layer in states], dim=1).float()
-        shares = (attention_mask / lengths)[
-            :, None
-        ]  # a product of matrices: no copy of the states is masked and summed
+        shares = (attention_mask / lengths)[:, None]  # as a product, no masked copy of the states is made
         return torch.cat([shares @ layer.float() for layer in states], dim=2)[:, 0]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -73,13 +73,15 @@ def packed_attention(
         raise ValueError(
             f"{type(module).__name__} needs {', '.join(unsupported)}, which packed attention does not support"
         )
-    attend = _attend_on_cpu if query.device.type == "cpu" else _attend
-    if not getattr(module, "is_causal", True):
-        if sliding_window is not None:
-            raise ValueError(
-                f"{type(module).__name__} has a window in both directions, which packed attention does not support"
-            )
-        attend = functools.partial(_attend, causal=False)
+    causal = getattr(module, "is_causal", True)
+    if sliding_window is not None and not causal:
+        raise ValueError(
+            f"{type(module).__name__} has a window in both directions, which packed attention does not support"
+        )
+    # Inference that nothing is learned from (reward models) takes the fused kernel, on a CPU too. The policy's forwards without
+    # gradients keep to the products, so that they round as those with gradients.
+    fused = query.device.type != "cpu" or torch.is_inference_mode_enabled() or not causal
+    attend = functools.partial(_attend, causal=causal) if fused else _attend_on_cpu
     outputs = []
     for segment in segments:
         part = slice(segment.start, segment.stop)
@@ -99,7 +101,7 @@ def _attend(
     mask: torch.Tensor | None,
     scaling: float | None,
     dropout: float,
-    causal: bool = True,
+    causal: bool,
 ) -> torch.Tensor:
     return F.scaled_dot_product_attention(
         query,
@@ -121,7 +123,7 @@ def _attend_on_cpu(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """The same by plain matrix products: for groups of some hundred tokens far faster than torch's fused CPU kernel."""
+    """Causal attention by plain matrix products: to learn from groups of some hundred tokens, far faster than torch's fused CPU kernel."""
     _, heads, length, size = query.shape
     shared = heads // key.shape[1]  # query heads per key head
     mask = _causal(query) if mask is None else mask

@@ -19,7 +19,7 @@ TEXTS = ["Good.", "A film that one forgets on the way home.", "", "Great fun, " 
 CAUSAL = {"num_key_value_heads": 1, "head_dim": 8}
 
 
-def classifier(name: str, tokenizer: Any, **sizes: Any) -> RewardModel:
+def random_classifier(name: str, tokenizer: Any, **sizes: Any) -> RewardModel:
     """A random classifier of this architecture."""
     torch.manual_seed(0)
     sizes = SIZES | {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id} | sizes
@@ -50,7 +50,7 @@ def scores(model: RewardModel) -> np.ndarray:
     ],
 )
 def test_outputs_do_not_change(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
-    model = classifier(name, tokenizer, **sizes)
+    model = random_classifier(name, tokenizer, **sizes)
     before, fingerprint = scores(model), model.fingerprint()
     assert np.ptp(before) > 0.1, "the texts must differ, or any outputs would do"
     assert without_padding(model)
@@ -89,7 +89,7 @@ def count_tokens(body: torch.nn.Module) -> list[int]:
     ],
 )
 def test_what_cannot_do_without_stays_as_it_is(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
-    model = classifier(name, tokenizer, **sizes)
+    model = random_classifier(name, tokenizer, **sizes)
     before = scores(model)
     assert not without_padding(model)
     np.testing.assert_array_equal(scores(model), before)

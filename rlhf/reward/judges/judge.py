@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -171,7 +171,7 @@ class ModelJudge:
             )
         if trained_on is None:
             self._model.read(source.input)
-        self._batcher: Batcher = Batcher(self._work, _limits(reward, self._model))
+        self._batcher = _make_batcher(self._work, reward, self._model)
         self._workplace = workplace
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
@@ -198,7 +198,7 @@ class PairwiseModelJudge:
         from rlhf.reward.pairwise_model import load_pairwise_model
 
         self._model = load_pairwise_model(resolve(source.path), device)
-        self._batcher: Batcher = Batcher(self._work, _limits(reward, self._model.model))
+        self._batcher = _make_batcher(self._work, reward, self._model.model)
         self._workplace = workplace
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
@@ -215,14 +215,16 @@ class PairwiseModelJudge:
         """Nothing is held but memory."""
 
 
-def _limits(reward: RewardSettings, model: RewardModel) -> Limits:
-    """Of the batches of a model, which computes no padding from here on if it can."""
+def _make_batcher(
+    work: Callable[[list[Any]], Awaitable[Sequence[Any]]], reward: RewardSettings, model: RewardModel
+) -> Batcher:
+    """For the batches of a model, which computes no padding from here on if it can."""
     from rlhf.reward.unpadded import without_padding
 
     padding = not without_padding(model)
     on_cpu = BATCH_TOKENS_CPU_PADDED if padding else BATCH_TOKENS_CPU
     tokens = reward.batch_tokens or (on_cpu if model.device == "cpu" else BATCH_TOKENS_GPU)
-    return Limits(reward.batch_size, tokens, reward.max_wait_ms / 1000, padding)
+    return Batcher(work, Limits(reward.batch_size, tokens, reward.max_wait_ms / 1000, padding))
 
 
 async def _batched(batcher: Batcher, ids: Sequence[list[int]], deadline_s: float) -> list[Any]:

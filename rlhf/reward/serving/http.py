@@ -69,9 +69,8 @@ def make_app(pool: RewardPool, settings: Settings, token: str) -> FastAPI:
         feedback = await pool.judge_texts(prompt, question.responses)
         return JSONResponse({"fingerprint": fingerprint, **feedback_to_json(feedback)})
 
-    app.add_route(
-        "/judge", judge, ["POST"]
-    )  # without what FastAPI does for parameters: there are none, and it takes time
+    # Without FastAPI's work on parameters: there are none, and it takes time.
+    app.add_route("/judge", judge, ["POST"])
 
     @app.get("/health")
     async def health() -> JSONResponse:
