@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,13 @@ DATASET_VERSION = -1
 """The weight version of a response that no policy wrote."""
 
 
+class Turn(NamedTuple):
+    """One message of a conversation: who speaks (`system`, `user`, `assistant`, or what else a chat template knows), and what."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt, ready for the engine.
@@ -31,9 +38,11 @@ class Prompt:
     Attributes:
         id: stable across runs: a hash of the content (see `content_id`).
         token_ids: the prompt after the chat template, [n_prompt_tokens].
-        text: what a person wrote, before the chat template (for records and reward functions).
+        text: the last turn's content, before the chat template (for records and reward functions).
         payload: whatever a verifiable reward needs (reference answer, test cases, ...).
         pair: token ids of the data set's chosen and rejected response, each with its end-of-sequence token.
+        conversation: all turns that a response answers, system message and earlier turns included. Given none, it is `text` as the
+            user's only turn.
     """
 
     id: str
@@ -41,6 +50,11 @@ class Prompt:
     text: str
     payload: Mapping[str, Any] = field(default_factory=dict)
     pair: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    conversation: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.conversation:
+            object.__setattr__(self, "conversation", (Turn("user", self.text),))
 
 
 def content_id(value: Any) -> str:

@@ -9,7 +9,7 @@ from rlhf.config.data import DataSettings
 from rlhf.data.errors import DataError
 from rlhf.data.pairs import read_pair, tokenise_pair
 from rlhf.data.rows import identity, read_rows
-from rlhf.types import Prompt
+from rlhf.types import Prompt, Turn
 
 MISSING = "Set data.prompts (or data.eval_prompts) to a file of prompts."
 
@@ -68,6 +68,7 @@ def make_prompt(where: str, row: dict[str, Any], tokenizer: Any, settings: DataS
         text=messages[-1]["content"],
         payload=payload,
         pair=tokenise_pair(where, pair, tokenizer) if pairs else None,
+        conversation=tuple(Turn(turn["role"], turn["content"]) for turn in _system(settings) + messages),
     )
 
 
@@ -112,12 +113,17 @@ def _messages(where: str, row: dict[str, Any]) -> tuple[list[dict[str, str]], di
     return messages, payload
 
 
+def _system(settings: DataSettings) -> list[dict[str, str]]:
+    return [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
+
+
 def _tokenise(where: str, messages: list[dict[str, str]], tokenizer: Any, settings: DataSettings) -> list[int]:
     if settings.chat_template:
         if tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template. Set data.chat_template=false, or use a chat model.")
-        system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
-        token_ids = tokenizer.apply_chat_template(system + messages, add_generation_prompt=True, return_dict=False)
+        token_ids = tokenizer.apply_chat_template(
+            _system(settings) + messages, add_generation_prompt=True, return_dict=False
+        )
     elif len(messages) > 1 or settings.system_prompt:
         raise DataError(f"{where}: a chat of several messages needs data.chat_template=true")
     else:

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.config.data import DataSettings
 from rlhf.data.prompts import DataError, load_prompts, load_tokenizer
+from rlhf.types import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,19 @@ def test_text_and_chat_and_payload(tmp_path: Path, tokenizer: Any) -> None:
     )
     assert second.text == "ok"
     assert first.id != second.id
+
+
+def test_a_prompt_holds_its_whole_conversation(tmp_path: Path, tokenizer: Any) -> None:
+    chat = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "ok"},
+    ]
+    single, several = load(tmp_path, tokenizer, {"prompt": "hello"}, {"messages": chat})
+    assert single.conversation == (("user", "hello"),) == Prompt("p", (1,), "hello").conversation
+    assert several.conversation == (("user", "hi"), ("assistant", "yo"), ("user", "ok"))
+    (told,) = load(tmp_path, tokenizer, {"messages": chat}, system_prompt="Be brief.")
+    assert told.conversation == (("system", "Be brief."), *several.conversation)
 
 
 def test_ids_depend_on_content_alone(tmp_path: Path, tokenizer: Any) -> None:
