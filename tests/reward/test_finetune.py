@@ -41,11 +41,11 @@ def steady(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceData:
-    """Texts of three lengths with two ratings, one of them sometimes missing."""
+    """Texts of three lengths with three ratings, one of them sometimes missing."""
     rows = [
         {
             "text": text[: 6 + 3 * (i % 3)],
-            "ratings": {"a": rating / 4, "length": 1.0 + i % 3} if i % 4 else {"a": rating / 4},
+            "ratings": {"a": rating / 4, "b": i % 5 - 2.0} | ({"length": 1.0 + i % 3} if i % 4 else {}),
         }
         for i, (text, rating) in enumerate(texts(42))
     ]
@@ -60,7 +60,7 @@ OBJECTIVES: dict[str, tuple[Callable[[], Objective], Callable[[PreferenceData], 
     "squared": (Squared, one_rating),
     "bradley-terry": (BradleyTerry, lambda data: one_rating(data).grouped(4, 0.1, 0)),
     "gpm": (lambda: GeneralPreference(4), lambda data: one_rating(data).grouped(4, 0.1, 0)),
-    "more": (lambda: MultiObjective(2), lambda data: data),
+    "more": (lambda: MultiObjective(3), lambda data: data),
 }
 ALL = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -200,9 +200,9 @@ def test_what_is_counted_does_not_depend_on_the_division(data: PreferenceData) -
 
 def test_other_data_have_another_fingerprint(data: PreferenceData) -> None:
     ids = [[i] for i in range(len(data.examples))]
-    same = Preferences(data, ids, MultiObjective(2)).fingerprint()
-    assert Preferences(data, ids, MultiObjective(2)).fingerprint() == same
-    assert Preferences(data, ids[::-1], MultiObjective(2)).fingerprint() != same
+    same = Preferences(data, ids, MultiObjective(3)).fingerprint()
+    assert Preferences(data, ids, MultiObjective(3)).fingerprint() == same
+    assert Preferences(data, ids[::-1], MultiObjective(3)).fingerprint() != same
     assert Preferences(one_rating(data), ids, Squared()).fingerprint() != same
 
 

@@ -106,3 +106,25 @@ def test_min_norm_weights_of_two_are_in_closed_form():
     expected = (b @ (b - a)) / ((a - b) @ (a - b))  # Sener and Koltun 2018, equation 5
     assert min_norm_weights(torch.stack([a, b]))[0].item() == pytest.approx(expected.item())
     assert min_norm_weights(torch.stack([a, a / 2])).tolist() == pytest.approx([0, 1])
+
+
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9, 0.0])
+def test_min_norm_weights_of_two_unit_gradients_are_halves_however_close_they_are(apart: float):
+    """|w a + (1 - w) b| is shortest at 1/2 if |a| = |b|: in fp32, and next to each other, rounding must not say otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        first, change = torch.randn(2, 32, generator=generator)
+        pair = torch.nn.functional.normalize(torch.stack([first, first + apart * change]).double(), dim=1)
+        assert min_norm_weights(pair).tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]))
+def test_rounding_of_fp32_gradients_does_not_move_min_norm_weights(seed: int, apart: float):
+    generator = torch.Generator().manual_seed(seed)
+    common, *changes = torch.randn(4, 32, generator=generator)
+    gradients = torch.stack([common + apart * change for change in changes])
+    rounded = gradients * (1 + 1e-6 * torch.randn(gradients.shape, generator=generator))
+    exact, moved = (
+        min_norm_weights(torch.nn.functional.normalize(each.double(), dim=1)) for each in (gradients, rounded)
+    )
+    assert moved.tolist() == pytest.approx(exact.tolist(), abs=0.02)

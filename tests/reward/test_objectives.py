@@ -109,12 +109,23 @@ def test_more_weighs_objectives_by_their_unit_gradients():
     assert objective.weights.sum().item() == pytest.approx(3)
 
 
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-4, 1e-5])
+def test_more_weighs_two_objectives_equally_whatever_their_gradients(apart: float):
+    """So rounding cannot sacrifice one of two heads whose gradients are nearly parallel."""
+    objective = MultiObjective(2)
+    for seed in range(20):
+        first, change = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed))
+        objective.observe(torch.stack([3 * first, first + apart * change]) * objective.weights[:, None])
+        assert objective.weights.tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+
+
 def test_more_undoes_its_own_weights_and_remembers_them():
     """A gradient that comes weighted gives the same weights as the unweighted one; so does a restored objective."""
-    gradient = torch.tensor([[2.0, 1.0], [0.5, -1.0]])
-    objective, other = MultiObjective(2), MultiObjective(2)
+    gradient = torch.tensor([[2.0, 1.0], [0.5, -1.0], [1.0, 0.3]])
+    objective, other = MultiObjective(3), MultiObjective(3)
     objective.observe(gradient)
     first = objective.weights
+    assert first.tolist() != pytest.approx([1.0] * 3, abs=0.1)
     other.load_state_dict(objective.state_dict())
     for each in (objective, other):
         each.observe(gradient * first[:, None])

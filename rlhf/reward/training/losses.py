@@ -55,15 +55,23 @@ def ordinal(cumulative: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     return -(F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(below - above)))
 
 
+RIDGE = 1e-8
+"""Added to the squared lengths that `min_norm_weights` compares, as a share of their mean: directions closer than 1e-4 count as one.
+fp32 gradients are known to about 1e-6, so rounding moves no weight by more than 1%."""
+
+
 def min_norm_weights(gradients: torch.Tensor, iterations: int = 250) -> torch.Tensor:
-    """Weights [n], at least 0 and of sum 1, of the shortest convex combination of `gradients` [n, n_features].
+    """Weights [n], fp64, at least 0 and of sum 1, of the shortest convex combination of `gradients` [n, n_features].
 
     A step along that combination makes no loss larger, to first order (Sener and Koltun 2018). Frank-Wolfe with pairwise steps and exact
     line search (Lacoste-Julien and Jaggi 2015): weight moves from the gradient that agrees most with the combination to the one that
-    agrees least, which converges where the plain method of Sener and Koltun creeps.
+    agrees least, which converges where the plain method of Sener and Koltun creeps. Where gradients are so nearly the same that their
+    rounding would decide, the weights go to the equal share (`RIDGE`).
     """
+    n = len(gradients)
     gram = gradients.double() @ gradients.double().T
-    weights = torch.full((len(gram),), 1.0 / len(gram), dtype=gram.dtype, device=gram.device)
+    gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype, device=gram.device)
+    weights = torch.full((n,), 1.0 / n, dtype=gram.dtype, device=gram.device)
     for _ in range(iterations):
         products = gram @ weights
         to = products.argmin()

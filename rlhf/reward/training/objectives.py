@@ -162,6 +162,7 @@ class MultiObjective:
 
     After each step the heads' gradients, each made unit long, give the min-norm weights (`losses.min_norm_weights`), times the number of
     heads; the next step's loss is their weighted sum. A gradient is averaged over time first: g = (1 - a) g_old + a g with a = .99.
+    Of two unit gradients the shortest combination is always half of each, so the weights of two objectives never change.
     Deviations from the paper: heads regress ratings instead of ranking pairs, one for each objective instead of one for
     each data set; weights lag a step, so that they come at no extra backward pass and are the same on all ranks; and none
     falls below `FLOOR` times its equal share, for an objective of weight 0 would never be seen again.
@@ -187,7 +188,8 @@ class MultiObjective:
         gradient = gradient.detach().float().cpu() / self.weights[:, None]
         old = gradient if self._gradient is None else self._gradient
         self._gradient = (1 - self.MOMENTUM) * old + self.MOMENTUM * gradient
-        unit = torch.nn.functional.normalize(self._gradient, dim=1)
+        # In fp32 the rounding of a unit length would decide between gradients that are nearly parallel.
+        unit = torch.nn.functional.normalize(self._gradient.double(), dim=1)
         share = losses.min_norm_weights(unit).float()
         self.weights = (1 - self.FLOOR) * share * len(share) + self.FLOOR
 
