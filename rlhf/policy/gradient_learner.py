@@ -91,8 +91,10 @@ class GradientLearner:
         look_first = self._must_look_first(len(updates))
         lessons, meters = [], []
         for update in updates:
-            lessons.append([Lesson(self.reference(experience)) for experience in update.experiences])
-            for experience, lesson in zip(update.experiences, lessons[-1], strict=True):
+            lessons.append([])
+            for experience in update.experiences:
+                lesson = Lesson(self.reference(experience))
+                lessons[-1].append(lesson)
                 old = self.policy.forward(experience)[0] if look_first else None
                 if self.critic is not None:
                     lesson.values = self.critic.forward(experience)
@@ -121,7 +123,7 @@ class GradientLearner:
     def _compare(self, experience: Experience, lesson: Lesson, old: torch.Tensor, moment: Moment) -> Meters:
         """Take in the log-probs of the weights that wrote the responses: their distance to the reference and to the engines."""
         if moment.equal and self.settings.run.invariants:
-            require_equal(old, lesson.reference)
+            require_equal(experience, old, lesson.reference, self.settings.policy.dtype)
         # What the policy did not write has no log-prob that could be compared; it counts as on-policy.
         behaviour = torch.where(experience.by_policy, experience.behaviour, old)
         correction = importance_correction(self.objective, old, behaviour, experience.response)

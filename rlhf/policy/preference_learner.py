@@ -55,7 +55,7 @@ class PreferenceLearner:
         """
         logprobs, tempered = self.policy.forward(experience)
         if equal and self.settings.run.invariants:
-            require_equal(logprobs, reference)
+            require_equal(experience, logprobs, reference, self.settings.policy.dtype)
         losses = preference_loss(self.objective, experience, logprobs, reference)
         self.policy.backward(losses.sum() / n_groups)
         meters = item_meters(self.objective, experience, logprobs, reference)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from rlhf.data.assets import resolve
 from rlhf.policy.anchor import Anchor, SharedAnchor, needs_adapter
 from rlhf.policy.critic import load_critic
 from rlhf.policy.gradient_learner import GradientLearner
-from rlhf.policy.learner import Moment, Update, kl_meters
+from rlhf.policy.learner import Lazily, Moment, Update, kl_meters
 from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.training import lora
@@ -150,7 +151,7 @@ class PolicyRank:
         completions = _fetch_completions(batch for share in shares for batch in share.micro_batches)
         updates = [
             Update(
-                tuple(self._pack(batch, completions) for batch in share.micro_batches),
+                Lazily(len(share.micro_batches), partial(self._pack_one, share, completions)),
                 share.n_groups,
                 share.n_responses,
                 share.n_tokens,
@@ -188,6 +189,9 @@ class PolicyRank:
             start = self.start.logprobs(experience)  # also of an idle one: under ZeRO-3 both forwards are collective
             meters.append(kl_meters(experience, logprobs, start) if batch else {})
         return merge(meters)
+
+    def _pack_one(self, share: UpdateShare, completions: dict[str, list[Completion]], number: int) -> Experience:
+        return self._pack(share.micro_batches[number], completions)
 
     def _pack(self, batch: Sequence[Assignment], completions: dict[str, list[Completion]]) -> Experience:
         if not batch:

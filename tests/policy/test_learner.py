@@ -1,0 +1,111 @@
+"""What learners share: micro-batches that are packed when their turn comes, and how equal two forward passes must be."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.cluster import LocalRuntime, fetch
+from rlhf.policy import InvariantBroken, Moment, PolicyGroup
+from rlhf.policy import rank as rank_module
+from rlhf.policy.learner import EQUAL_TOLERANCE, Lazily, require_equal
+from rlhf.training.packing import Experience, idle, pack
+from rlhf.types import Assignment, TrainingItem
+from tests.helpers import make_rollout
+from tests.policy.test_group import LOOPS, OBJECTIVES, declare, make_assignments
+
+CPU = torch.device("cpu")
+
+
+def test_a_lazy_sequence_makes_what_it_is_asked_for_and_keeps_nothing() -> None:
+    asked = []
+
+    def make(number: int) -> Experience:
+        asked.append(number)
+        return idle(CPU)
+
+    lazy = Lazily(3, make)
+    assert len(lazy) == 3
+    assert asked == []
+    kept = [weakref.ref(one) for one in lazy]
+    gc.collect()
+    assert asked == [0, 1, 2]
+    assert [one() for one in kept] == [None] * 3
+    lazy[-1], lazy[1:]
+    assert asked[3:] == [2, 1, 2]
+    with pytest.raises(IndexError):
+        lazy[3]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("method", ["preference", "ppo"])
+def test_a_rank_holds_one_micro_batch_and_learns_as_if_it_held_all(
+    tiny_settings: Callable, run: Callable, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Seven micro-batches, visited several times by PPO: never more than the one in use and the one that follows; bit for bit the same."""
+    objective = OBJECTIVES[method]
+    policy = {"learning_rate": 1e-3, "micro_batch_tokens": 1}
+    settings = tiny_settings(policy=policy, loop=LOOPS[method], run={"invariants": False})
+    alive: list[weakref.ref] = []
+    most, fetched = [], []
+
+    def counting_pack(*args: Any) -> Experience:
+        made = pack(*args)
+        alive.append(weakref.ref(made))
+        most.append(sum(one() is not None for one in alive))
+        return made
+
+    def counting_fetch(references: Sequence[Any]) -> list[Any]:
+        fetched.append(len(references))
+        return fetch(references)
+
+    async def learn() -> list[torch.Tensor]:
+        group = await PolicyGroup.start(LocalRuntime(), settings, declare(objective), 4)
+        rank: Any = group._ranks[0].target
+        await group.learn(make_assignments(objective, False), Moment(1, equal=True))
+        weights = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
+        await group.close()
+        return weights
+
+    monkeypatch.setattr(rank_module, "pack", counting_pack)
+    monkeypatch.setattr(rank_module, "fetch", counting_fetch)
+    lazily = run(learn())
+    assert fetched == [7]
+    assert max(most) == 2
+    most.clear()
+    monkeypatch.setattr(rank_module, "Lazily", lambda count, make: tuple(make(place) for place in range(count)))
+    at_once = run(learn())
+    assert max(most) >= 7, "the count sees what is held"
+    assert all(torch.equal(one, other) for one, other in zip(lazily, at_once, strict=True))
+
+
+def two_responses() -> Experience:
+    rollout = make_rollout([[7, 8, 9], [10, 11]], (1, 2))
+    made = Assignment(rollout, tuple(TrainingItem((i,), (1.0,)) for i in range(2)))
+    return pack([made], [rollout.completions.value], CPU)
+
+
+@pytest.mark.parametrize("dtype", EQUAL_TOLERANCE)
+def test_equal_means_to_the_rounding_of_the_type(dtype: str) -> None:
+    experience, reference = two_responses(), torch.full((5,), -2.0)
+    mean, most = EQUAL_TOLERANCE[dtype]
+    require_equal(experience, reference + 0.9 * mean, reference, dtype)
+    for gap in (torch.full((5,), 1.1 * mean), torch.tensor([0, 0, 0, 1.1 * most, 0]), torch.full((5,), torch.nan)):
+        with pytest.raises(InvariantBroken, match="before the first update"):
+            require_equal(experience, reference + gap, reference, dtype)
+    assert EQUAL_TOLERANCE["fp32"][1] < EQUAL_TOLERANCE["bf16"][0] / 100
+
+
+def test_the_error_names_the_tokens_that_differ_most() -> None:
+    gap = torch.tensor([0.0, 0.0, 0.1, 0.0, 4.0])
+    with pytest.raises(InvariantBroken) as error:
+        require_equal(two_responses(), gap - 2, torch.full((5,), -2.0), "bf16")
+    assert "by 0.82 nats on average and 4 at the most (in bf16, 0.15 and 2 are allowed)" in str(error.value)
+    assert "Most of all at response 1, token 1 (id 11): 2.0000 and -2.0000; response 0, token 2 (id 9)" in str(
+        error.value
+    )
