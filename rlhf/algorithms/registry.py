@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-
 from rlhf.algorithms.algorithm import Algorithm
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
 from rlhf.config.loader import UserError
+from rlhf.config.user_code import call_users, import_users_module
 
 
 class AlgorithmError(UserError):
@@ -23,18 +20,15 @@ def make(settings: Settings) -> Algorithm:
     since an algorithm's own may lean on others (a temperature, a length).
 
     Raises:
-        AlgorithmError: failing import, or a function that does not return an `Algorithm`.
+        AlgorithmError: a module or function that does not exist or raises something, or does not return an `Algorithm`.
     """
     name = settings.algorithm.name
     path = f"rlhf.algorithms.{name}:{name}" if name in METHODS else name
     module, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:  # a module beside the user's configuration; Ray's workers look there as well
-        sys.path.insert(0, os.getcwd())
-    try:
-        declare = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise AlgorithmError(f"algorithm.name: cannot import {name!r}: {error}") from error
-    algorithm = declare(settings)
+    declare = getattr(import_users_module("algorithm.name", path, AlgorithmError), attribute, None)
+    if not callable(declare):
+        raise AlgorithmError(f"`algorithm.name`: `{module}` has no function `{attribute}`")
+    algorithm = call_users("algorithm.name", path, declare, settings, AlgorithmError)
     if not isinstance(algorithm, Algorithm):
-        raise AlgorithmError(f"algorithm.name: {name!r} returned {type(algorithm).__name__}, not an Algorithm")
+        raise AlgorithmError(f"`algorithm.name`: `{path}` returned {type(algorithm).__name__}, not an Algorithm")
     return algorithm

@@ -8,14 +8,14 @@ second parameter is named `responses` (or `pairs`) gets all of a prompt's at onc
 
 from __future__ import annotations
 
-import importlib
+import dis
 import inspect
+import itertools
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf.config.user_code import import_users_module
 from rlhf.reward.errors import RewardError
 
 SCORE = ("prompt", "response", "payload")
@@ -26,7 +26,9 @@ AT_ONCE = {SCORE: "responses", COMPARE: "pairs"}
 
 def takes_all(function: Callable[..., Any]) -> bool:
     """Whether the function gets all of a prompt's responses, or pairs, in one call."""
-    return list(inspect.signature(function).parameters)[1:2] in ([name] for name in AT_ONCE.values())
+    signature = _signature(function)
+    names = () if signature is None else list(signature.parameters)
+    return names[1:2] in ([name] for name in AT_ONCE.values())
 
 
 def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..., Any]:
@@ -36,22 +38,15 @@ def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..
         parameters: what it is called with, by position.
 
     Raises:
-        RewardError: the path is malformed, or the module, the name or the right parameters are missing.
+        RewardError: the path is malformed, the module, the name or the right parameters are missing, the module raised something, or
+            the function has no value to return.
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise RewardError(
             f"`reward.path`: `{path}` is not an import path. Write `module:name`, e.g. `my_rewards:correctness`."
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise RewardError(
-            f"`reward.path`: cannot import the module `{module_name}` of `{path}`: {error}. Start the run in the "
-            "folder that holds it, or install it on every machine of the cluster."
-        ) from error
+    module = import_users_module("reward.path", path, RewardError)
     function = getattr(module, name, None)
     if not callable(function):
         names = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
@@ -60,14 +55,44 @@ def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..
         )
     if takes_all(function):
         parameters = ("prompt", AT_ONCE[parameters], "payload")
+    signature = _signature(function)
     try:
-        inspect.signature(function).bind(*parameters)
+        if signature is not None:
+            signature.bind(*parameters)
     except TypeError:
         raise RewardError(
-            f"`reward.path`: `{path}` must take {len(parameters)} arguments, ({', '.join(parameters)}); it takes "
-            f"{inspect.signature(function)}."
+            f"`reward.path`: `{path}` must take {len(parameters)} arguments, ({', '.join(parameters)}); it takes {signature}."
         ) from None
+    if _returns_nothing(function):
+        code = inspect.unwrap(function).__code__
+        raise RewardError(
+            f"`reward.path`: `{path}` has no `return` statement with a value ({code.co_filename}:{code.co_firstlineno}), so no response "
+            "would get a reward. Let it return a number"
+        )
     return function
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """What it is called with; None where nobody can tell (some functions written in C)."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return None
+
+
+def _returns_nothing(function: Callable[..., Any]) -> bool:
+    """Whether every way out of a Python function returns None, and there is one."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        return False
+    steps = list(dis.get_instructions(code))
+    returned = [
+        before.opname == "LOAD_CONST" and before.argval is None
+        for before, step in itertools.pairwise(steps)
+        if step.opname == "RETURN_VALUE"
+    ]
+    returned += [step.argval is None for step in steps if step.opname == "RETURN_CONST"]  # from Python 3.12 on
+    return bool(returned) and all(returned)
 
 
 def share_of_letter_a(prompt: str, response: str, payload: Mapping[str, Any]) -> float:

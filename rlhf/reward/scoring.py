@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.config.user_code import message, shown
 from rlhf.types import Failed, Invalid, Outcome, Score, TimedOut
 
 
@@ -35,8 +36,8 @@ def outcome_of(value: Any) -> Outcome:
         return Invalid("the judge returned None")
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
-        return Failed(f"the judge returned {value!r:.80}, which is not a number")
+    except Exception:  # noqa: BLE001 - `__float__` of what the user's code returned is code as well
+        return Failed(f"the judge returned {shown(value)}, which is not a number")
     if not math.isfinite(number):
         return Invalid(f"the verdict is {number}")
     return Score(number)
@@ -57,4 +58,4 @@ def probability_of(value: Any) -> float | Outcome:
 
 def failure(error: BaseException) -> Failed:
     """The outcome for an exception, with its type and message."""
-    return Failed(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    return Failed(message(error))

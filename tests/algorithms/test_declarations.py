@@ -184,7 +184,7 @@ def test_the_page_on_own_algorithms_shows_this_code() -> None:
     ("name", "says"),
     [
         ("no_such_module:make", "cannot import"),
-        ("rlhf.algorithms:nothing", "cannot import"),
+        ("rlhf.algorithms:nothing", "has no function `nothing`"),
         ("rlhf.types:Score", "not an Algorithm"),
     ],
 )

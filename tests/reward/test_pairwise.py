@@ -127,7 +127,7 @@ def test_a_function_compares_in_both_orders(run, tiny_settings, make_text_rollou
     verdict = judged(run, settings, make_text_rollout(["long one", "short", "bad", "odd", "none", "short"]))
     assert verdict.preferences[0, 1] == pytest.approx(0.9) and verdict.preferences[1, 5] == 0.5
     assert [outcome.value for outcome in verdict.outcomes[:2]] == pytest.approx([0.9, (0.1 + 0.5) / 2])
-    assert verdict.outcomes[2] == Failed("ValueError: I do not compare this")
+    assert verdict.outcomes[2].reason.startswith("ValueError: I do not compare this (")
     assert verdict.outcomes[3] == Failed("the pairwise judge returned 1.5, which is not a probability")
     assert isinstance(verdict.outcomes[4], Invalid)
     assert verdict.outcomes[1] == verdict.outcomes[5]

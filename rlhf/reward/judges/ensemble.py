@@ -197,7 +197,7 @@ async def _on_common_scale(member: Member, texts: Sequence[tuple[Prompt, str]], 
         outcome = outcome_of(answer.value if isinstance(answer, Measured) else answer)
         if not isinstance(outcome, Score):
             raise RewardError(
-                f"`reward.common_set`: the member `{name}` gave {text!r:.60} no score: {outcome}. Mend it, or leave the "
+                f"`reward.common_set`: the member `{name}` gave {text!r:.60} no score: {outcome}. Correct it, or leave the "
                 "response out of the set"
             )
         moments = moments.including([outcome.value])
