@@ -1,4 +1,4 @@
-"""What a run reads, opened and checked without loading weights: model configuration, tokenizer, prompts and reward.
+"""What a run reads, opened and checked without loading weights: models as far as their headers, tokenizer, prompts and reward.
 
 Each check raises a `UserError` whose message names the field, what is wrong with its value, and the remedy.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoModelForSequenceClassification
 
 from rlhf.algorithms import make
 from rlhf.config import Settings, UserError
 from rlhf.config.reward import SourceSettings
 from rlhf.config.sft import SftSettings
+from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.preflight.shapes import ModelShape, model_shape
@@ -25,6 +27,7 @@ from rlhf.reward.judges.llm_judge import check_llm_judge
 from rlhf.reward.serving.canaries import load_canaries
 from rlhf.reward.shaping import Shaping
 from rlhf.reward.verifiers.verifier import check_prompts
+from rlhf.training.trainable import check_policy, check_vocabulary, read_config
 from rlhf.types import Prompt
 
 
@@ -73,15 +76,17 @@ def read_inputs(settings: Settings) -> Inputs:
 
 
 def open_model(settings: Settings | SftSettings, path: str) -> tuple[Any, Any]:
-    """Configuration and tokenizer of `policy.model`, whose files are at `path`. Raises UserError if they do not serve."""
+    """Configuration and tokenizer of `policy.model`, whose files are at `path`.
+
+    Raises:
+        UserError: it cannot be trained here, its weight files are not those of its architecture, or its tokenizer does not fit.
+    """
     name = settings.policy.model
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise PlanError(f"`policy.model`: there is no folder `{path}`. Give a model folder, a hub name or an `asset:`")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"`policy.model`: `{name}` has no readable model configuration: {error}") from None
+    config = check_policy(path)
     tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, config, path)
     if settings.data.chat_template and not tokenizer.chat_template:
         raise PlanError(
             f"`data.chat_template`: the tokenizer of `{name}` has no chat template. Set `data.chat_template: false`, "
@@ -106,7 +111,7 @@ def _shape(settings: Settings, config: Any, path: str) -> ModelShape:
 
 
 def _check_critic(settings: Settings, policy: Any) -> None:
-    """The critic's reward model must be of the policy's architecture; its weights are read later."""
+    """The critic's reward model must be of the policy's architecture, and its weight files must hold it whole."""
     name = getattr(settings.algorithm, "critic_model", None)
     if name is None:
         return
@@ -117,12 +122,18 @@ def _check_critic(settings: Settings, policy: Any) -> None:
     )
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise PlanError(f"`algorithm.critic_model`: there is no model in `{path}` (no config.json). {remedy}")
-    critic = AutoConfig.from_pretrained(path)
+    critic = read_config(path, "`algorithm.critic_model`")
     kind = (critic.model_type, critic.get_text_config().hidden_size, critic.num_labels)
     if kind != (policy.model_type, policy.get_text_config().hidden_size, 1):
         raise PlanError(
             f"`algorithm.critic_model`: `{name}` is a {kind[0]} of hidden size {kind[1]} with {kind[2]} labels. {remedy}"
         )
+    classifier = architecture_of(AutoModelForSequenceClassification, critic)
+    if classifier is None or classifier.__name__ not in (critic.architectures or ()):
+        raise PlanError(
+            f"`algorithm.critic_model`: `{name}` is a {'/'.join(critic.architectures or ['body alone'])}. {remedy}"
+        )
+    check_folder(Path(path), classifier, critic, "`algorithm.critic_model`")
 
 
 def _reward(settings: Settings) -> str:

@@ -8,7 +8,7 @@ transformers under the name "packed" and receives the groups through the model's
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 NAME = "packed"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""What some architectures hand to attention beside queries, keys and values: soft-caps, sinks, biases by distance."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,8 @@ def packed_attention(
     Raises:
         ValueError: the model asks for something this function does not compute (soft-capped scores, attention sinks).
     """
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unsupported:
-        raise ValueError(
-            f"{type(module).__name__} needs {', '.join(unsupported)}, which packed attention does not support"
-        )
+    check_supported(module, sliding_window, kwargs)
     causal = getattr(module, "is_causal", True)
-    if sliding_window is not None and not causal:
-        raise ValueError(
-            f"{type(module).__name__} has a window in both directions, which packed attention does not support"
-        )
     # Inference that nothing is learned from (reward models) takes the fused kernel, on a CPU too. The policy's forwards without
     # gradients keep to the products, so that they round as those with gradients.
     fused = query.device.type != "cpu" or torch.is_inference_mode_enabled() or not causal
@@ -92,6 +86,23 @@ def packed_attention(
             mask = mask & (distance < sliding_window)
         outputs.append(attend(query[:, :, part], key[:, :, part], value[:, :, part], mask, scaling, dropout))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def check_supported(module: torch.nn.Module, sliding_window: int | None, asked: Mapping[str, object]) -> None:
+    """Raises ValueError if an attention layer asks for something that packed attention does not compute.
+
+    Args:
+        asked: what else the layer hands to the attention interface, by name.
+    """
+    unsupported = [name for name in UNSUPPORTED if asked.get(name) is not None]
+    if unsupported:
+        raise ValueError(
+            f"{type(module).__name__} needs {', '.join(unsupported)}, which packed attention does not support"
+        )
+    if sliding_window is not None and not getattr(module, "is_causal", True):
+        raise ValueError(
+            f"{type(module).__name__} has a window in both directions, which packed attention does not support"
+        )
 
 
 def _attend(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.algorithms import Algorithm, make
 from rlhf.config import Settings, UserError, load, yamls
@@ -125,7 +130,16 @@ def test_the_critics_reward_model_is_looked_at(tmp_path: Path) -> None:
         describe(with_method(tmp_path, {"name": "ppo", "critic_model": str(model)}))
     config = json.loads((model / "config.json").read_text()) | {"num_labels": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert f"starts from {tmp_path}" in describe(with_method(tmp_path, {"name": "ppo", "critic_model": str(tmp_path)}))
+    critic = {"name": "ppo", "critic_model": str(tmp_path)}
+    with pytest.raises(UserError, match=r"`algorithm\.critic_model`: .* is a LlamaForCausalLM"):
+        describe(with_method(tmp_path, critic))
+    AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).save_pretrained(tmp_path)
+    assert f"starts from {tmp_path}" in describe(with_method(tmp_path, critic))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"`algorithm\.critic_model`: .*`score\.weight` is missing"):
+        describe(with_method(tmp_path, critic))
 
 
 def test_a_pairwise_function_is_looked_at(tmp_path: Path) -> None:
@@ -173,12 +187,55 @@ def test_debug_mode_has_one_of_each() -> None:
     assert "1 x vLLM engine" in plan and "1 x DeepSpeed rank" in plan and "debug mode" in plan
 
 
-def test_no_weights_are_read(tmp_path: Path) -> None:
-    """A folder with a configuration and a tokenizer but no weights is enough for a plan."""
-    for file in Path(resolve("asset:tiny-llama")).iterdir():
-        if file.suffix != ".safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert "policy and reference" in describe(tiny(f"policy.model={tmp_path}"))
+def copy_of_the_model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(resolve("asset:tiny-llama"), tmp_path / "model"))
+
+
+def test_no_weights_are_read_but_their_headers(tmp_path: Path) -> None:
+    """Files with a header and nothing but holes behind it are enough for a plan."""
+    model = copy_of_the_model(tmp_path)
+    file = model / "model.safetensors"
+    size, (length,) = file.stat().st_size, struct.unpack("<Q", file.read_bytes()[:8])
+    os.truncate(file, 8 + length)
+    with pytest.raises(UserError, match=r"`policy\.model`: .*model\.safetensors is truncated"):
+        describe(tiny(f"policy.model={model}"))
+    os.truncate(file, size)
+    assert "policy and reference" in describe(tiny(f"policy.model={model}"))
+    file.unlink()
+    with pytest.raises(UserError, match=r"`policy\.model`: there are no weights in"):
+        describe(tiny(f"policy.model={model}"))
+
+
+def test_the_weights_must_be_those_of_the_model(tmp_path: Path) -> None:
+    model = copy_of_the_model(tmp_path)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.extra"] = weights.pop("model.norm.weight")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"`model\.norm\.weight` is missing; `model\.layers\.0\.extra` is not part of the model"
+    ):
+        describe(tiny(f"policy.model={model}"))
+
+
+def test_every_token_must_have_an_embedding(tmp_path: Path) -> None:
+    model = copy_of_the_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<{number}>" for number in range(100)])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(
+        UserError, match=r"`policy\.model`: the tokenizer of .* number 320, and the embedding has 320 rows"
+    ):
+        describe(tiny(f"policy.model={model}"))
+
+
+def test_an_architecture_that_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    model = copy_of_the_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    sinks = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "layer_types": ["full_attention"] * 2}
+    gpt = config | {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]} | sinks
+    (model / "config.json").write_text(json.dumps(gpt))
+    with pytest.raises(UserError, match=r"`policy\.model`: .* cannot be trained here: GptOssAttention needs s_aux"):
+        describe(tiny(f"policy.model={model}"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,231 @@
+"""Whether a model folder can be trained here, found out from its configuration, tokenizer and weight headers: no weights are read.
+
+Owns: what the trainer asks of an architecture (a causal language model of transformers' own, whose every layer attends through
+transformers' attention interface to what packed attention computes, with plain logits) and of a vocabulary. The architecture is built
+on the meta device and asked for one forward pass, so that what is refused follows from what `attention` refuses.
+Does not know: which command asks.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from rlhf.data.architecture import architecture_of, check_folder
+from rlhf.training import attention
+from rlhf.training.model import ModelError
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+MOST_LAYERS = 1000
+LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers (`layer_types`) that packed attention computes."""
+SCALED_LOGITS: dict[str, float | None] = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+}
+"""Fields by which architectures change their logits -> the value that changes nothing. The log-prob head knows plain logits only."""
+MALFORMED = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises for a configuration that nobody can build a model from."""
+
+
+def check_policy(path: str, where: str = "`policy.model`") -> Any:
+    """The configuration of the model at `path`, a folder or a hub name, if it can be trained; a folder's weights are compared with it.
+
+    Raises:
+        ModelError: it is no causal language model that can be trained here.
+        WeightsError: its weight files are damaged, or are not those of its architecture.
+    """
+    config = read_config(path, where)
+    model = causal_lm_of(config, path, where)
+    check_attention(model, config, path, where)
+    if Path(path).is_dir():
+        check_folder(Path(path), model, config, where)
+    return config
+
+
+def read_config(path: str, where: str) -> Any:
+    """transformers' configuration of a model that needs no code of its own.
+
+    Raises:
+        ModelError: there is none, its sizes are none, or only the folder's own code could read it.
+    """
+    file = Path(path) / "config.json"
+    if Path(path).is_dir() and not file.is_file():
+        raise ModelError(
+            f"{where}: there is no model in `{path}` (no config.json). Give the folder of a model in Hugging Face format"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except MALFORMED as error:
+        raise ModelError(f"{where}: `{path}` has no readable model configuration: {_why(file, error)}") from None
+    text = config.get_text_config()
+    for name in SIZES:
+        value = getattr(text, name, None)
+        most = MOST_LAYERS if name == "num_hidden_layers" else None
+        if value is not None and (type(value) is not int or value < 1 or (most is not None and value > most)):
+            allowed = "at least 1" if most is None else f"from 1 to {most}"
+            raise ModelError(
+                f"{where}: {file} says `{name}: {value}`, but it must be a whole number {allowed}. Correct it, or copy the model again"
+            )
+    padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if type(padding) is int and rows is not None and padding >= rows:
+        raise ModelError(
+            f"{where}: {file} says `pad_token_id: {padding}`, but there are {rows} tokens (`vocab_size`), numbered from 0. Correct "
+            "it: `null` if there is no padding token"
+        )
+    return config
+
+
+def _why(file: Path, error: BaseException) -> str:
+    """What is wrong with a configuration, in words."""
+    if file.is_file():
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as invalid:
+            return f"{file} is no JSON ({invalid}). Copy the model again"
+        if isinstance(raw, dict) and "auto_map" in raw:
+            return (
+                f"it brings code of its own (`auto_map` in {file}), which is not run here. Give a model of an architecture that "
+                "transformers has itself"
+            )
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def causal_lm_of(config: Any, path: str, where: str) -> type:
+    """transformers' class for the configuration.
+
+    Raises:
+        ModelError: the model is another one than a causal language model of transformers' own, or quantized.
+    """
+    model, named = architecture_of(AutoModelForCausalLM, config), config.architectures or ()
+    named = [named] if isinstance(named, str) else list(named)
+    if model is None or (named and model.__name__ not in named):
+        what = "/".join(named) or config.model_type
+        expected = "" if model is None else f", not a {model.__name__}"
+        raise ModelError(
+            f"{where}: `{path}` holds a {what}{expected}: it is not a causal language model that transformers has itself, so it cannot be "
+            "trained here. Give a causal language model (`architectures` in its config.json names the class)"
+        )
+    return model
+
+
+def check_attention(model: type, config: Any, path: str, where: str) -> None:
+    """Build the architecture without weights, and see what its layers ask of attention.
+
+    Raises:
+        ModelError: they ask for what is not computed here, or cannot be built.
+    """
+    changed = [
+        f"`{name}: {getattr(config.get_text_config(), name)}`" for name in SCALED_LOGITS if _scales(config, name)
+    ]
+    if changed:
+        raise _untrainable(
+            where, path, f"{model.__name__} changes its logits ({', '.join(changed)} in its config.json)"
+        )
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYERS
+    if kinds:
+        raise _untrainable(where, path, f"{model.__name__} has layers of {', '.join(sorted(kinds))}")
+    probe = _Probe()
+    config = copy.deepcopy(config)
+    config._attn_implementation = probe.NAME
+    try:
+        with torch.device("meta"):
+            built = model(config).bfloat16().eval()
+    except MALFORMED as error:
+        raise ModelError(
+            f"{where}: no {model.__name__} can be built from the configuration of `{path}`: {type(error).__name__}: {error}. Correct its "
+            "config.json, or copy the model again"
+        ) from None
+    if not isinstance(built.get_output_embeddings(), nn.Linear):
+        raise _untrainable(where, path, f"{model.__name__} has no linear output projection")
+    probe.ask(built)
+    if probe.refusal is not None:
+        raise _untrainable(where, path, probe.refusal)
+
+
+def _scales(config: Any, name: str) -> bool:
+    return getattr(config.get_text_config(), name, SCALED_LOGITS[name]) not in (None, SCALED_LOGITS[name])
+
+
+def _untrainable(where: str, path: str, reason: str) -> ModelError:
+    return ModelError(f"{where}: `{path}` cannot be trained here: {reason}, which is not supported. Give another model")
+
+
+class _Probe:
+    """Stands in for packed attention in a forward pass on the meta device, and remembers why it would refuse."""
+
+    NAME = "packed-probe"
+
+    def __init__(self) -> None:
+        self.refusal: str | None = None
+        self._calls = 0
+        AttentionInterface.register(self.NAME, self._attend)
+
+    @torch.no_grad()
+    def ask(self, built: nn.Module) -> None:
+        """One forward pass, as far as the meta device carries it: where experts are chosen by their scores it ends."""
+        positions = torch.arange(4, device="meta")
+        whole = attention.Segment(0, 4, None, positions)
+        error: BaseException | None = None
+        try:
+            built.base_model(
+                input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"),
+                position_ids=positions[None],
+                segments=(whole,),
+                use_cache=False,
+            )
+        except (RuntimeError, TypeError, ValueError) as raised:
+            error = raised
+        if self.refusal is None and (self._calls == 0 or (error is None and self._calls < _layers(built))):
+            name, reason = type(built).__name__, "" if error is None else f" ({' '.join(str(error).split())})"
+            self.refusal = f"not every layer of {name} attends through transformers' attention interface{reason}"
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        sliding_window: int | None = None,
+        segments: tuple[attention.Segment, ...] = (),
+        **asked: Any,
+    ) -> tuple[torch.Tensor, None]:
+        self._calls += 1
+        try:
+            attention.check_supported(module, sliding_window, asked)
+            if not getattr(module, "is_causal", True):
+                raise ValueError(f"{type(module).__name__} attends to later tokens, as an encoder does")
+            if not segments:
+                raise ValueError(f"{type(module).__name__} is not told where the sequences of a packed row begin")
+        except ValueError as error:
+            self.refusal = str(error).removesuffix(", which packed attention does not support")
+        return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _layers(built: nn.Module) -> int:
+    return built.config.get_text_config().num_hidden_layers
+
+
+def check_vocabulary(tokenizer: Any, config: Any, path: str, where: str = "`policy.model`") -> None:
+    """Raises ModelError if the tokenizer has tokens that the model has no embedding for."""
+    rows = config.get_text_config().vocab_size
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if beyond:
+        token, number = min(beyond.items(), key=lambda entry: entry[1])
+        raise ModelError(
+            f"{where}: the tokenizer of `{path}` has {len(beyond)} token(s) that the model has no embedding for: `{token}` is number "
+            f"{number}, and the embedding has {rows} rows (`vocab_size`). Enlarge it with "
+            f"`model.resize_token_embeddings({max(beyond.values()) + 1})` and save the model, or take the tokens out of the tokenizer"
+        )
