@@ -1,7 +1,7 @@
 """A frozen copy of the policy that follows an update rule: the reference, or the engines' second model.
 
-Owns the copy's weights and what its rule remembers (an fp32 average, the last iterate). Lives in one rank; under ZeRO-3 it is
-sharded exactly as the policy is, so every rule works on shards and no rank talks to another.
+Owns the copy's weights and what its rule remembers (an fp32 average; the last iterate's fp32 master weights). Lives in one rank; under
+ZeRO-3 it is sharded exactly as the policy is, so every rule works on shards; only a policy that is moved on is gathered anew.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Anchor:
         return True
 
     def _extrapolate(self, policy: Trainer, alpha: float) -> None:
-        iterate = _copies(policy.shards())
+        iterate = _copies(iter(policy.masters()))  # what a bf16 weight has lost of a round's movement is much of it
         if self._memory:
             moved = [new + alpha * (new - old) for new, old in zip(iterate, self._memory, strict=True)]
-            policy.set_shards(moved)
+            policy.set_masters(moved)
         self._memory = iterate
         self._take(policy.shards())
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rlhf.config.policy import PolicySettings
+from rlhf.training.masters import masters, set_masters
 from rlhf.training.resting import Resting
 from rlhf.training.weights import local_shard
 
@@ -142,14 +143,14 @@ class Trainer:
         """This rank's part of each weight that learns: its ZeRO-3 partition, or the whole of it."""
         return (local_shard(parameter) for parameter in self.engine.module.parameters() if parameter.requires_grad)
 
-    @torch.no_grad()
-    def set_shards(self, shards: Iterable[torch.Tensor]) -> None:
-        """Overwrite the weights that learn with these (one per parameter, as `shards` gives them). Collective."""
-        for mine, theirs in zip(self.shards(), shards, strict=True):
-            mine.copy_(theirs)
-        refresh = getattr(self.engine.optimizer, "refresh_fp32_params", None)
-        if refresh is not None:  # the optimizer's own copies of the weights
-            refresh()
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's fp32 master weights, as the optimizer holds them: flat partitions, or at stage 0 one tensor per weight."""
+        return masters(self.engine.optimizer)
+
+    def set_masters(self, values: Iterable[torch.Tensor]) -> None:
+        """Overwrite the master weights (one value for each that `masters` gives), and with their rounding the weights that compute.
+        Collective."""
+        set_masters(self.engine.optimizer, values)
 
     def rest(self) -> None:
         """Move optimizer states, master weights and gradient buffers to host memory; the weights stay on the device. Until `wake`,

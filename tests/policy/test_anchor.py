@@ -13,6 +13,7 @@ from rlhf.algorithms import Algorithm, Contrast, Preference, Source
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule, due, equals_policy
 from rlhf.policy import InvariantBroken
 from rlhf.policy.rank import PolicyRank
+from rlhf.training.model import _probe
 from rlhf.training.packing import idle
 from rlhf.training.weights import local_shards
 
@@ -55,7 +56,7 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
 
 def fill(rank: PolicyRank, value: float) -> None:
     """Make every weight of the policy `value`."""
-    rank.policy.set_shards(torch.full_like(shard, value) for shard in local_shards(rank.policy.engine.module))
+    rank.policy.set_masters(torch.full_like(master, value) for master in rank.policy.masters())
 
 
 @pytest.mark.engine
@@ -115,6 +116,38 @@ def test_without_alpha_extrapolation_is_the_previous_iterate(rank: Callable) -> 
         one.follow(1)
         assert weights(one.reference.model).unique().tolist() == [value]
         assert weights(one.policy.engine.module).unique().tolist() == [value]
+
+
+def rounds(rank: Callable, rule: UpdateRule, **policy: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The policy's master weights, as one vector, before and after eight rounds of one optimizer step each."""
+    one = rank(rule, **policy)
+    row, _ = _probe(100, one.device)
+    start = torch.cat([master.detach().flatten().clone() for master in one.policy.masters()])
+    for step in range(1, 9):
+        one.policy.backward(one.policy.forward(row)[0].sum())
+        one.policy.step()
+        one.follow(step)
+        assert torch.equal(one.reference.logprobs(row), one.policy.forward(row)[0].detach()), "whole copies included"
+    return start, torch.cat([master.detach().flatten() for master in one.policy.masters()])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_extrapolation_of_bf16_weights_moves_as_far_as_that_of_fp32(rank: Callable, stage: int) -> None:
+    """A step of 1e-5 is below the spacing of most bf16 weights: the fp32 masters must keep it from round to round."""
+    start, end = rounds(rank, Extrapolated(1, 0.3), zero_stage=stage, learning_rate=1e-5, dtype="bf16")
+    exact_start, exact_end = rounds(rank, Extrapolated(1, 0.3), zero_stage=stage, learning_rate=1e-5, dtype="fp32")
+    assert (end - start).norm().item() == pytest.approx((exact_end - exact_start).norm().item(), rel=0.15)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_without_alpha_bf16_weights_learn_as_with_the_previous_iterate(rank: Callable, stage: int) -> None:
+    one, other = (
+        rounds(rank, rule, zero_stage=stage, learning_rate=1e-5, dtype="bf16")[1]
+        for rule in (Extrapolated(1, 0.0), Previous(1))
+    )
+    assert torch.equal(one, other)
 
 
 @pytest.mark.engine

@@ -146,7 +146,7 @@ def experience(rank: PolicyRank) -> Experience:
 
 def fill(rank: PolicyRank, value: float) -> None:
     """Make every entry of the policy's adapter `value`."""
-    rank.policy.set_shards(torch.full_like(shard, value) for shard in rank.policy.shards())
+    rank.policy.set_masters(torch.full_like(master, value) for master in rank.policy.masters())
 
 
 def logprobs(rank: PolicyRank) -> torch.Tensor:
