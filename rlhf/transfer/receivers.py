@@ -1,14 +1,13 @@
 """The engine's end of a weight transfer: runs inside each vLLM worker, through vLLM's weight-transfer interface.
 
-All back ends load through vLLM's layerwise reload (on CPU vLLM repacks weights after loading, so they must never be
-written in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter
+All back ends load through vLLM's layerwise reload (`rlhf.transfer.reload`; on CPU vLLM repacks weights after loading, so they must
+never be written in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter
 unloaded. An update goes into one half of the model (`rlhf.transfer.halves`); the other is not touched. Or it is a LoRA adapter, which
 leaves the model's own weights alone (`rlhf.transfer.adapters`).
 """
 
 from __future__ import annotations
 
-import logging
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,23 +25,15 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferInitInfo,
     NCCLWeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload.layerwise import (
-    finalize_layerwise_reload,
-    get_layerwise_info,
-    initialize_layerwise_reload,
-)
 
 from rlhf.transfer import gloo
 from rlhf.transfer.adapters import AdapterInbox
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.gpu import ipc_store
 from rlhf.transfer.halves import checksum, halves
+from rlhf.transfer.reload import Reload
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
 from rlhf.types import Half
-
-# It warns of every layer without tensors of its own (rotary embeddings, tied output layers); `update_weights` checks
-# better.
-logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -86,14 +77,6 @@ class _WatchedModel:
         return names
 
 
-class _Names:
-    """Parameter names of a model. Made while it is whole: during a reload tied parameters are no longer one."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.own = {name for name, _ in model.named_parameters()}
-        self.tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - self.own
-
-
 class _Attesting(WeightTransferEngine):
     """What all back ends share. Subclasses load through `self._watched`."""
 
@@ -104,7 +87,7 @@ class _Attesting(WeightTransferEngine):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._names = {half: _Names(part) for half, part in halves(model).items()}
+        self._reloads = {half: Reload(part) for half, part in halves(model).items()}
         self._half: Half = "policy"
 
     def aim(self, half: Half) -> None:
@@ -113,20 +96,14 @@ class _Attesting(WeightTransferEngine):
         self._half = half
 
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-        # A transfer that broke off leaves layers waiting with half of their tensors; they must not mix with new ones.
-        for layer in self.model.modules():
-            info = get_layerwise_info(layer)
-            if info.can_load():
-                info.load_numel = 0
-                info.loaded_weights.clear()
+        self._reloads[self._half].begin()
         self._watched = _WatchedModel(self.model, self._half)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        missing = sorted(self._names[self._half].own - self._watched.loaded)
+        missing = sorted(self._reloads[self._half].own - self._watched.loaded)
         if missing:
             raise TransferFailed(
                 f"{len(missing)} of the engine's parameters were not in the update and would have kept their old "
@@ -134,13 +111,7 @@ class _Attesting(WeightTransferEngine):
             )
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        # On CPU each linear layer holds a packed copy of its weight. A tied output layer loads no tensor of its own,
-        # so the reload does not repack it, and it would go on answering with the old embedding.
-        for name in self._names[self._half].tied:
-            layer = self.model.get_submodule(name.rpartition(".")[0])
-            layer.quant_method.process_weights_after_loading(layer)
-
+        self._reloads[self._half].finish(self.model_config, self._watched.loaded)
         self.release()
 
     def receive_adapter(self, update_info: dict[str, Any], config: dict[str, Any]) -> None:
