@@ -22,5 +22,6 @@ class RunSettings(Section):
         0.1,
         gt=0,
         description="Largest allowed mean absolute gap, in nats per token, between the engine's and the trainer's "
-        "log-probs of the same tokens. bf16 needs about 0.05, fp32 less than 0.001.",
+        "log-probs of the same tokens (those it learns from, or a probe where these cannot be compared). bf16 needs about "
+        "0.05, fp32 less than 0.001.",
     )

@@ -21,6 +21,7 @@ from rlhf.config import Settings
 from rlhf.data.ledger import Ledger
 from rlhf.loop.clock import Clock
 from rlhf.loop.judged import Judged, rollout_metrics
+from rlhf.loop.probe import probe_samplings
 from rlhf.policy import Moment, PolicyGroup
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
@@ -78,16 +79,20 @@ class OnlineLoop:
         Raises:
             RewardsFailing: more than `reward.max_failed_fraction` of the responses got no verdict.
             CanaryAlarm: the judge has changed since the start.
+            InvariantBroken: an engine does not compute what the policy computes (and see `PolicyGroup.learn`).
         """
         clock = Clock()
         prompts = self.ledger.lease(self.settings.loop.prompts_per_step)
-        judged = await self.sample_and_judge(prompts, self._samplings(step), clock, self.algorithm)
+        judged, probes = await together(
+            self.sample_and_judge(prompts, self._samplings(step), clock, self.algorithm), self._probe(prompts[0], step)
+        )
         self._require_verdicts(judged)
         canaries = await self.roles.rewards.check(step)
         learned = self._shape(judged)
         assignments, dropped = self._build(step, learned)
         metrics = rollout_metrics(judged) | self.shaping.metrics([one.feedback for one in learned]) | canaries
         async with self.policy_turn(publish=False):
+            metrics |= await self.roles.policy.check_engines(probes)
             if assignments:
                 moment = Moment(step, equal=equals_policy(self.algorithm.reference, step))
                 metrics |= await self.roles.policy.learn(assignments, moment)
@@ -177,6 +182,11 @@ class OnlineLoop:
             )
             for source in self.algorithm.sources
         ]
+
+    async def _probe(self, prompt: Prompt, step: int) -> dict[int, Rollout]:
+        """What each engine writes so that one sees what it computes (`rlhf.loop.probe`)."""
+        rollouts = self.roles.rollouts
+        return await rollouts.probe(prompt, probe_samplings(self.settings, self.algorithm, rollouts.engines, step))
 
     def _shape(self, judged: Sequence[Judged]) -> list[Judged]:
         """The same responses with the rewards to learn from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from rlhf.cluster import Handle, Runtime, compute_env, together
 from rlhf.config import Settings
 from rlhf.policy.learner import InvariantBroken, Moment
 from rlhf.policy.meters import means, merge
+from rlhf.policy.probe import require_small
 from rlhf.policy.rank import PolicyRank, UpdateShare
 from rlhf.training.balance import plan_updates
 from rlhf.transfer import TransferSession, WeightSpec
-from rlhf.types import Assignment, Half
+from rlhf.types import Assignment, Half, Rollout
 
 
 class PolicyGroup:
@@ -111,12 +112,30 @@ class PolicyGroup:
     def _check_gap(self, gap: float) -> None:
         run, rollout = self._settings.run, self._settings.rollout
         comparable = rollout.top_p == 1 and rollout.top_k == 0 and rollout.temperature > 0
-        if run.invariants and comparable and gap > run.max_logprob_gap:
+        if run.invariants and comparable and not gap <= run.max_logprob_gap:  # true of NaN
             raise InvariantBroken(
                 f"the engines' log-probs differ from the trainer's by {gap:.3g} nats per token on average (allowed by "
-                f"run.max_logprob_gap: {run.max_logprob_gap:g}). Either the engines hold other weights than the policy, or the two "
-                "compute in different precision: compare policy.dtype with rollout.dtype."
+                f"run.max_logprob_gap: {run.max_logprob_gap:g}). They attest the policy's weights, so either vLLM does not put new weights "
+                "to use for a model of this kind, or the two compute in different precision: compare policy.dtype with rollout.dtype."
             )
+
+    async def check_engines(self, probes: Mapping[int, Rollout]) -> dict[str, float]:
+        """Compare what the engines computed on a probe with what the policy and its partner compute, before they change.
+
+        Args:
+            probes: engine -> its answer (`RolloutPool.probe`), all to one prompt; nothing happens if there is none.
+
+        Returns:
+            The largest gap of each half that answered: policy/probe_gap, policy/probe_gap_partner.
+
+        Raises:
+            InvariantBroken: an engine's log-probs differ by more than `run.max_logprob_gap`.
+        """
+        if not probes:
+            return {}
+        deadline = self._settings.cluster.learn_deadline_s
+        gaps = (await self._all("probe_gaps", list(probes.values()), deadline=deadline))[0]
+        return require_small(gaps, list(probes), self._settings.run.max_logprob_gap)
 
     async def measure(self, assignments: Sequence[Assignment]) -> dict[str, float]:
         """Mean KL metrics of the policy to the model the run started from, on these completions; nothing is learned."""

@@ -26,6 +26,7 @@ from rlhf.policy.gradient_learner import GradientLearner
 from rlhf.policy.learner import Lazily, Moment, Update, kl_meters
 from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
+from rlhf.policy.probe import Gaps, probe_gaps
 from rlhf.training import lora
 from rlhf.training.engine import Trainer, shard_frozen
 from rlhf.training.model import (
@@ -40,7 +41,7 @@ from rlhf.training.packing import Experience, idle, pack
 from rlhf.training.ranks import Member, join, leave, rendezvous
 from rlhf.training.weights import described_weights, in_host_memory, whole_weights
 from rlhf.transfer import TransferSession, WeightSender, WeightSpec
-from rlhf.types import Assignment, Completion, Half
+from rlhf.types import Assignment, Completion, Half, Rollout
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,11 @@ class PolicyRank:
             start = self.start.logprobs(experience)  # also of an idle one: under ZeRO-3 both forwards are collective
             meters.append(kl_meters(experience, logprobs, start) if batch else {})
         return merge(meters)
+
+    def probe_gaps(self, rollouts: Sequence[Rollout]) -> Gaps:
+        """What `policy.probe.probe_gaps` finds, by the policy and the partner as they are. Collective; the same on all ranks."""
+        models = {"policy": lambda experience: self.policy.forward(experience)[0], "partner": self.partner.logprobs}
+        return probe_gaps(rollouts, models, self.device)
 
     def _pack_one(self, share: UpdateShare, completions: dict[str, list[Completion]], number: int) -> Experience:
         return self._pack(share.micro_batches[number], completions)

@@ -107,17 +107,25 @@ class GeometricMixtureForCausalLM(TwoModels):
         intermediate_tensors: None = None,
         inputs_embeds: None = None,
     ) -> torch.Tensor:
-        """Hidden states of both models side by side, [tokens, 2 * hidden]: vLLM carries one tensor per forward."""
-        states = [
-            model(
-                input_ids=input_ids,
-                positions=positions,
-                intermediate_tensors=intermediate_tensors,
-                inputs_embeds=inputs_embeds,
-            )
-            for model in (self.policy, self.partner)
-        ]
-        return torch.cat(states, dim=-1)
+        """Hidden states of both models side by side, [tokens, 2 * hidden]: vLLM carries one tensor per forward.
+
+        The policy's are copied before the partner runs. Under piecewise CUDA graphs (vLLM's choice for batches with prompts in them)
+        each of the two compiled models ends in a graph that was captured with a weak reference to its output: to vLLM that memory is free
+        as soon as the graph ends, and a graph of the partner's, from the same pool, may have been given it. Within one full
+        graph, and without graphs, nothing is reused that early; the copy costs nothing there, since the two are put side by side anyway.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "positions": positions,
+            "intermediate_tensors": intermediate_tensors,
+            "inputs_embeds": inputs_embeds,
+        }
+        own = self.policy(**inputs)
+        width = own.shape[-1]
+        states = own.new_empty(*own.shape[:-1], 2 * width)
+        states[..., :width] = own
+        states[..., width:] = self.partner(**inputs)
+        return states
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The policy's logits, [rows, vocabulary]; the partner's are left in `partner_logits` for the processor."""

@@ -85,6 +85,11 @@ class RolloutPool:
         """vLLM worker processes of all living engines: the receivers of a weight transfer."""
         return sum(self._infos[index].workers for index in self._handles)
 
+    @property
+    def engines(self) -> int:
+        """Living engines."""
+        return len(self._handles)
+
     async def sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False) -> Rollout:
         """Responses to one prompt, from the engine with the fewest outstanding tokens. Call it for many at once.
 
@@ -98,21 +103,44 @@ class RolloutPool:
             DeadlineExpired: no answer within `rollout.request_deadline_s`.
             ValueError: the prompt is too long.
         """
-        if self._unconfirmed:
-            raise StaleWeights(
-                "new weights were sent, and pool.accept has not yet confirmed that every engine holds them"
-            )
+        self._require_confirmed()
         for _ in range(2):
             rollout = await self._try_sample(prompt, samplings, with_pair)
             if rollout is not None:
                 return rollout
         raise NoEngines(f"prompt {prompt.id} lost two engines in a row. " + " ".join(self._deaths))
 
+    async def probe(self, prompt: Prompt, samplings: Sequence[Sampling]) -> dict[int, Rollout]:
+        """The answer of every living engine to the same prompt, by engine; one that dies meanwhile is left out.
+
+        Raises:
+            StaleWeights, DeadlineExpired, ValueError: as `sample`.
+        """
+        if not samplings:
+            return {}
+        self._require_confirmed()
+        engines = list(self._handles)
+        rollouts = await asyncio.gather(*(self._ask(index, prompt, samplings, False) for index in engines))
+        return {index: rollout for index, rollout in zip(engines, rollouts, strict=True) if rollout is not None}
+
+    def _require_confirmed(self) -> None:
+        if self._unconfirmed:
+            raise StaleWeights(
+                "new weights were sent, and pool.accept has not yet confirmed that every engine holds them"
+            )
+
     async def _try_sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool) -> Rollout | None:
         if not self._handles:
             raise NoEngines("no rollout engine is left. " + " ".join(self._deaths))
         tokens = len(prompt.token_ids) + sum(sampling.n * sampling.max_tokens for sampling in samplings)
         index = self._router.acquire(tokens)
+        try:
+            return await self._ask(index, prompt, samplings, with_pair)
+        finally:
+            self._router.release(index, tokens)
+
+    async def _ask(self, index: int, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool) -> Rollout | None:
+        """The engine's answer; None if it dies."""
         deadline = self._settings.rollout.request_deadline_s
         try:
             infos, completions = await self._handles[index].call_keep(
@@ -121,8 +149,6 @@ class RolloutPool:
         except (ActorDied, EngineDied) as error:
             self._bury(index, error)
             return None
-        finally:
-            self._router.release(index, tokens)
         stale = {info.weight_version for info in infos} - {self._accepted, DATASET_VERSION}
         if stale:
             raise StaleWeights(f"engine {index} wrote with version {sorted(stale)}, the policy is at {self._accepted}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.algorithms import make
 from rlhf.config import Settings, load
 from rlhf.config.algorithm import METHODS
 from rlhf.loop.run import Training
@@ -61,9 +62,11 @@ def test_a_method_runs_and_moves_the_policy(method: str, tmp_path: Path) -> None
     assert evaluations[0]["policy/kl"] == pytest.approx(0, abs=1e-6), "policy and reference start as one"
     assert evaluations[-1]["policy/kl"] != 0
     assert all(math.isfinite(step["policy/loss"]) and step["policy/grad_norm"] > 0 for step in steps)
-    gaps = [step["policy/logprob_gap"] for step in steps if "policy/logprob_gap" in step]
-    assert all(gap < 1e-4 for gap in gaps), "engine and trainer agree on what the policy wrote, after each publication"
-    assert gaps or method == "ipo_md", "only a method that samples from nothing but a mixture has no such tokens"
+    for step in steps:
+        gaps = [step.get(f"policy/{name}", 0.0) for name in ("logprob_gap", "probe_gap", "probe_gap_partner")]
+        assert all(gap < 1e-4 for gap in gaps), "engine and trainer agree after each publication"
+        assert "policy/logprob_gap" in step or "policy/probe_gap" in step, "on what was learned from, or on a probe"
+        assert ("policy/probe_gap_partner" in step) == make(settings(method, tmp_path / "again")).mixes
 
 
 @pytest.mark.parametrize(

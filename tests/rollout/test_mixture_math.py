@@ -227,3 +227,24 @@ def test_what_vllm_does_not_know_or_treats_by_name_is_refused(tmp_path: Path, ar
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "llama"}))
     with pytest.raises(CannotMix, match=reason):
         mixture_overrides(str(tmp_path))
+
+
+class Reusing(torch.nn.Module):
+    """A model whose output lies in memory that others may be given as soon as it returns, as under piecewise CUDA graphs."""
+
+    def __init__(self, memory: torch.Tensor, factor: float):
+        super().__init__()
+        self.memory, self.factor = memory, factor
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        return self.memory.copy_(self.factor * input_ids[:, None])
+
+
+def test_the_policys_states_survive_a_partner_that_reuses_their_memory() -> None:
+    model = mixture.GeometricMixtureForCausalLM.__new__(mixture.GeometricMixtureForCausalLM)
+    torch.nn.Module.__init__(model)
+    memory = torch.zeros(3, 2)
+    model.policy, model.partner = Reusing(memory, 1.0), Reusing(memory, 10.0)
+    states = model(torch.tensor([1.0, 2.0, 3.0]), torch.arange(3))
+    memory.zero_()  # a later forward
+    assert states.tolist() == [[n, n, 10 * n, 10 * n] for n in (1.0, 2.0, 3.0)]
