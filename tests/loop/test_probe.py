@@ -65,7 +65,7 @@ def test_garbage_under_truncated_sampling_stops_the_run(tmp_path: Path, monkeypa
         finish(self, *arguments)
         publications.append(self)
         if len(publications) == 2:
-            self._model.model.norm.weight.mul_(-1.0)
+            self._model.model.norm.weight.data.mul_(-1.0)
 
     monkeypatch.setattr(Reload, "finish", spoil)
     with pytest.raises(InvariantBroken, match="engine 0 holds the weights of the policy .* compare policy.dtype"):
