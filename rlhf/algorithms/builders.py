@@ -43,14 +43,17 @@ def best_vs_worst(rollout: Rollout, feedback: Feedback, rng: random.Random, labe
 
     From pairwise judges a score is a mean probability of beating the others. It ranks the two, and under hard labels it decides the
     winner as well, even if the two compared directly would come out the other way round (preferences may be cyclic); soft and
-    sampled labels take the direct comparison's probability.
+    sampled labels take the direct comparison's probability. If all scores are equal, hard labels have nothing to say; the others make
+    a pair of the first response and one that differs from it, whose target of 1/2 holds the policy where it is.
     """
     scores = scored(feedback)
     if len(scores) < 2:
         return Dropped("too_few_scores")
     best, worst = max(scores, key=lambda s: s[1]), min(scores, key=lambda s: s[1])
     if best[1] == worst[1]:
-        return Dropped("tie")
+        if labels.kind == "hard":
+            return Dropped("tie")
+        worst = next((other for other in scores[1:] if not identical(rollout, best[0], other[0])), scores[1])
     ahead = best[1] - worst[1] if labels.kind == "hard" else lead(feedback, best[0], worst[0])
     return _one(_pair(rollout, feedback, best[0], worst[0], ahead, labels, rng))
 

@@ -10,7 +10,7 @@ labels p = s(r_w - r_l) a round learnt to its end multiplies the policy by exp(r
 `pairs: dataset` learns from the data set's chosen and rejected responses instead; nothing is sampled or judged then.
 
 Deviations: the report describes a reference fixed at pi_0, the released scripts move it to the previous iterate; the latter is the
-default here, the former is `reference: fixed`. Prompts whose best and worst reward are equal are dropped, as in the release; its
+default here, the former is `reference: fixed`. Prompts whose rewards are all equal are dropped under hard labels, as in the release; its
 length penalty would be part of the reward here.
 """
 

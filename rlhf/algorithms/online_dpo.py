@@ -7,7 +7,8 @@ p = 1 (hard or sampled labels), 1 - eps (label smoothing: conservative DPO), or 
 s((r_w - r_l) / T) where the feedback is a score. The robust loss (Chowdhury et al. 2024) is unbiased if labels are flipped at rate eps.
 
 Deviations: the paper samples 2 responses and lets a language model annotate them; here K responses are sampled and the pair is
-the best against the worst (or two at random, or every two) under any reward. Pairs with identical tokens, and ties, are dropped.
+the best against the worst (or two at random, or every two) under any reward. Pairs with identical tokens are dropped, and so are ties under
+hard labels; under the others a tie is a pair with p = 1/2.
 """
 
 from __future__ import annotations

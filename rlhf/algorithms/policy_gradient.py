@@ -88,6 +88,15 @@ class PolicyGradient:
     correction_low: float = 0.5
     correction_high: float = 5.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a KL that would hold nothing (see kl.py)."""
+        if self.kl_placement == "reward" and self.kl_estimator != "k1":
+            raise ValueError(
+                f"kl_estimator: {self.kl_estimator} in the reward has not the gradient of the KL; use k1 there"
+            )
+        if self.kl_placement == "loss" and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator: k1 as a loss has no gradient in expectation; use k2 or k3 there")
+
 
 @dataclass(frozen=True)
 class Correction:

@@ -214,8 +214,9 @@ class _Kl(_Method):
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k1",
-        description="Per token, with lr = log pi - log ref: k1 = lr, k2 = lr^2/2, k3 = exp(-lr) - 1 + lr. In a loss, k1 has no "
-        "gradient in expectation and is refused; k2 has that of the reverse KL, k3 that of the forward KL.",
+        description="Per token, with lr = log pi - log ref: k1 = lr, k2 = lr^2/2, k3 = exp(-lr) - 1 + lr. The reward takes k1 alone: "
+        "the others hold nothing there and are refused. In a loss k1 has no gradient in expectation and is refused; k2 has that of the "
+        "reverse KL, k3 that of the forward KL.",
     )
     kl_coef: float = Field(0.01, ge=0, description="Factor on the KL; where it starts if `kl_target` is set.")
     kl_target: float | None = Field(
@@ -223,7 +224,11 @@ class _Kl(_Method):
         gt=0,
         description="KL per response (nats) that an adaptive controller steers to by changing the factor; null: constant.",
     )
-    kl_horizon: int = Field(10_000, ge=1, description="Responses over which the adaptive controller acts.")
+    kl_horizon: int = Field(
+        10_000,
+        ge=1,
+        description="Responses over which the adaptive controller changes the factor by 20% at most; a step never changes it by more.",
+    )
 
 
 class Gradient(_Reference, _Kl, _Sampled):

@@ -182,6 +182,12 @@ def _kl(settings: Settings) -> Iterator[str]:
             "near the reference. Set `algorithm.kl_estimator: k2` (reverse KL) or k3 (forward KL), or "
             "`algorithm.kl_placement: reward`"
         )
+    if algorithm.kl_placement == "reward" and algorithm.kl_estimator != "k1":
+        yield (
+            f"`algorithm.kl_estimator`: {algorithm.kl_estimator} in the reward holds nothing: only with k1 is the expected gradient "
+            "that of the KL, with the others it is near 0 and can even push the policy away. Set `algorithm.kl_estimator: k1`, or "
+            "`algorithm.kl_placement: loss`"
+        )
     if algorithm.kl_target is not None and algorithm.kl_coef == 0:
         yield (
             "`algorithm.kl_target`: the controller multiplies `algorithm.kl_coef`, and 0 stays 0. Set "

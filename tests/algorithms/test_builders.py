@@ -119,8 +119,15 @@ def test_a_tie_under_soft_labels_is_a_pair_without_preference() -> None:
     assert item.target == 0.5
 
 
-def test_all_equal_has_no_best_and_no_worst() -> None:
-    assert best_vs_worst(distinct(3), scores([1, 1, 1]), RNG, SOFT) == Dropped("tie")
+def test_all_equal_has_no_best_and_no_worst_but_a_pair_that_holds_the_policy() -> None:
+    """Hard labels have nothing to say of a tie; a target of 1/2 does: h should be 0, which regularises IPO and soft DPO."""
+    assert best_vs_worst(distinct(3), scores([1, 1, 1]), RNG, HARD) == Dropped("tie")
+    assert best_vs_worst(distinct(3), scores([1, 1, 1]), RNG, SOFT) == (TrainingItem((0, 1), (1.0, -1.0), 0.5),)
+    assert best_vs_worst(answered([[1], [1], [2]]), scores([1, 1, 1]), RNG, SOFT)[0].members == (0, 2)
+    assert best_vs_worst(answered([[1], [1]]), scores([1, 1]), RNG, SOFT) == Dropped("identical")
+    rng = random.Random(0)
+    wins = [best_vs_worst(distinct(2), scores([1, 1]), rng, SAMPLED)[0].members == (0, 1) for _ in range(1000)]
+    assert np.mean(wins) == pytest.approx(0.5, abs=0.06)
 
 
 def test_ranking_decides_hard_labels_and_the_comparison_soft_ones() -> None:

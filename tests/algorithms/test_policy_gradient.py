@@ -99,6 +99,22 @@ def test_the_adaptive_coefficient() -> None:
     assert constant.coef == 0.1
 
 
+@given(
+    steps=st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10**7)), min_size=1, max_size=30),
+    target=st.floats(1e-3, 1e3),
+    horizon=st.integers(1, 10**5),
+)
+def test_the_adaptive_coefficient_stays_positive_and_moves_by_a_fifth_at_most(
+    steps: list[tuple[float, int]], target: float, horizon: int
+) -> None:
+    kl = AdaptiveKl(0.1, target, horizon)
+    for measured, n_responses in steps:
+        before = kl.coef
+        kl.update(measured, n_responses)
+        assert 0.8 * before * (1 - 1e-9) <= kl.coef <= 1.2 * before * (1 + 1e-9)
+        assert (kl.coef - before) * (measured - target) >= 0, "up while the KL is above its target, down below"
+
+
 # Baselines
 
 
@@ -221,7 +237,7 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match="values"):
         advantages(PolicyGradient(critic=Critic(None, 0.0, 0, None, 1.0)), f64(1), each, each, kl_coef=0.0)
     with pytest.raises(ValueError, match="reference"):
-        policy_loss(PolicyGradient(kl_placement="loss"), f64(-1), f64(-1), f64(1), each)
+        policy_loss(PolicyGradient(kl_placement="loss", kl_estimator="k2"), f64(-1), f64(-1), f64(1), each)
     with pytest.raises(ValueError, match="entropy"):
         policy_loss(PolicyGradient(entropy_coef=0.1), f64(-1), f64(-1), f64(1), each)
 

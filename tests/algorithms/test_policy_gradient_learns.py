@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from rlhf.algorithms import Algorithm, make
-from rlhf.algorithms.advantages import advantages, whiten
+from rlhf.algorithms.advantages import advantages, discounted_sums, token_rewards, whiten
 from rlhf.algorithms.builders import Dropped
+from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.policy_gradient import PolicyGradient, aggregate, policy_loss, value_loss
 from rlhf.config import Settings
 from rlhf.types import Failed
@@ -161,6 +162,30 @@ def test_whitening_reward_and_kl_together_does_not_move_the_optimum(name: str) -
     assert torch.allclose(learned, OPTIMUM, atol=0.03)
     start = sequence_logprobs(log_table(REFERENCE)).exp()
     assert (start - OPTIMUM).abs().max() > 0.1, "there was something to learn"
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_only_k1_in_the_reward_holds_the_policy(estimator: Any) -> None:
+    """The expected gradient over every response, from the package's token rewards: exact for k1, next to nothing for the others."""
+    logits = (REFERENCE + 0.1 * torch.tensor([1, -1, 0.5, 2, 0, -1, 1], dtype=torch.float64)).requires_grad_(True)
+    table, reference = log_table(logits), log_table(REFERENCE)
+    responses = sequence_logprobs(table)
+    (exact,) = torch.autograd.grad(
+        (responses.exp() * (responses - sequence_logprobs(reference))).sum(), logits, retain_graph=True
+    )
+    batch = every_group(responses.exp().detach(), 1)
+    logprobs = table[batch.cells]
+    kl = kl_estimate((logprobs - reference[batch.cells]).detach(), estimator)
+    to_go = discounted_sums(token_rewards(torch.zeros_like(batch.rewards), batch.response, kl), batch.response, 1.0)
+    free = PolicyGradient(clip_low=None, clip_high=None)
+    losses = policy_loss(free, logprobs, logprobs.detach(), to_go, batch.response).loss
+    (expected,) = torch.autograd.grad((losses * batch.weight).sum(), logits)
+    if estimator == "k1":
+        assert torch.allclose(expected, exact, atol=1e-12)
+        return
+    assert expected.norm() < 0.1 * exact.norm()
+    with pytest.raises(ValueError, match="use k1"):
+        PolicyGradient(kl_placement="reward", kl_estimator=estimator)
 
 
 # Methods whose KL is in the loss end elsewhere

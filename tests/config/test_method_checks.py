@@ -69,6 +69,15 @@ CASES = [
     ("ppo", ["algorithm.kl_horizon=5"], ["`algorithm.kl_target` is null"], ["algorithm.kl_target=6"]),
     ("ppo", ["algorithm.kl_target=6", "algorithm.kl_coef=0"], ["0 stays 0"], ["algorithm.kl_coef=0.1"]),
     ("ppo", ["algorithm.kl_placement=loss"], ["k1", "no gradient", "k2"], ["algorithm.kl_estimator=k3"]),
+    ("ppo", ["algorithm.kl_estimator=k2"], ["k2 in the reward", "k1"], ["algorithm.kl_estimator=k1"]),
+    ("rloo", ["algorithm.kl_estimator=k3"], ["k3 in the reward"], ["algorithm.kl_placement=loss"]),
+    ("grpo", ["algorithm.kl_placement=reward"], ["k3 in the reward"], ["algorithm.kl_estimator=k1"]),
+    (
+        "reinforce_pp_baseline",
+        ["algorithm.kl_placement=reward"],
+        ["k2 in the reward"],
+        ["algorithm.kl_estimator=k1"],
+    ),
     (
         "rloo",
         ["algorithm.kl_placement=loss", "algorithm.kl_estimator=k2", "algorithm.kl_before_baseline=false"],

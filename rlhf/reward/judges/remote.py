@@ -93,7 +93,13 @@ class RemoteJudge:
             place = {text: index for index, text in enumerate(responses)}
             measures = {name: _mean(values) for name, values in feedback.measures.items()}
             return [_value(feedback, [place[text] for text in texts], measures) for texts in items]
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:  # not what was agreed upon
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:  # not what was agreed upon
             return [Failed(f"{self._url}: the answer is not one of a reward service: {error}")] * len(items)
 
     def fingerprint(self) -> str | None:
