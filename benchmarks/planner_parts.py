@@ -90,7 +90,8 @@ def states(args: argparse.Namespace) -> None:
 
     from rlhf.config.policy import PolicySettings
     from rlhf.training.engine import Trainer, shard_frozen
-    from rlhf.training.model import LogProbModel, load_causal_lm
+    from rlhf.training.loading import load_causal_lm
+    from rlhf.training.model import LogProbModel
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     ranks = int(os.environ["WORLD_SIZE"])
@@ -130,7 +131,8 @@ def held() -> dict[int, int]:
 
 def kept_activations(args: argparse.Namespace) -> None:
     """Bytes that autograd keeps after the forward pass, and how far the process grows until the end of the backward pass."""
-    from rlhf.training.model import LogProbModel, checkpoint_activations, load_causal_lm
+    from rlhf.training.loading import load_causal_lm
+    from rlhf.training.model import LogProbModel, checkpoint_activations
 
     causal_lm = load_causal_lm(str(args.model), args.dtype)
     if args.checkpointing:
@@ -189,7 +191,8 @@ def cache(args: argparse.Namespace) -> None:
 
 def learn(args: argparse.Namespace) -> None:
     """Seconds of the reference's forward and the policy's forward and backward pass, and this machine's rate of matrix products."""
-    from rlhf.training.model import LogProbModel, load_causal_lm
+    from rlhf.training.loading import load_causal_lm
+    from rlhf.training.model import LogProbModel
 
     causal_lm = load_causal_lm(str(args.model), args.dtype)
     model = LogProbModel(causal_lm, 256)

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf.config.policy import LoraSettings
 from rlhf.data.assets import resolve
-from rlhf.training import attention, lora
-from rlhf.training.cpu_products import use_fast_linear
-from rlhf.training.model import DTYPES, ModelError, disable_dropout, load_causal_lm
+from rlhf.training import lora
+from rlhf.training.loading import load_causal_lm, load_model
+from rlhf.training.model import DTYPES, ModelError
 from rlhf.training.packing import Experience
 
 
@@ -95,14 +95,10 @@ def _from_reward_model(policy: str, path: str, dtype: str) -> ValueModel:
         )
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         raise _unusable(path, "it is no sequence classifier")
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, config=config, dtype=DTYPES[dtype], attn_implementation=attention.NAME
-    )
-    disable_dropout(model)
+    model = load_model(AutoModelForSequenceClassification, path, dtype, "algorithm.critic_model")
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise _unusable(path, "it has no linear head `score` with one output")
-    use_fast_linear(model.base_model)
     critic = ValueModel(model.base_model, head.weight)
     if head.bias is not None:
         critic.head.bias.data.copy_(head.bias.data)

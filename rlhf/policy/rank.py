@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from rlhf.algorithms import Algorithm, Critic, PolicyGradient, Preference
 from rlhf.algorithms.anchors import Fixed, UpdateRule
@@ -29,13 +28,12 @@ from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.policy.probe import Gaps, probe_gaps
 from rlhf.training import lora
 from rlhf.training.engine import Trainer, shard_frozen
+from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.model import (
     FORWARD_TOLERANCE,
     LogProbModel,
     check_forward,
     checkpoint_activations,
-    load_causal_lm,
-    save_causal_lm,
 )
 from rlhf.training.packing import Experience, idle, pack
 from rlhf.training.ranks import Member, join, leave, rendezvous
@@ -290,8 +288,7 @@ class PolicyRank:
         peft's format, to `folder/adapter`. Collective."""
         weights = in_host_memory(self._whole(), self.rank == 0)
         if self.rank == 0:
-            save_causal_lm(self._causal_lm, weights, folder)
-            AutoTokenizer.from_pretrained(resolve(self.settings.policy.model)).save_pretrained(folder)
+            save_causal_lm(self._causal_lm, weights, resolve(self.settings.policy.model), folder)
         self._save_adapter(Path(folder) / "adapter")
 
     def _save_adapter(self, folder: Path) -> None:

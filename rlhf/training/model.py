@@ -6,20 +6,16 @@ The vocabulary is projected in chunks of response tokens only, in the forward an
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config.loader import UserError
 from rlhf.training import attention
-from rlhf.training.cpu_products import use_fast_linear
 from rlhf.training.packing import Experience, Row, pack
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 
@@ -174,79 +170,6 @@ class LogProbModel(nn.Module):
             use_cache=False,
         )
         return self.head(output.last_hidden_state[0, row.source], row.targets)
-
-
-def load_causal_lm(path: str, dtype: str, quantize: str = "none") -> nn.Module:
-    """The transformers model at `path`, in `dtype`, with packed attention and no dropout.
-
-    Args:
-        quantize: "4bit" holds the linear layers but the output layer in 4 bits; then they cannot be trained.
-
-    Raises:
-        ModelError: not a causal language model of a kind this project can train, or 4 bits are not to be had here.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention.NAME,
-            **_quantization(dtype, quantize),
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"policy.model: cannot load a causal language model from {path!r}: {error}") from error
-    disable_dropout(model)
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
-        raise ModelError(
-            f"policy.model: {type(model).__name__} has no linear output projection; it cannot be trained here"
-        )
-    use_fast_linear(model.base_model)
-    if quantize != "none":
-        _keep_packing(model)
-    return model
-
-
-def _keep_packing(model: nn.Module) -> None:
-    """In evaluation mode on a CPU bitsandbytes would repack weights in place, and round differently with and without gradient."""
-    for layer in model.modules():
-        if hasattr(getattr(layer, "weight", None), "quant_state"):
-            layer.training = True
-
-
-def _quantization(dtype: str, quantize: str) -> dict[str, Any]:
-    """What `from_pretrained` is told about it."""
-    if quantize == "none":
-        return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "policy.lora.quantize_base: bitsandbytes is not installed. Install it with `pip install -e '.[qlora]'`"
-        )
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[dtype],
-    )
-    return {
-        "quantization_config": config,
-        "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
-    }
-
-
-def save_causal_lm(causal_lm: nn.Module, weights: dict[str, torch.Tensor], folder: str) -> None:
-    """Write the model in Hugging Face format with these weights, as if nothing in it were wrapped or quantized.
-
-    Args:
-        weights: from `rlhf.training.weights.whole_weights`, in host memory.
-    """
-    config = copy.deepcopy(causal_lm.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        plain = type(causal_lm)(config)
-    plain.generation_config = causal_lm.generation_config
-    plain.save_pretrained(folder, state_dict=weights)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

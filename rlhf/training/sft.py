@@ -12,19 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from rlhf.config.policy import PolicySettings
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import Conversation
 from rlhf.training import lora
+from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.model import (
     FORWARD_TOLERANCE,
     LogProbModel,
     check_forward,
     checkpoint_activations,
-    load_causal_lm,
-    save_causal_lm,
 )
 from rlhf.training.packing import idle, pack_sequences
 from rlhf.training.supervised import Batch
@@ -93,7 +91,6 @@ class NextToken(Learner):
         if not main:
             return
         path = resolve(settings.model)
-        save_causal_lm(causal_lm, weights, str(folder))
-        AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+        save_causal_lm(causal_lm, weights, path, str(folder))
         if adapted:
             lora.save_adapter(folder / "adapter", lora.adapter_config(settings.lora, path), adapter)

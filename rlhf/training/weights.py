@@ -57,15 +57,18 @@ class _Weight:
     """One tensor of the model's files, and what it is made of.
 
     Attributes:
+        parameter: or a buffer, which is whole on every rank.
         layer: the adapted layer, if this is the matrix that it adapts.
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: nn.Parameter | torch.Tensor
     layer: LoraLayer | None
 
     def parts(self, adapter: str | None) -> list[nn.Parameter]:
         """What must be whole at the same time."""
+        if not isinstance(self.parameter, nn.Parameter):
+            return []
         if self.layer is None or adapter is None:
             return [self.parameter]
         return [self.parameter, self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight]
@@ -133,7 +136,7 @@ def _gather(chunk: list[tuple[T, list[nn.Parameter]]]) -> Iterator[T]:
 
 
 def _weights(model: nn.Module) -> Iterator[_Weight]:
-    """The model's own tensors, in the order of its parameters; those of adapters are left out."""
+    """The model's own tensors, its parameters and then the buffers that its files hold; those of adapters are left out."""
     adapted = {name: layer for name, layer in model.named_modules() if is_adapted(layer)}
     for name, parameter in model.named_parameters():
         owner, _, rest = name.rpartition(_BASE)
@@ -141,6 +144,10 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
             yield _Weight(f"{owner}.{rest}", parameter, adapted[owner] if rest == "weight" else None)
         elif ".lora_" not in name:
             yield _Weight(name, parameter, None)
+    for owner, layer in model.named_modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            if name not in layer._non_persistent_buffers_set:  # such a buffer is computed anew when a model is made
+                yield _Weight(f"{owner}.{name}" if owner else name, buffer, None)
 
 
 def _dequantized(parameter: nn.Parameter) -> torch.Tensor:

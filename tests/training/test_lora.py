@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from rlhf.config.policy import LoraSettings
 from rlhf.training import lora
 from rlhf.training.cpu_products import FastLinear
-from rlhf.training.model import LogProbModel, ModelError, checkpoint_activations, load_causal_lm, save_causal_lm
+from rlhf.training.loading import load_causal_lm, save_causal_lm
+from rlhf.training.model import LogProbModel, ModelError, checkpoint_activations
 from rlhf.training.packing import pack
 from rlhf.training.weights import described_weights, whole_weights
 from rlhf.types import Assignment, TrainingItem
@@ -174,7 +175,7 @@ def test_peft_reads_the_files_and_the_merged_export_is_an_ordinary_model(folder:
     model = adapted(folder)
     move(model)
     merged = {name: tensor.clone() for name, tensor in whole_weights(model, lora.POLICY)}
-    save_causal_lm(model, merged, str(tmp_path))
+    save_causal_lm(model, merged, folder, str(tmp_path))
     weights = {name: tensor.clone() for name, tensor in lora.adapter_weights(model)}
     assert lora.described_adapter(model) == [(n, t.dtype, tuple(t.shape)) for n, t in weights.items()]
     lora.save_adapter(tmp_path / "adapter", lora.adapter_config(SETTINGS, folder), weights)
@@ -238,7 +239,7 @@ def test_a_base_in_four_bits_is_merged_as_it_computes(tiny_model: Path, dtype: s
     error = (rounded[name] - original.get_parameter(name)).float().std() / original.get_parameter(name).float().std()
     assert 0.03 < error < 0.15
     merged = {name: tensor.clone() for name, tensor in whole_weights(model, lora.POLICY)}
-    save_causal_lm(model, merged, str(tmp_path))
+    save_causal_lm(model, merged, str(tiny_model), str(tmp_path))
     exported = load_causal_lm(str(tmp_path), dtype)
     assert not hasattr(exported.config, "quantization_config")
     gap = (logprobs(LogProbModel(exported, 4)) - logprobs(LogProbModel(model, 4))).abs().max()

@@ -20,7 +20,8 @@ from rlhf.config.loader import UserError
 from rlhf.config.sft import SftPolicySettings
 from rlhf.data.conversations import Conversation
 from rlhf.training.checkpoints import Checkpoints
-from rlhf.training.model import LogProbModel, load_causal_lm
+from rlhf.training.loading import load_causal_lm
+from rlhf.training.model import LogProbModel
 from rlhf.training.sft import Conversations, NextToken
 from rlhf.training.supervised import Batch, Course, Saving, SupervisedGroup, train
 

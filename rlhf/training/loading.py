@@ -1,0 +1,127 @@
+"""Models from their files and back: what is loaded is what the files hold, and what is written is all of it.
+
+Owns: loading with packed attention and without dropout, in 4 bits where asked; the refusal of weights that are not the architecture's,
+or not finite; the export of a whole model with its generation settings and tokenizer.
+Does not know: what becomes of the model in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from rlhf.data.architecture import REPORTED, architecture_of, check_folder, check_loaded
+from rlhf.training import attention
+from rlhf.training.cpu_products import use_fast_linear
+from rlhf.training.model import DTYPES, ModelError, disable_dropout
+
+GENERATION = "generation_config.json"
+
+
+def load_causal_lm(path: str, dtype: str, quantize: str = "none") -> nn.Module:
+    """The transformers model at `path`, in `dtype`, with packed attention and no dropout.
+
+    Args:
+        quantize: "4bit" holds the linear layers but the output layer in 4 bits; then they cannot be trained.
+
+    Raises:
+        ModelError: not a causal language model of a kind this project can train, or 4 bits are not to be had here.
+        WeightsError: its weights are not those of its architecture, or not finite.
+    """
+    model = load_model(AutoModelForCausalLM, path, dtype, "policy.model", **_quantization(dtype, quantize))
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ModelError(
+            f"policy.model: {type(model).__name__} has no linear output projection; it cannot be trained here"
+        )
+    if quantize != "none":
+        _keep_packing(model)
+    return model
+
+
+def load_model(
+    auto: type, path: str, dtype: str, where: str, *, new: Collection[str] = (), **options: Any
+) -> nn.Module:
+    """A model of one of transformers' auto classes, in `dtype`, with packed attention and no dropout.
+
+    Args:
+        where: the field that names the model, at the head of every message.
+        new: tensors, by the last parts of their names, that the caller starts anew, so that they may be missing.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        ModelError: there is no such model.
+        WeightsError: its weights are not those of its architecture, or not finite.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        architecture = architecture_of(auto, config)
+        if architecture is not None and Path(path).is_dir():
+            check_folder(Path(path), architecture, config, where, new)
+        model, info = auto.from_pretrained(
+            path, config=config, dtype=DTYPES[dtype], attn_implementation=attention.NAME, **REPORTED, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{where}: cannot load {_noun(auto)} from {path!r}: {error}") from error
+    check_loaded(model, info, path, where, new)
+    disable_dropout(model)
+    use_fast_linear(model.base_model)
+    return model
+
+
+def _noun(auto: type) -> str:
+    return "a causal language model" if auto is AutoModelForCausalLM else "a sequence classifier"
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """In evaluation mode on a CPU bitsandbytes would repack weights in place, and round differently with and without gradient."""
+    for layer in model.modules():
+        if hasattr(getattr(layer, "weight", None), "quant_state"):
+            layer.training = True
+
+
+def _quantization(dtype: str, quantize: str) -> dict[str, Any]:
+    """What `from_pretrained` is told about it."""
+    if quantize == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "policy.lora.quantize_base: bitsandbytes is not installed. Install it with `pip install -e '.[qlora]'`"
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+    return {
+        "quantization_config": config,
+        "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+    }
+
+
+def save_causal_lm(causal_lm: nn.Module, weights: dict[str, torch.Tensor], source: str, folder: str) -> None:
+    """Write the model in Hugging Face format with these weights, as if nothing in it were wrapped or quantized, and its tokenizer.
+
+    Args:
+        weights: from `rlhf.training.weights.whole_weights`, in host memory.
+        source: folder or hub name of the model that it was loaded from: its generation settings and tokenizer are kept.
+    """
+    config = copy.deepcopy(causal_lm.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(causal_lm)(config).to(causal_lm.dtype)  # whose type is what config.json will say
+    # Some models' own settings do not pass the check that transformers makes before it writes them, so their file is copied.
+    plain.generation_config = GenerationConfig.from_model_config(config)
+    plain.save_pretrained(folder, state_dict=weights)
+    if (Path(source) / GENERATION).is_file():
+        shutil.copyfile(Path(source) / GENERATION, Path(folder) / GENERATION)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
