@@ -8,11 +8,13 @@ once.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf import __version__
 from rlhf.config import Settings, UserError, load, show
@@ -163,6 +165,16 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:
     submit.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in run.dir")
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
@@ -197,6 +209,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--max-tokens", type=int, default=256, help="longest response, in tokens (default: 256)")
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     generate.add_argument("--n", type=int, default=1, help="responses per prompt (default: 1)")
+    generate.add_argument(
+        "--template-arguments",
+        type=_mapping,
+        metavar="JSON",
+        help="arguments of the chat template, as data.template_arguments: '{\"enable_thinking\": false}'",
+    )
     generate.add_argument("--out", metavar="FILE", help="write JSONL there instead of printing")
     generate.add_argument(
         "--best-of", type=_count, metavar="N", help="sample N responses per prompt, keep the best one"
@@ -361,6 +379,7 @@ def _generate(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         n=args.n,
         out=args.out,
+        template_arguments=args.template_arguments,
     )
 
 
@@ -375,7 +394,7 @@ def _generate_best(args: argparse.Namespace) -> None:
     from rlhf.rollout.sampling import Sampling
 
     sampling = Sampling(n=args.best_of, max_tokens=args.max_tokens, temperature=args.temperature)
-    question = ask(args.model, args.prompts, args.prompt, args.max_tokens)
+    question = ask(args.model, args.prompts, args.prompt, args.max_tokens, args.template_arguments)
     generate_best(question, judge, sampling, Selection(args.keep_all, args.at_least), args.out)
 
 

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rlhf.config.base import Section
 
 HUB = "hf:"
 """Before the name of a data set of the package `datasets`, or of a folder that holds one."""
+
+OWN_ARGUMENTS = frozenset(
+    "conversation tokenize add_generation_prompt continue_final_message padding truncation max_length return_tensors return_dict "
+    "return_assistant_tokens_mask tokenizer_kwargs messages".split()
+)
+"""Arguments of transformers' `apply_chat_template` that say what comes out; they are not the user's to set."""
+
+
+def _of_the_template(arguments: dict[str, Any]) -> dict[str, Any]:
+    taken = sorted(OWN_ARGUMENTS & arguments.keys())
+    if taken:
+        raise ValueError(f"{', '.join(taken)} cannot be set: the system decides what comes out of the template")
+    return arguments
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_of_the_template)]
+TEMPLATE_ARGUMENTS = (
+    "Further arguments of the chat template, such as {enable_thinking: false}. In it, `chat_template` names the one to use of several "
+    "templates."
+)
 
 
 class DataSettings(Section):
@@ -39,8 +59,10 @@ class DataSettings(Section):
     )
     system_prompt: str | None = Field(
         None,
-        description="System message put before every prompt. None: what the chat template does by default.",
+        description="System message put before every prompt, of which none may have one of its own. None: what the chat template does by "
+        "default.",
     )
+    template_arguments: TemplateArguments = Field({}, description=TEMPLATE_ARGUMENTS)
     shuffle: bool = Field(
         True,
         description="Draw the prompts in an order given by `run.seed`, a new one each epoch. False: file order.",

@@ -9,6 +9,7 @@ from pydantic import Field
 from rlhf.config.base import Section
 from rlhf.config.checkpoint import CheckpointSettings
 from rlhf.config.cluster import ClusterSettings
+from rlhf.config.data import TEMPLATE_ARGUMENTS, TemplateArguments
 from rlhf.config.policy import PolicySettings
 from rlhf.config.run import RunSettings
 from rlhf.config.tracking import TrackingSettings
@@ -51,8 +52,10 @@ class SftDataSettings(Section):
     )
     system_prompt: str | None = Field(
         None,
-        description="System message put before every example. None: what the chat template does by default.",
+        description="System message put before every example, of which none may have one of its own. None: what the chat template does "
+        "by default.",
     )
+    template_arguments: TemplateArguments = Field({}, description=TEMPLATE_ARGUMENTS)
 
     def files(self) -> dict[str, str]:
         """The files that are read, by field."""

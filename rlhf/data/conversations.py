@@ -18,9 +18,9 @@ from rlhf.config.sft import SftDataSettings
 from rlhf.data.assets import resolve
 from rlhf.data.errors import DataError
 from rlhf.data.prompts import load_tokenizer
+from rlhf.data.rendering import Renderer, encode
 from rlhf.data.rows import read_rows
-
-Messages = list[dict[str, str]]
+from rlhf.data.turns import Messages, read_turns, require_words
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Conversation:
     """One example.
 
     Attributes:
-        token_ids: int32 [n_tokens], prompt and answers; the last answer ends with the end-of-sequence token.
-        learned: bool [n_tokens], True for the assistant's tokens, the end-of-sequence token of each answer among them.
+        token_ids: int32 [n_tokens], prompt and answers; the last answer ends with the token that ends a turn.
+        learned: bool [n_tokens], True for the assistant's tokens, the token that ends each answer among them.
     """
 
     token_ids: np.ndarray
@@ -69,6 +69,11 @@ def read_examples(model: str, data: SftDataSettings) -> tuple[ReadConversations,
     return examples, read_conversations(resolve(data.eval_examples), "data.eval_examples", tokenizer, data)
 
 
+def rendering(tokenizer: Any, data: SftDataSettings) -> Renderer:
+    """As the settings of the examples say."""
+    return Renderer(tokenizer, data.chat_template, data.system_prompt, data.template_arguments)
+
+
 def read_conversations(path: str, field: str, tokenizer: Any, data: SftDataSettings) -> ReadConversations:
     """Read, check, render and tokenise the examples of one file.
 
@@ -77,18 +82,17 @@ def read_conversations(path: str, field: str, tokenizer: Any, data: SftDataSetti
         tokenizer: a transformers tokenizer.
 
     Raises:
-        DataError: unreadable file, bad row, an example over `data.max_tokens` (unless such are dropped), nothing left.
+        DataError: a template that cannot be used, unreadable file, bad row, an example over `data.max_tokens` (unless such are dropped),
+            nothing left.
     """
-    if data.chat_template and tokenizer.chat_template is None:
-        raise DataError(
-            "policy.model: its tokenizer has no chat template. Set data.chat_template=false, or use a chat model."
-        )
-    if tokenizer.eos_token_id is None:
+    renderer = rendering(tokenizer, data)
+    renderer.check()
+    if renderer.end is None:
         raise DataError("policy.model: its tokenizer has no end-of-sequence token, with which responses would end.")
     read: list[Conversation] = []
     dropped: Counter[str] = Counter()
     for where, row in read_rows(path, f"Set {field} to a file of examples.", "the fields of an example"):
-        conversation = tokenise_conversation(where, row, tokenizer, data)
+        conversation = tokenise_conversation(where, row, renderer, data)
         length = len(conversation.token_ids)
         if length <= data.max_tokens:
             read.append(conversation)
@@ -105,19 +109,18 @@ def read_conversations(path: str, field: str, tokenizer: Any, data: SftDataSetti
     return ReadConversations(read, dict(dropped))
 
 
-def tokenise_conversation(where: str, row: dict[str, Any], tokenizer: Any, data: SftDataSettings) -> Conversation:
+def tokenise_conversation(where: str, row: dict[str, Any], renderer: Renderer, data: SftDataSettings) -> Conversation:
     """One row as tokens, of any length.
 
     Args:
         where: the row's place, for messages.
+        renderer: how conversations become tokens.
 
     Raises:
         DataError: the row cannot be used.
     """
-    messages = _messages(where, row, data)
-    pieces = (
-        _chat_pieces(where, messages, tokenizer) if data.chat_template else _plain_pieces(where, messages, tokenizer)
-    )
+    messages = renderer.conversation(where, _messages(where, row, data))
+    pieces = (_chat_pieces if renderer.chat_template else _plain_pieces)(where, messages, renderer)
     ids, learned = [], []
     for tokens, by_assistant in pieces:
         ids.append(np.asarray(tokens, dtype=np.int32))
@@ -142,76 +145,52 @@ def _messages(where: str, row: dict[str, Any], data: SftDataSettings) -> Message
                     f"another field in {setting}."
                 )
         messages = [{"role": "user", "content": row[prompt]}, {"role": "assistant", "content": row[response]}]
-    if data.system_prompt is None:
-        return messages
-    if messages[0]["role"] == "system":
-        raise DataError(f"{where}: has a system message of its own, and data.system_prompt is set. Remove one.")
-    return [{"role": "system", "content": data.system_prompt}, *messages]
+    return messages
 
 
 def _chat(where: str, value: Any) -> Messages:
-    good = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )
-    if not good or len(value) < 2 or value[-1]["role"] != "assistant" or value[0]["role"] == "assistant":
-        raise DataError(
-            f"{where}: field `messages` must be a list of {{role, content}} that begins with the user's or the system's turn and ends "
-            "with the assistant's"
-        )
-    for number, message in enumerate(value):
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise DataError(f"{where}: messages[{number}], a turn of the assistant, is empty. Remove the row.")
-    return value
+    form = "a list of {role, content} that begins with the user's or the system's turn and ends with the assistant's"
+    turns = read_turns(where, "messages", value, form)
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or turns[0]["role"] == "assistant":
+        raise DataError(f"{where}: field `messages` must be {form}")
+    require_words(where, "messages", turns)
+    return turns
 
 
-def _plain_pieces(where: str, messages: Messages, tokenizer: Any) -> list[tuple[list[int], bool]]:
-    """Without a template: the prompt as it is, and the response with its end-of-sequence token."""
+def _plain_pieces(where: str, messages: Messages, renderer: Renderer) -> list[tuple[list[int], bool]]:
+    """Without a template: the prompt as it is, and the response with its end."""
     if len(messages) != 2:
         raise DataError(f"{where}: a chat of several turns needs data.chat_template=true")
-    prompt, response = (message["content"] for message in messages)
-    answer = tokenizer(response, add_special_tokens=False).input_ids
-    _check_end(where, answer.count(tokenizer.eos_token_id), tokenizer)
-    return [(tokenizer(prompt).input_ids, False), ([*answer, tokenizer.eos_token_id], True)]
+    return [
+        (renderer.prompt(where, messages[:1]), False),
+        (renderer.response(where, messages[:1], messages[1]["content"]), True),
+    ]
 
 
-def _chat_pieces(where: str, messages: Messages, tokenizer: Any) -> list[tuple[list[int], bool]]:
-    """Through the chat template: what leads to each answer, the answer up to its end-of-sequence token, what the template adds."""
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+def _chat_pieces(where: str, messages: Messages, renderer: Renderer) -> list[tuple[list[int], bool]]:
+    """Through the chat template: what leads to each answer, the answer up to the token that ends it, what the template adds."""
+    whole = renderer.text(where, messages, prompt=False)
     pieces: list[tuple[list[int], bool]] = []
     done = 0
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        before = renderer.text(where, messages[:number], prompt=True)
+        after = renderer.text(where, messages[: number + 1], prompt=False)
         if not (whole.startswith(after) and after.startswith(before) and len(after) > len(before) >= done):
             raise DataError(
                 f"{where}: messages[{number}]: with this chat template the conversation does not begin with its own prompt (the "
                 "template changes earlier turns, or trims them), so the assistant's tokens cannot be told from the rest. Give each "
                 "answer a line of its own, or set data.chat_template=false."
             )
-        pieces.append((_tokens(tokenizer, whole[done : len(before)]), False))
-        answer = _tokens(tokenizer, after[len(before) :])
-        ends = [place for place, token in enumerate(answer) if token == tokenizer.eos_token_id]
-        _check_end(where, len(ends) - 1, tokenizer)
+        pieces.append((encode(renderer.tokenizer, whole[done : len(before)], rendered=True), False))
+        answer = encode(renderer.tokenizer, after[len(before) :], rendered=True)
+        written, added = renderer.ended(where, answer, message["content"])
         last = number == len(messages) - 1
-        if ends:
-            pieces += [(answer[: ends[0] + 1], True), ([] if last else answer[ends[0] + 1 :], False)]
-        else:  # the template ends turns in a way of its own
-            pieces.append(([*answer, tokenizer.eos_token_id] if last else answer, True))
+        if not last and len(written) > len(
+            answer
+        ):  # the template ends no turns, so only the conversation's end is marked
+            written = answer
+        pieces += [(written, True), ([] if last else added, False)]
         done = len(after)
     return pieces
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    """The template has written the special tokens already."""
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _check_end(where: str, inside: int, tokenizer: Any) -> None:
-    """Raises DataError if the answer holds `inside` end-of-sequence tokens besides its own."""
-    if inside > 0:
-        raise DataError(
-            f"{where}: the response holds the end-of-sequence token {tokenizer.eos_token!r} in its text, where a model would stop. "
-            "Remove it there; it is added at the end."
-        )

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
+from rlhf.data.rendering import render
+
 
 def convert(source: Path, target: Path) -> None:
     """Write the checkpoint and the tokenizer of `source` to the new folder `target`."""
@@ -21,7 +23,7 @@ def convert(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    turn = render(tokenizer, [{"role": "user", "content": "x"}], source.name)
     if tokenizer.eos_token is None or not turn.rstrip().endswith(tokenizer.eos_token):
         raise ValueError(
             f"the chat template ends a turn with {turn[-20:]!r}, the tokenizer with {tokenizer.eos_token!r}"

@@ -1,14 +1,13 @@
-"""The data set's own pairs: the fields `chosen` and `rejected` of a prompt's line.
-
-A response is tokenised here, once, as it would have been sampled: it continues the chat template's generation prompt, and ends
-with the token that the engine stops on. Whether a method needs pairs is not known here.
-"""
+"""The data set's own pairs: the fields `chosen` and `rejected` of a prompt's line. Whether a method needs pairs is not known here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf.data.errors import DataError
+from rlhf.data.rendering import Renderer
+from rlhf.data.turns import SYSTEM_ROLES, Messages, read_turns
 
 FIELDS = ("chosen", "rejected")
 
@@ -16,13 +15,13 @@ Pair = tuple[str, str]
 """Chosen and rejected response, as text."""
 
 
-def read_pair(where: str, row: dict[str, Any], messages: list[dict[str, str]]) -> Pair | None:
+def read_pair(where: str, row: dict[str, Any], messages: Messages) -> Pair | None:
     """Take the pair out of a line's fields; None if it has none.
 
     Args:
         where: the line's place, for messages.
         row: the line's fields; `chosen` and `rejected` are removed.
-        messages: the prompt as a chat, which a response given as a chat must continue.
+        messages: the prompt as a chat, system message included, which a response given as a chat must continue.
 
     Raises:
         DataError: one without the other, or not a response to this prompt.
@@ -37,11 +36,13 @@ def read_pair(where: str, row: dict[str, Any], messages: list[dict[str, str]]) -
     return chosen, rejected
 
 
-def tokenise_pair(where: str, pair: Pair | None, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids of both responses, each with its end-of-sequence token.
+def tokenise_pair(
+    where: str, pair: Pair | None, messages: Messages, renderer: Renderer
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of both responses to the chat `messages`, each as the policy would have sampled it (see `Renderer.response`).
 
     Raises:
-        DataError: there is no pair, or the tokenizer has no end-of-sequence token.
+        DataError: there is no pair, or it cannot be rendered.
     """
     if pair is None:
         raise DataError(
@@ -49,27 +50,27 @@ def tokenise_pair(where: str, pair: Pair | None, tokenizer: Any) -> tuple[tuple[
             "as the settings stand. Add both to every line of data.prompts, or let the method sample its own: "
             "algorithm.ranked_with=samples (selm), algorithm.pairs=sampled (iterative_dpo)."
         )
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "policy.model: its tokenizer has no end-of-sequence token, with which the responses of data.prompts would end."
-        )
-    chosen, rejected = ((*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id) for text in pair)
+    chosen, rejected = (tuple(renderer.response(where, messages, text)) for text in pair)
     return chosen, rejected
 
 
-def _response(where: str, field: str, value: Any, messages: list[dict[str, str]]) -> str:
+def _response(where: str, field: str, value: Any, messages: Messages) -> str:
     if isinstance(value, str):
         return value
-    good = isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
-    if not good or not value or value[-1].get("role") != "assistant":
-        raise DataError(
-            f"{where}: field `{field}` must be a text, or a list of {{role, content}} that ends with the assistant's turn"
-        )
-    before = [turn for turn in value[:-1] if turn.get("role") != "system"]
-    asked = [turn for turn in messages if turn["role"] != "system"]
-    if before and [(t.get("role"), t["content"]) for t in before] != [(t["role"], t["content"]) for t in asked]:
+    form = "a text, or a list of {role, content} that ends with the assistant's turn"
+    turns = read_turns(where, field, value, form)
+    if turns[-1]["role"] != "assistant":
+        raise DataError(f"{where}: field `{field}` must be {form}")
+    before = turns[:-1]
+    # A chat may leave out the prompt's system message, but not bring one that the prompt has not.
+    own_system = any(turn["role"] in SYSTEM_ROLES for turn in before)
+    if before and _said(before) != _said(messages, system=own_system):
         raise DataError(
             f"{where}: field `{field}` answers another conversation than the prompt. Give the assistant's turn alone, or the "
             "prompt's own turns before it."
         )
-    return value[-1]["content"]
+    return turns[-1]["content"]
+
+
+def _said(turns: Sequence[dict[str, Any]], system: bool = True) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"]) for turn in turns if system or turn["role"] not in SYSTEM_ROLES]

@@ -8,7 +8,9 @@ from typing import Any
 from rlhf.config.data import DataSettings
 from rlhf.data.errors import DataError
 from rlhf.data.pairs import read_pair, tokenise_pair
+from rlhf.data.rendering import Renderer, renderer
 from rlhf.data.rows import identity, read_rows
+from rlhf.data.turns import Messages, read_turns, require_words
 from rlhf.types import Prompt, Turn
 
 MISSING = "Set data.prompts (or data.eval_prompts) to a file of prompts."
@@ -27,12 +29,15 @@ def load_prompts(path: str, tokenizer: Any, settings: DataSettings, pair_tokens:
             pair. None: pairs are checked, but not tokenised.
 
     Raises:
-        DataError: unreadable file, bad row, empty set, a prompt over `data.max_prompt_tokens` or a response over `pair_tokens`.
+        DataError: a template that cannot be used, unreadable file, bad row, empty set, a prompt over `data.max_prompt_tokens` or a
+            response over `pair_tokens`.
     """
+    conversations = renderer(tokenizer, settings)
+    conversations.check()
     prompts: dict[str, Prompt] = {}
     counts: Counter[str] = Counter()
     for where, row in read_rows(path, MISSING, "a `prompt` or `messages` field"):
-        prompt = make_prompt(where, row, tokenizer, settings, pairs=pair_tokens is not None)
+        prompt = make_prompt(where, row, conversations, pairs=pair_tokens is not None)
         excess = _excess(prompt, settings.max_prompt_tokens, pair_tokens)
         if prompt.id in prompts:
             counts["duplicate"] += 1
@@ -47,28 +52,35 @@ def load_prompts(path: str, tokenizer: Any, settings: DataSettings, pair_tokens:
     return list(prompts.values())
 
 
-def make_prompt(where: str, row: dict[str, Any], tokenizer: Any, settings: DataSettings, pairs: bool = False) -> Prompt:
+def make_prompt(where: str, row: dict[str, Any], conversations: Renderer, pairs: bool = False) -> Prompt:
     """One row as a prompt, of any length.
 
     Args:
         where: the row's place, for messages.
+        conversations: how they become tokens.
         pairs: the row's pair is needed.
 
     Raises:
         DataError: the row cannot be used.
     """
     messages, payload = _messages(where, row)
-    pair = read_pair(where, payload, messages)
-    content = {"messages": messages, "payload": payload, "system": settings.system_prompt}
+    whole = conversations.conversation(where, messages)
+    pair = read_pair(where, payload, whole)
+    content = {"messages": messages, "payload": payload, "system": conversations.system_prompt}
+    if conversations.arguments:
+        content["arguments"] = dict(conversations.arguments)
     if pair is not None:
         content["pair"] = pair
+    token_ids = conversations.prompt(where, whole)
+    if not token_ids:
+        raise DataError(f"{where}: the prompt has no tokens")
     return Prompt(
         id=identity(where, content),
-        token_ids=tuple(_tokenise(where, messages, tokenizer, settings)),
+        token_ids=tuple(token_ids),
         text=messages[-1]["content"],
         payload=payload,
-        pair=tokenise_pair(where, pair, tokenizer) if pairs else None,
-        conversation=tuple(Turn(turn["role"], turn["content"]) for turn in _system(settings) + messages),
+        pair=tokenise_pair(where, pair, whole, conversations) if pairs else None,
+        conversation=tuple(Turn(turn["role"], turn["content"]) for turn in whole),
     )
 
 
@@ -82,8 +94,11 @@ def _excess(prompt: Prompt, max_prompt_tokens: int, pair_tokens: int | None) -> 
     return None
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, field: str = "policy.model") -> Any:
     """The tokenizer in a model folder.
+
+    Args:
+        field: who names the folder, for messages.
 
     Raises:
         DataError: there is none.
@@ -93,41 +108,24 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"policy.model: no tokenizer can be loaded from {path!r}: {error}") from error
+        raise DataError(f"{field}: no tokenizer can be loaded from {path!r}: {error}") from error
 
 
-def _messages(where: str, row: dict[str, Any]) -> tuple[list[dict[str, str]], dict[str, Any]]:
+def _messages(where: str, row: dict[str, Any]) -> tuple[Messages, dict[str, Any]]:
     if ("prompt" in row) == ("messages" in row):
-        raise DataError(f"{where}: needs exactly one of the fields `prompt` and `messages`; it has {sorted(row)}")
+        remedy = "Remove one" if "prompt" in row else "Rename the field that holds the prompt"
+        raise DataError(
+            f"{where}: needs exactly one of the fields `prompt` and `messages`; it has {sorted(row)}. {remedy}."
+        )
     payload = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
     if "prompt" in row:
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-            raise DataError(f"{where}: field `prompt` must be a text that is not empty")
+            chat = " A chat belongs in the field `messages`." if isinstance(row["prompt"], list) else ""
+            raise DataError(f"{where}: field `prompt` must be a text that is not empty.{chat}")
         return [{"role": "user", "content": row["prompt"]}], payload
-    messages = row["messages"]
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not good or not messages or messages[-1]["role"] != "user":
-        raise DataError(f"{where}: field `messages` must be a list of {{role, content}} that ends with the user's turn")
+    form = "a list of {role, content} that ends with the user's turn"
+    messages = read_turns(where, "messages", row["messages"], form)
+    if messages[-1]["role"] != "user":
+        raise DataError(f"{where}: field `messages` must be {form}")
+    require_words(where, "messages", messages)
     return messages, payload
-
-
-def _system(settings: DataSettings) -> list[dict[str, str]]:
-    return [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
-
-
-def _tokenise(where: str, messages: list[dict[str, str]], tokenizer: Any, settings: DataSettings) -> list[int]:
-    if settings.chat_template:
-        if tokenizer.chat_template is None:
-            raise DataError("the tokenizer has no chat template. Set data.chat_template=false, or use a chat model.")
-        token_ids = tokenizer.apply_chat_template(
-            _system(settings) + messages, add_generation_prompt=True, return_dict=False
-        )
-    elif len(messages) > 1 or settings.system_prompt:
-        raise DataError(f"{where}: a chat of several messages needs data.chat_template=true")
-    else:
-        token_ids = tokenizer(messages[0]["content"]).input_ids
-    if not token_ids:
-        raise DataError(f"{where}: the prompt has no tokens")
-    return token_ids

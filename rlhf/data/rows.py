@@ -5,7 +5,9 @@ What a row must hold is for the reader of prompts, of examples, of ratings to sa
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from rlhf.data.errors import DataError
 from rlhf.types import content_id
 
 EXTRA = 'Install it with `pip install "rlhf[datasets]"`, or convert the data to JSONL.'
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""The escape of half a character, with or without its other half."""
 
 Placed = tuple[str, dict[str, Any]]
 """Where a row stands, `FILE:LINE` or `FILE, row N`, and the row."""
@@ -35,7 +40,8 @@ def identity(where: str, value: Any) -> str:
 def read_rows(path: str, missing: str, wanted: str) -> Iterator[Placed]:
     """The rows of `hf:NAME[:SPLIT]`, of a file that ends in .parquet, or of any other file as JSON lines, blank ones left out.
 
-    In a table every row has every column, so a column without a value counts as missing.
+    In a table every row has every column, so a column without a value counts as missing; so does a field that is null in JSON lines,
+    which pandas and `datasets` write from tables.
 
     Args:
         missing: what to do if there is no such file.
@@ -53,7 +59,8 @@ def read_rows(path: str, missing: str, wanted: str) -> Iterator[Placed]:
 
 def _lines(path: str, wanted: str) -> Iterator[Placed]:
     try:
-        with Path(path).open(encoding="utf-8") as lines:
+        # With or without the byte order mark that Windows writes.
+        with Path(path).open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}:{number}", _object(f"{path}:{number}", line, wanted)
@@ -63,17 +70,49 @@ def _lines(path: str, wanted: str) -> Iterator[Placed]:
 
 def _object(where: str, line: str, wanted: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line, object_pairs_hook=functools.partial(_once, where), parse_constant=_no_number)
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply to be read. Flatten the row, or remove it.") from None
+    except ValueError as error:  # not JSON, or a whole number of thousands of digits
         raise DataError(f"{where}: not JSON: {error}. Each line must be one JSON object.") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: a {type(row).__name__}, not an object with {wanted}")
-    return row
+    if SURROGATE.search(line) is not None:
+        _require_text(where, row)
+    return _given(row)
+
+
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{where}: the field `{twice}` is there twice. Remove one.")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _require_text(where: str, row: dict[str, Any]) -> None:
+    """Raises DataError if a text holds half of a character, as it comes from cutting in the middle of an emoji."""
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{where}: field `{name}` holds half of a character (a lone surrogate, such as \\ud83d). Cut texts between characters."
+            ) from None
+
+
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _table(path: str, rows: Iterator[dict[str, Any]]) -> Iterator[Placed]:
     for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", {name: value for name, value in row.items() if value is not None}
+        yield f"{path}, row {number}", _given(row)
 
 
 def _from_parquet(path: str) -> Iterator[dict[str, Any]]:

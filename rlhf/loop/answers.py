@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
+from rlhf.data.rendering import renderer
 from rlhf.loop.evaluation import evaluation_sampling, held_out
 from rlhf.loop.judged import Judged
 from rlhf.reward.serving.pool import RewardPool
@@ -39,6 +40,7 @@ def generate(
     temperature: float,
     n: int,
     out: str | None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Print, or write to `out` as JSON lines, `n` responses to each prompt. One engine, in this process.
 
@@ -47,7 +49,7 @@ def generate(
     """
     if n > 1 and temperature == 0:
         raise UserError("--n: at temperature 0 all responses are the same. Use --n 1, or a temperature above 0.")
-    question = ask(model, prompts_file, prompts, max_tokens)
+    question = ask(model, prompts_file, prompts, max_tokens, template_arguments)
     asyncio.run(_answer(question, Sampling(n=n, max_tokens=max_tokens, temperature=temperature), out))
 
 
@@ -64,8 +66,17 @@ class Question:
     tokenizer: Any
 
 
-def ask(model: str, prompts_file: str | None, prompts: Sequence[str] | None, max_tokens: int) -> Question:
+def ask(
+    model: str,
+    prompts_file: str | None,
+    prompts: Sequence[str] | None,
+    max_tokens: int,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> Question:
     """The prompts of a file, or these texts, for a model to answer in at most `max_tokens` tokens each.
+
+    Args:
+        template_arguments: see `data.template_arguments`.
 
     Raises:
         UserError: a model or prompt that cannot be used.
@@ -73,13 +84,16 @@ def ask(model: str, prompts_file: str | None, prompts: Sequence[str] | None, max
     tokenizer = load_tokenizer(resolve(model))
     chat = tokenizer.chat_template is not None
     data = {"prompts": prompts_file or "", "chat_template": chat, "max_prompt_tokens": 2**20}
+    data["template_arguments"] = dict(template_arguments or {})
     settings = Settings.model_validate(
         {"data": data, "policy": {"model": model}, "rollout": {"max_tokens": max_tokens}}
     )
     if prompts_file is not None:
         asked = load_prompts(resolve(prompts_file), tokenizer, settings.data)
     else:
-        asked = [make_prompt("--prompt", {"prompt": text}, tokenizer, settings.data) for text in prompts or ()]
+        conversations = renderer(tokenizer, settings.data)
+        conversations.check()
+        asked = [make_prompt("--prompt", {"prompt": text}, conversations) for text in prompts or ()]
     longest = max(len(prompt.token_ids) for prompt in asked)
     data_settings = settings.data.model_copy(update={"max_prompt_tokens": longest})
     return Question(settings.model_copy(update={"data": data_settings}), asked, tokenizer)
@@ -151,6 +165,9 @@ async def _answer(question: Question, sampling: Sampling, out: str | None) -> No
 def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: str | None) -> None:
     """Answer the held-out prompts with `policy` and with `baseline`, judge both, print means and the win rate.
 
+    Each model reads the prompts through its own tokenizer and chat template. Prompts that one of them has no room for
+    (`data.too_long: drop`) are asked of neither.
+
     Args:
         baseline: the model to win against; None: `policy.model` of the settings.
         json_path: file for the figures.
@@ -163,10 +180,10 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     if settings.reward.compares:
         raise UserError("reward.kind: a pairwise judge scores no lone answer. Name one that scores: model or function")
     baseline = baseline or settings.policy.model
-    tokenizer = load_tokenizer(resolve(settings.policy.model))
-    prompts = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)[: settings.loop.eval_limit]
-    ours, theirs = (asyncio.run(_judged_answers(settings, prompts, model, tokenizer)) for model in (policy, baseline))
+    asked = held_out_prompts(settings, {"--policy": policy, "--baseline": baseline})
+    ours, theirs = (asyncio.run(_judged_answers(settings, *one)) for one in asked)
     rate, (low, high) = win_rate(theirs.rewards, ours.rewards)
+    prompts = asked[0].prompts
     figures = {
         "prompts": len(prompts),
         "policy": _means(policy, ours),
@@ -182,7 +199,39 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
         Path(json_path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-async def _judged_answers(settings: Settings, prompts: Sequence[Prompt], model: str, tokenizer: Any) -> HeldOut:
+class Asked(NamedTuple):
+    """Held-out prompts as one model reads them."""
+
+    model: str
+    prompts: list[Prompt]
+    tokenizer: Any
+
+
+def held_out_prompts(settings: Settings, models: Mapping[str, str]) -> list[Asked]:
+    """The held-out prompts in the tokens of each model; the same prompts, in the same order, for all.
+
+    Args:
+        models: the option that names it -> the model.
+
+    Raises:
+        UserError: a model whose tokenizer or template does not serve, or no prompt that all have room for.
+    """
+    path, read = resolve(settings.data.eval_prompts or ""), {}
+    for name, model in models.items():
+        tokenizer = load_tokenizer(resolve(model), name)
+        read[name] = Asked(model, load_prompts(path, tokenizer, settings.data), tokenizer)
+    common = set.intersection(*({prompt.id for prompt in one.prompts} for one in read.values()))
+    if not common:
+        raise UserError(
+            f"data.eval_prompts: no prompt fits into data.max_prompt_tokens={settings.data.max_prompt_tokens} of both models. Raise it"
+        )
+    return [
+        one._replace(prompts=[prompt for prompt in one.prompts if prompt.id in common][: settings.loop.eval_limit])
+        for one in read.values()
+    ]
+
+
+async def _judged_answers(settings: Settings, model: str, prompts: Sequence[Prompt], tokenizer: Any) -> HeldOut:
     """The judged answers of one model, from engines and servers of its own. It is whole, whatever was trained in it."""
     policy = settings.policy.model_copy(update={"model": model, "lora": LoraSettings()})
     settings = settings.model_copy(update={"policy": policy})

@@ -18,6 +18,7 @@ from rlhf.config import Settings, UserError
 from rlhf.config.checks import largest_assignment
 from rlhf.config.reward import RewardSettings
 from rlhf.data.prompts import make_prompt
+from rlhf.data.rendering import renderer
 from rlhf.preflight.finding import Finding
 
 Train = Callable[[Settings], None]
@@ -85,10 +86,10 @@ def _trial_reward(reward: RewardSettings) -> dict[str, Any]:
 
 def _row(settings: Settings, tokenizer: Any, number: int) -> dict[str, str]:
     """A prompt of random letters, as long as it may be, with a pair of responses for methods that learn from them."""
-    rng = random.Random(number)
+    rng, conversations = random.Random(number), renderer(tokenizer, settings.data)
 
     def prompt_tokens(text: str) -> int:
-        return len(make_prompt("doctor", {"prompt": text}, tokenizer, settings.data).token_ids)
+        return len(make_prompt("doctor", {"prompt": text}, conversations).token_ids)
 
     def response_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids) + SPARE

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers import AutoConfig, GenerationConfig
-
 from rlhf.config.data import DataSettings
+from rlhf.data.errors import DataError
+from rlhf.data.rendering import ANSWER, QUESTION, encode, renderer
 from rlhf.preflight.finding import Finding
 
-QUESTION, ANSWER = "What is two plus two?", "It is four."
 SHOWN = 24
 """Pieces of a conversation that are shown."""
-
-
-def stop_tokens(path: str, tokenizer: Any) -> frozenset[int]:
-    """Where vLLM ends a response: the tokenizer's end-of-sequence token, and those of the generation configuration.
-
-    Args:
-        path: folder or hub name of the model.
-    """
-    try:
-        generation = GenerationConfig.from_pretrained(path)
-    except OSError:  # vLLM then takes the model's own configuration, and so do we
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
-    named = generation.eos_token_id
-    ids = [named] if isinstance(named, int) else list(named or ())
-    return frozenset(token for token in [tokenizer.eos_token_id, *ids] if token is not None)
 
 
 def pieces(tokenizer: Any, token_ids: list[int]) -> str:
@@ -45,19 +28,21 @@ def check_template(tokenizer: Any, stops: frozenset[int], data: DataSettings) ->
             "set `eos_token` in tokenizer_config.json and `eos_token_id` in generation_config.json",
         )
     names = ", ".join(f"{token} {tokenizer.decode([token])!r}" for token in sorted(stops))
+    conversations = renderer(tokenizer, data)
+    asked = [{"role": "user", "content": QUESTION}]
     if not data.chat_template:
-        ids = tokenizer(QUESTION).input_ids
+        ids = conversations.prompt("a prompt", asked)
         return Finding("chat template", "ok", f"off; a prompt: {pieces(tokenizer, ids)}; the engine stops at {names}")
-    system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
-    asked = [*system, {"role": "user", "content": QUESTION}]
     try:
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": ANSWER}], return_dict=False)
-    except (TemplateError, ValueError) as error:
+        asked = conversations.conversation("a prompt", asked)
+        prompt = conversations.prompt("a prompt", asked)
+        answered = [*asked, {"role": "assistant", "content": ANSWER}]
+        whole = encode(tokenizer, conversations.text("a conversation", answered, prompt=False), rendered=True)
+    except DataError as error:
         return Finding(
             "chat template",
             "failed",
-            f"the template cannot render a conversation: {error}",
+            f"the template cannot render a conversation: {error.__cause__}",
             "use a model that was tuned for chat, correct the template, set `data.chat_template: false`, or remove `data.system_prompt` if "
             "the template knows no system message",
         )

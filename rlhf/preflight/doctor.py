@@ -15,6 +15,7 @@ from rlhf.config import Settings, UserError
 from rlhf.config.cluster import ClusterSettings
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_tokenizer
+from rlhf.data.rendering import engine_stops
 from rlhf.preflight.checks_cluster import (
     DEADLINE_S,
     Team,
@@ -38,7 +39,7 @@ from rlhf.preflight.checks_host import (
 )
 from rlhf.preflight.checks_reward import Pair, check_reward
 from rlhf.preflight.checks_step import Train, check_step
-from rlhf.preflight.checks_text import check_template, stop_tokens
+from rlhf.preflight.checks_text import check_template
 from rlhf.preflight.finding import Finding
 from rlhf.preflight.inputs import Inputs, read_inputs
 from rlhf.preflight.memory import BYTES, trained_parameters
@@ -81,7 +82,7 @@ def examine(settings: Settings | None, wanted: Wanted) -> Iterator[Finding]:
         f"{inputs.shape.parameters / 1e6:,.1f} M parameters, {len(inputs.prompts):,} prompts, {inputs.reward}",
     )
     yield check_disk(settings.run.dir, kept_on_disk(settings, inputs))
-    yield check_template(tokenizer, stop_tokens(inputs.model_path, tokenizer), settings.data)
+    yield check_template(tokenizer, engine_stops(inputs.model_path, tokenizer, settings.data), settings.data)
     yield check_reward(settings, tokenizer, wanted.pair or Pair(payload=inputs.prompts[0].payload))
     if wanted.train is None:
         yield Finding("worst-case step", "skipped", "left out as asked")

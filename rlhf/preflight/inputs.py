@@ -5,6 +5,7 @@ Each check raises a `UserError` whose message names the field, what is wrong wit
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rlhf.config.sft import SftSettings
 from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
+from rlhf.data.rendering import control_tokens
 from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.reward.functions import COMPARE, SCORE, load_function
 from rlhf.reward.judges.ensemble import read_common_set
@@ -29,6 +31,8 @@ from rlhf.reward.shaping import Shaping
 from rlhf.reward.verifiers.verifier import check_prompts
 from rlhf.training.trainable import check_policy, check_vocabulary, read_config
 from rlhf.types import Prompt
+
+log = logging.getLogger(__name__)
 
 
 class PlanError(UserError):
@@ -66,6 +70,8 @@ def read_inputs(settings: Settings) -> Inputs:
     held_out: Sequence[Prompt] = ()
     if settings.data.eval_prompts is not None:
         held_out = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)
+    if settings.data.chat_template:  # a text that is rendered already has them on purpose
+        _warn_of_control_tokens(tokenizer, [*prompts, *held_out])
     _check_critic(settings, config)
     for _, source in settings.reward.sources():
         if source.kind == "verifier":
@@ -93,6 +99,22 @@ def open_model(settings: Settings | SftSettings, path: str) -> tuple[Any, Any]:
             "or use a model that was tuned for chat"
         )
     return config, tokenizer
+
+
+def _warn_of_control_tokens(tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    found = {prompt.id: names for prompt in prompts if (names := _written_out(tokenizer, prompt))}
+    if found:
+        log.warning(
+            "data: %d of %d prompts have control tokens written out in their text (%s); the model reads them as such. Remove them if that "
+            "is not meant",
+            len(found),
+            len(prompts),
+            ", ".join(sorted(set().union(*found.values()))),
+        )
+
+
+def _written_out(tokenizer: Any, prompt: Prompt) -> set[str]:
+    return {name for turn in prompt.conversation for name in control_tokens(tokenizer, turn.content)}
 
 
 def _shape(settings: Settings, config: Any, path: str) -> ModelShape:

@@ -99,12 +99,15 @@ class RolloutEngine:
             ValueError: vLLM refuses the model or the settings.
         """
         from rlhf.data.assets import resolve
+        from rlhf.data.prompts import load_tokenizer
+        from rlhf.data.rendering import renderer
         from rlhf.transfer.plugin import ENGINE_NAMES
 
         model = resolve(self._settings.policy.model)
         name = ENGINE_NAMES[self._backend]
         arguments = engine_arguments(self._settings, model, name, self._gpu, self._local, self._mixes)
-        self._engine = start_engine(arguments, in_process=self._local)
+        end = renderer(load_tokenizer(model), self._settings.data).end
+        self._engine = start_engine(arguments, self._local, [] if end is None else [end])
         await self._engine.set_version(0)
         log = None if self._local else os.readlink("/proc/self/fd/2")
         workers = self._settings.rollout.tensor_parallel_size

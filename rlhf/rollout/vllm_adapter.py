@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -152,8 +152,11 @@ def _executor(rollout: RolloutSettings) -> str | None:
     return "ray" if spans_nodes() else "mp"
 
 
-def start_engine(arguments: dict[str, Any], in_process: bool) -> VllmEngine:
+def start_engine(arguments: dict[str, Any], in_process: bool, stops: Sequence[int] = ()) -> VllmEngine:
     """Load the model and start the engine; takes tens of seconds.
+
+    Args:
+        stops: tokens that end a response beside those of tokenizer and generation configuration, which vLLM knows itself.
 
     Raises:
         ValueError: vLLM refuses the arguments (a `max_model_len` beyond the model's positions, too little memory, ...).
@@ -161,10 +164,10 @@ def start_engine(arguments: dict[str, Any], in_process: bool) -> VllmEngine:
     from rlhf.transfer.plugin import register
 
     register()  # vLLM's own call of the entry point comes too late for checks in this process, and twice does no harm
-    return InProcessEngine(arguments) if in_process else AsyncEngine(arguments)
+    return InProcessEngine(arguments, stops) if in_process else AsyncEngine(arguments, stops)
 
 
-def _sampling_params(sampling: Sampling, request_seed: int) -> Any:
+def _sampling_params(sampling: Sampling, request_seed: int, stops: Sequence[int]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -176,6 +179,7 @@ def _sampling_params(sampling: Sampling, request_seed: int) -> Any:
         top_k=sampling.top_k,
         seed=request_seed,
         ignore_eos=sampling.ignore_eos,
+        stop_token_ids=[] if sampling.ignore_eos else list(stops),
         logprobs=0,  # of the sampled token only
         flat_logprobs=True,
         detokenize=False,
@@ -208,17 +212,18 @@ def _version(spans: Any) -> int:
 class AsyncEngine:
     """`AsyncLLM`: continuous batching in child processes."""
 
-    def __init__(self, arguments: dict[str, Any]):
+    def __init__(self, arguments: dict[str, Any], stops: Sequence[int]):
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._stops = stops
         self._adapter: Any = None
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Sampled]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        params = _sampling_params(sampling, sampling.request_seed(prompt.id))
+        params = _sampling_params(sampling, sampling.request_seed(prompt.id), self._stops)
         tokens = {"prompt_token_ids": list(prompt.token_ids)}
         try:
             request = str(next(_request_numbers))
@@ -267,12 +272,13 @@ class AsyncEngine:
 class InProcessEngine:
     """`LLMEngine` in this process. Requests awaited together are batched, as in `AsyncEngine`."""
 
-    def __init__(self, arguments: dict[str, Any]):
+    def __init__(self, arguments: dict[str, Any], stops: Sequence[int]):
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         with torch_as_it_was():
             self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._stops = stops
         self._adapter: Any = None
         self._waiting: dict[str, asyncio.Future] = {}
         self._stepper: asyncio.Task | None = None
@@ -282,7 +288,7 @@ class InProcessEngine:
     async def generate(self, prompt: Prompt, sampling: Sampling) -> list[Sampled]:
         await self._gate.wait()
         request_id = str(next(_request_numbers))
-        params = _sampling_params(sampling, sampling.request_seed(prompt.id))
+        params = _sampling_params(sampling, sampling.request_seed(prompt.id), self._stops)
         tokens = {"prompt_token_ids": list(prompt.token_ids)}
         self._llm.add_request(request_id, tokens, params, lora_request=self._adapter)
         future = self._waiting[request_id] = asyncio.get_running_loop().create_future()

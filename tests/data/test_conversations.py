@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config.sft import SftDataSettings
-from rlhf.data.conversations import read_conversations, tokenise_conversation
+from rlhf.data import conversations
+from rlhf.data.conversations import Conversation, read_conversations
 from rlhf.data.errors import DataError
 from rlhf.data.tiny import _tokenizer
 
@@ -31,6 +32,11 @@ FORGETFUL = (
 
 def data(**fields: Any) -> SftDataSettings:
     return SftDataSettings(examples="examples.jsonl", **fields)
+
+
+def tokenise_conversation(where: str, row: dict[str, Any], tokenizer: Any, settings: SftDataSettings) -> Conversation:
+    rendering = conversations.rendering(tokenizer, settings)
+    return conversations.tokenise_conversation(where, row, rendering, settings)
 
 
 def with_template(template: str | None) -> Any:

@@ -66,6 +66,39 @@ def test_all_sources_give_the_same_rows(source: str) -> None:
     assert (first, second) == (source + tail[0], source + tail[1])
 
 
+def test_null_counts_as_missing_in_json_lines_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert [row for _, row in rows(str(tmp_path / "rows.jsonl"))] == [
+        {"prompt": "hello", "answer": 4, "response": "yes"},
+        {"prompt": "name one", "response": "no", "chosen": "good", "rejected": "bad"},
+    ]
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+    assert [row for _, row in rows(str(tmp_path / "rows.jsonl"))] == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (r'{"prompt": "half an emoji \ud83d"}', r"rows\.jsonl:2: field `prompt` holds half of a character"),
+        (r'{"prompt": "a", "more": [{"x": "\udc4d"}]}', "field `more` holds half of a character"),
+        ('{"prompt": "a", "prompt": "b"}', "the field `prompt` is there twice"),
+        ('{"prompt": "a", "more": {"x": 1, "x": 2}}', "the field `x` is there twice"),
+        ('{"prompt": "a", "score": NaN}', "not JSON: NaN is no number"),
+        ('{"prompt": "a", "score": -Infinity}', "not JSON: -Infinity is no number"),
+        ('{"n": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ('{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ],
+    ids=["half", "half-inside", "twice", "twice-inside", "nan", "infinity", "digits", "deep"],
+)
+def test_lines_that_are_no_data_are_named(tmp_path: Path, line: str, says: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a whole emoji \\ud83d\\udc4d"}\n' + line)
+    with pytest.raises(DataError, match=says):
+        rows(str(tmp_path / "rows.jsonl"))
+
+
 def test_prompts_and_examples_are_read_from_all_sources(source: str, tiny_model: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
     prompts = load_prompts(source, tokenizer, DataSettings(prompts=source))

@@ -18,6 +18,7 @@ from rlhf.config.cluster import ClusterSettings
 from rlhf.config.reward import RewardSettings
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
+from rlhf.data.rendering import stop_tokens
 from rlhf.preflight import checks_cluster, checks_host, checks_reward, checks_step, checks_text, doctor
 from rlhf.preflight.checks_cluster import Collective
 from rlhf.preflight.checks_host import HostFacts
@@ -234,7 +235,7 @@ def test_a_pair_is_given_whole(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_tiny_model_talks_soundly(tokenizer: Any) -> None:
-    stops = checks_text.stop_tokens(resolve("asset:tiny-llama"), tokenizer)
+    stops = stop_tokens(resolve("asset:tiny-llama"), tokenizer)
     assert stops == {257}
     finding = checks_text.check_template(tokenizer, stops, load(TINY).data)
     assert finding.state == "ok" and "<|assistant|>|I|t| |i|s| |f|o|u|r|.|<|end|>" in finding.seen
@@ -244,7 +245,7 @@ def test_the_tiny_model_talks_soundly(tokenizer: Any) -> None:
 
 def test_stop_tokens_of_the_generation_configuration_count(tmp_path: Path, tokenizer: Any) -> None:
     GenerationConfig(eos_token_id=[257, 300]).save_pretrained(tmp_path)
-    assert checks_text.stop_tokens(str(tmp_path), tokenizer) == {257, 300}
+    assert stop_tokens(str(tmp_path), tokenizer) == {257, 300}
 
 
 @pytest.mark.parametrize(

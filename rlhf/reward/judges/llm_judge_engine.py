@@ -19,6 +19,7 @@ from typing import Any
 from rlhf.cluster.devices import compute_env
 from rlhf.config import Settings
 from rlhf.data.assets import resolve
+from rlhf.data.rendering import encode, render
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.judge import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
 from rlhf.types import Failed, TimedOut
@@ -38,13 +39,11 @@ class Reader:
         """Through the chat template if there is one, without room for a train of thought; else as it is."""
         if not self._chat:
             return question
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
+        turns = [{"role": "user", "content": question}]
+        return render(self._tokenizer, turns, "reward.path", {"enable_thinking": False}, prompt=True)
 
     def tokens(self, text: str) -> list[int]:
-        # A chat template writes the special tokens itself.
-        return self._tokenizer(text, add_special_tokens=not self._chat)["input_ids"]
+        return encode(self._tokenizer, text, rendered=self._chat)
 
     def answers(self, question: str) -> tuple[int, int]:
         """The tokens that stand for A and B after a question.

@@ -1,0 +1,42 @@
+"""Where a response ends: also at the token with which the chat template ends a turn, where that is not the end-of-sequence token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.data.prompts import load_tokenizer
+from rlhf.rollout import engine
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.vllm_adapter import _sampling_params
+
+
+class _Started(Exception):
+    """Raised in place of starting vLLM, with the tokens that it was told to stop at."""
+
+
+def test_requests_carry_the_tokens_unless_ends_are_ignored() -> None:
+    assert _sampling_params(Sampling(2, 8), 0, [7]).stop_token_ids == [7]
+    assert _sampling_params(Sampling(2, 8, ignore_eos=True), 0, [7]).stop_token_ids == []
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+def test_an_engine_is_told_the_end_of_its_models_turns(
+    tmp_path: Path, tiny_model: Path, tiny_settings: Any, run: Any, monkeypatch: pytest.MonkeyPatch, chat_template: bool
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|unused_300|>{% endfor %}"
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer.save_pretrained(tmp_path)
+
+    def start(arguments: dict[str, Any], in_process: bool, stops: list[int]) -> Any:
+        raise _Started(stops)
+
+    monkeypatch.setattr(engine, "start_engine", start)
+    settings = tiny_settings(policy={"model": str(tmp_path)}, data={"chat_template": chat_template})
+    end = tokenizer.convert_tokens_to_ids("<|unused_300|>") if chat_template else tokenizer.eos_token_id
+    with pytest.raises(_Started, match=rf"\[{end}\]"):
+        run(engine.RolloutEngine(settings, 0, True, "local", False).ready())
