@@ -29,7 +29,7 @@ from rlhf.config.policy import PolicySettings
 from rlhf.config.rollout import RolloutSettings
 from rlhf.data.assets import resolve
 from rlhf.preflight.gpus import GpuKind
-from rlhf.preflight.memory import BYTES, Batch, activations, engine_memory, head, model_states
+from rlhf.preflight.memory import BYTES, activations, engine_memory, head, model_states
 from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.preflight.speed import Assumptions, Learners, Work, learn_s
 
@@ -103,9 +103,9 @@ def kept(_: Path, tokens: int) -> list[dict[str, Any]]:
                 gradient_checkpointing=checkpointing,
                 logprob_chunk_tokens=256,
             )
-            batch = Batch(PROMPT + RESPONSES * (RESPONSE - 1), RESPONSES)
+            group = PROMPT + RESPONSES * (RESPONSE - 1)
             inputs = sizes.layers * measured["tokens"] * sizes.hidden * BYTES[dtype]
-            planned = activations(sizes, settings, batch, gpu=False)
+            planned = activations(sizes, settings, group, gpu=False)
             what = {"dtype": dtype, "checkpointing": checkpointing, "tokens": measured["tokens"]}
             rows.append(
                 compared(inputs if checkpointing else planned, measured["kept"], what="kept by autograd", **what)

@@ -18,7 +18,6 @@ from rlhf.preflight.gpus import GpuKind
 from rlhf.preflight.memory import (
     BYTES,
     GIB,
-    Batch,
     EngineMemory,
     PolicyMemory,
     engine_memory,
@@ -74,11 +73,6 @@ class Estimate:
     problems: tuple[str, ...]
 
 
-def batch_of(settings: Settings) -> Batch:
-    """What a micro-batch is made of, at the limits."""
-    return Batch(largest_assignment(settings), used_responses(settings.algorithm))
-
-
 def work_of(settings: Settings, algorithm: Algorithm) -> Work:
     """One step of these settings, at the limits."""
     objective = algorithm.objective
@@ -101,7 +95,12 @@ def estimate(settings: Settings, shape: ModelShape, algorithm: Algorithm, cluste
     """This layout on this cluster, whose GPUs it must not exceed (`propose.seats` knows)."""
     gpu, rollout = cluster.gpu, settings.rollout
     need = policy_memory(
-        shape, settings.policy, algorithm, settings.data.eval_prompts is not None, batch_of(settings), gpu=True
+        shape,
+        settings.policy,
+        algorithm,
+        settings.data.eval_prompts is not None,
+        largest_assignment(settings),
+        gpu=True,
     )
     engine = engine_memory(shape, rollout, settings.policy, algorithm.mixes)
     shared = bool(shared_engines(settings, debug=False))

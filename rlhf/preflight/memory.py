@@ -79,18 +79,6 @@ class PolicyMemory:
         return self.policy + self.reference + self.partner + self.start + self.optimizer + self.critic
 
 
-class Batch(NamedTuple):
-    """One micro-batch.
-
-    Attributes:
-        group: tokens of one prompt with its responses.
-        responses: how many of them share the prompt.
-    """
-
-    group: int
-    responses: int
-
-
 class Trained(NamedTuple):
     """What one model of the policy group holds on each rank, in bytes."""
 
@@ -141,26 +129,29 @@ def frozen_weights(shape: ModelShape, settings: PolicySettings) -> float:
     return shape.linear * QUANTISED_BYTES + (shape.parameters - shape.linear) * size
 
 
-def activations(shape: ModelShape, settings: PolicySettings, batch: Batch, gpu: bool = True) -> float:
+def activations(shape: ModelShape, settings: PolicySettings, group: int, gpu: bool = True) -> float:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass.
 
     Per token and layer: two norms (an fp32 copy of the stream, the normalised stream and the scaled one each), queries, keys,
     values and the attention's output twice, and the feed-forward block's gate, its activation, its up projection and
     their product. With gradient checkpointing a layer keeps only its input, and one layer at a time the rest. Attention
-    adds per group and layer: on a GPU the mask, where responses share a prompt; on CPU the weights of all heads.
+    adds, on a GPU, one fp32 number per token and head and layer, from which the backward pass makes the weights again: there are no
+    masks. On a CPU it adds per group and layer the weights of all heads, and once per group a mask of a byte per pair of tokens.
+    Other micro-batches take nothing: each is packed when its turn comes.
+
+    Args:
+        group: tokens of one prompt with its responses.
     """
     size, tokens = BYTES[settings.dtype], settings.micro_batch_tokens
     norms = 2 * shape.hidden * (4 + 2 * size)
     attention = size * (3 * shape.queries + shape.cached // shape.layers)
     layer = tokens * (norms + attention + 4 * size * shape.feedforward)
-    square = batch.group**2 * (max(1, tokens // batch.group))
-    if not gpu:
-        layer += square * shape.heads * size
-    elif batch.responses > 1:
-        layer += square * size
+    square = group**2 * max(1, tokens // group)
+    layer += tokens * shape.heads * 4 if gpu else square * shape.heads * size
+    masks = 0 if gpu else square
     if settings.gradient_checkpointing:
-        return shape.layers * tokens * shape.hidden * size + layer
-    return shape.layers * layer
+        return shape.layers * tokens * shape.hidden * size + layer + masks
+    return shape.layers * layer + masks
 
 
 def head(shape: ModelShape, settings: PolicySettings) -> float:
@@ -186,7 +177,7 @@ def policy_memory(
     settings: PolicySettings,
     algorithm: Algorithm,
     evaluates: bool = False,
-    batch: Batch | None = None,
+    group: int | None = None,
     gpu: bool = True,
 ) -> PolicyMemory:
     """Bytes per rank.
@@ -197,11 +188,10 @@ def policy_memory(
 
     Args:
         evaluates: on held-out prompts: with a reference that moves, the start is kept as well, to measure the distance to.
-        batch: what a micro-batch is made of; None: one group fills it.
+        group: tokens of one prompt with its responses, of which micro-batches are made; None: one fills a micro-batch.
         gpu: where it runs.
     """
     states, lora = model_states(shape, settings), settings.lora.rank > 0
-    batch = batch or Batch(settings.micro_batch_tokens, 2)
     on_device = settings.offload_parameters == "none"
     weights = states.weights if on_device else 0
     optimizer = states.optimizer if settings.offload_optimizer == "none" else 0
@@ -227,7 +217,7 @@ def policy_memory(
         gradients=states.gradients,
         optimizer=optimizer,
         critic=(weights + states.gradients + optimizer) * (trained - 1),
-        activations=activations(shape, settings, batch, gpu),
+        activations=activations(shape, settings, group or settings.micro_batch_tokens, gpu),
         head=head(shape, settings),
         buckets=buckets(shape, settings, gpu) + another,
         host=(states.optimizer - optimizer) * trained

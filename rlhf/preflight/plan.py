@@ -20,7 +20,7 @@ from rlhf.config.algorithm import METHODS
 from rlhf.config.checks import largest_assignment, optimizer_steps
 from rlhf.config.method_checks import used_responses
 from rlhf.config.settings import single_process
-from rlhf.preflight.estimate import Cluster, batch_of, estimate
+from rlhf.preflight.estimate import Cluster, estimate
 from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
 from rlhf.preflight.memory import GIB, engine_memory, policy_memory
@@ -220,7 +220,7 @@ def _tokens(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterato
 
 def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str) -> Iterator[str]:
     gpu, evaluates = device == "cuda", settings.data.eval_prompts is not None
-    need = policy_memory(inputs.shape, settings.policy, algorithm, evaluates, batch_of(settings), gpu)
+    need = policy_memory(inputs.shape, settings.policy, algorithm, evaluates, largest_assignment(settings), gpu)
     words = ", ".join(f"{name} {_size(size)}" for name, size in need.parts().items())
     yield f"each policy rank: {_size(need.device)} ({words})"
     if need.host:

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf.algorithms import Algorithm, make
 from rlhf.cluster.placement import CannotPlace
 from rlhf.config import Settings, UserError, load, yamls
-from rlhf.config.checks import optimizer_steps
+from rlhf.config.checks import largest_assignment, optimizer_steps
 from rlhf.data.assets import resolve
 from rlhf.preflight.estimate import (
     ASLEEP,
@@ -25,7 +25,6 @@ from rlhf.preflight.estimate import (
     FRAGMENTATION,
     Cluster,
     Estimate,
-    batch_of,
     estimate,
     work_of,
 )
@@ -147,7 +146,7 @@ def _stages(
             update |= {"offload_optimizer": "none", "offload_parameters": "none"}
             policy = settings.policy.model_copy(update=update)
             evaluates = settings.data.eval_prompts is not None
-            both.append(policy_memory(shape, policy, algorithm, evaluates, batch_of(settings)))
+            both.append(policy_memory(shape, policy, algorithm, evaluates, largest_assignment(settings)))
         found[stage] = (both[0], both[1])
     return found
 

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf.reward.models import RewardModel
 from rlhf.reward.modules import EncoderWithHead
 from rlhf.training import attention
+from rlhf.training.segments import Segments
 
 TOLERANCE = 0.01
 """Of outputs, as a part of the difference between texts: far above the rounding of fp32, below what a wrong position or neighbour does."""
@@ -61,17 +62,13 @@ def _one_row(body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     ids = args[0] if args else kwargs.pop("input_ids")
     mask = kwargs.pop("attention_mask").bool()
     positions = torch.arange(mask.shape[1]).expand_as(mask)
-    stops = mask.sum(1).cumsum(0).tolist()
-    segments = [
-        attention.Segment(start, stop, None, positions[0, : stop - start])
-        for start, stop in zip([0, *stops[:-1]], stops, strict=True)
-    ]
+    segments = Segments.of_texts(mask.sum(1).tolist())
     return (), kwargs | {"input_ids": ids[mask][None], "position_ids": positions[mask][None], "segments": segments}
 
 
 def _padded_rows(body: torch.nn.Module, args: tuple[()], kwargs: dict[str, Any], output: Any) -> Any:
     """After the body: its states [1, tokens, width] as [n, longest, width]."""
-    lengths = [segment.stop - segment.start for segment in kwargs["segments"]]
+    lengths = [segment.length for segment in kwargs["segments"]]
 
     def padded(states: torch.Tensor) -> torch.Tensor:
         return pad_sequence(states[0].split(lengths), batch_first=True)

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config.loader import UserError
-from rlhf.training import attention
 from rlhf.training.packing import Experience, Row, pack
+from rlhf.training.segments import Segments
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,9 +34,9 @@ class ModelError(UserError):
 
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(z)[target] with z = (hidden W^T + b) / divisor, chunk by chunk.
+    """log softmax(z)[target] with z = cap(hidden W^T + b) / divisor, chunk by chunk; cap(x) = c tanh(x / c), or x without a cap c.
 
-    forward(hidden [N, H], weight [V, H], bias [V] or None, targets [N], chunk, divisor, temperature, entropy) -> fp32
+    forward(hidden [N, H], weight [V, H], bias [V] or None, targets [N], chunk, divisor, temperature, entropy, c) -> fp32
     ([N] log-probs of z; [N] log-probs of z / temperature, without gradient, or None without a temperature; [N] entropy of
     softmax(z), or None unless `entropy`). An entropy that no loss uses costs nothing in the backward pass.
     """
@@ -52,6 +52,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         divisor: float,
         temperature: float | None,
         with_entropy: bool,
+        cap: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         normaliser = hidden.new_empty(len(targets), dtype=torch.float32)
         logprobs = torch.empty_like(normaliser)
@@ -61,6 +62,8 @@ class ChunkedLogProbs(torch.autograd.Function):
             projected = nn.functional.linear(hidden[part], weight, bias)
             for rows in _parts(part.start, part.stop, ROWS):
                 logits = projected[rows.start - part.start : rows.stop - part.start].float()
+                if cap is not None:
+                    logits = (logits / cap).tanh_().mul_(cap)
                 if divisor != 1:
                     logits.div_(divisor)
                 chosen = logits.gather(1, targets[rows, None])[:, 0]
@@ -74,7 +77,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                 elif temperature is not None:
                     tempered[rows] = chosen / temperature - logits.div_(temperature).logsumexp(1)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
-        ctx.chunk, ctx.divisor = chunk, divisor
+        ctx.chunk, ctx.divisor, ctx.cap = chunk, divisor, cap
         ctx.set_materialize_grads(False)
         if tempered is not None:
             ctx.mark_non_differentiable(tempered)
@@ -96,6 +99,9 @@ class ChunkedLogProbs(torch.autograd.Function):
             for rows in _parts(part.start, part.stop, ROWS):
                 block = projected[rows.start - part.start : rows.stop - part.start]
                 grad_logits = block.float()
+                if ctx.cap is not None:
+                    capped = (grad_logits / ctx.cap).tanh_()
+                    grad_logits = capped * ctx.cap
                 if ctx.divisor != 1:
                     grad_logits.div_(ctx.divisor)
                 grad_logits.sub_(normaliser[rows, None])  # log p
@@ -107,6 +113,8 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_logits[torch.arange(len(grad_logits), device=block.device), targets[rows]] += gradient[rows]
                 if ctx.divisor != 1:
                     grad_logits.div_(ctx.divisor)
+                if ctx.cap is not None:
+                    grad_logits.mul_(1 - capped.square_())
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
                 block.copy_(grad_logits)  # from here on `projected` holds the gradient
@@ -117,7 +125,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _parts(start: int, stop: int, size: int) -> list[slice]:
@@ -125,19 +133,26 @@ def _parts(start: int, stop: int, size: int) -> list[slice]:
 
 
 class LogProbHead(nn.Module):
-    """The output projection as a module of its own, so that ZeRO-3 gathers its weight once per call, however many chunks."""
+    """The output projection as a module of its own, so that ZeRO-3 gathers its weight once per call, however many chunks.
 
-    def __init__(self, projection: nn.Linear, chunk_tokens: int, temperature: float, tempered: bool):
+    Args:
+        cap: of the logits (Gemma 2), or None.
+    """
+
+    def __init__(
+        self, projection: nn.Linear, chunk_tokens: int, temperature: float, tempered: bool, cap: float | None = None
+    ):
         super().__init__()
+        self.cap = cap
         self.weight, self.bias = projection.weight, projection.bias
         self.chunk_tokens, self.temperature, self.tempered = chunk_tokens, temperature, tempered
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         apply = partial(ChunkedLogProbs.apply, hidden, self.weight, self.bias, targets, self.chunk_tokens)
         if self.tempered:
-            logprobs, _, entropy = apply(self.temperature, None, torch.is_grad_enabled())
+            logprobs, _, entropy = apply(self.temperature, None, torch.is_grad_enabled(), self.cap)
             return logprobs, entropy
-        logprobs, tempered, _ = apply(1.0, self.temperature, False)
+        logprobs, tempered, _ = apply(1.0, self.temperature, False, self.cap)
         return logprobs, tempered
 
 
@@ -155,7 +170,8 @@ class LogProbModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.temperature, self.tempered = temperature, tempered
-        self.head = LogProbHead(causal_lm.get_output_embeddings(), chunk_tokens, temperature, tempered)
+        cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+        self.head = LogProbHead(causal_lm.get_output_embeddings(), chunk_tokens, temperature, tempered, cap)
 
     def forward(self, row: Row) -> tuple[torch.Tensor, torch.Tensor | None]:
         """fp32 [N] log-probs with gradient, and beside them
@@ -206,9 +222,8 @@ def check_forward(model: LogProbModel, vocabulary: int, device: torch.device, to
     expected = []
     for prompt, answer in sequences:
         ids = torch.cat([prompt, answer])[None]
-        positions = torch.arange(ids.shape[1], device=device)
-        segment = attention.Segment(0, ids.shape[1], None, positions)
-        logits = model.causal_lm(input_ids=ids, segments=(segment,), use_cache=False).logits[0].float()
+        alone = Segments.of_texts([ids.shape[1]])
+        logits = model.causal_lm(input_ids=ids, segments=alone, use_cache=False).logits[0].float()
         if model.tempered:
             logits /= model.temperature
         logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]

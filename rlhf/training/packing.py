@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rlhf.training.attention import Segment, group_mask
+from rlhf.training.segments import Segment, Segments
 from rlhf.types import Assignment, Completion
 
 
@@ -29,7 +29,7 @@ class Row:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    segments: tuple[Segment, ...]
+    segments: Segments
     source: torch.Tensor
     targets: torch.Tensor
 
@@ -89,8 +89,7 @@ def pack(
             at += body
             n_responses += 1
         members.append({member: n_responses - len(used) + place for place, member in enumerate(used)})
-        where = torch.from_numpy(np.concatenate(positions[-1 - len(used) :])).to(device)
-        segments.append(Segment(start, at, group_mask(len(prompt), bodies, device), where))
+        segments.append(Segment(start, len(prompt), tuple(bodies)))
         start = at
     items = [(item, places) for a, places in zip(assignments, members, strict=True) for item in a.items]
     coefficients = torch.zeros(len(items), n_responses)
@@ -104,7 +103,7 @@ def pack(
     return Experience(
         input_ids=tensor(ids)[None],
         position_ids=tensor(positions)[None],
-        segments=tuple(segments),
+        segments=Segments(segments),
         source=tensor(source),
         targets=tensor(targets),
         response=tensor(response),
@@ -125,7 +124,7 @@ def pack_sequences(token_ids: Sequence[np.ndarray], learned: Sequence[np.ndarray
         token_ids: int [n] of each sequence.
         learned: bool [n] of each: which of its tokens are to be predicted. Never the first, which nothing precedes.
     """
-    ids, positions, source, targets, segments, start = [], [], [], [], [], 0
+    ids, positions, source, targets, lengths, start = [], [], [], [], [], 0
     for tokens, wanted in zip(token_ids, learned, strict=True):
         stop = int(
             np.flatnonzero(wanted)[-1]
@@ -135,12 +134,12 @@ def pack_sequences(token_ids: Sequence[np.ndarray], learned: Sequence[np.ndarray
         positions.append(place)
         source.append(start + place[wanted[1 : stop + 1]])
         targets.append(tokens[1 : stop + 1][wanted[1 : stop + 1]].astype(np.int64))
-        segments.append(Segment(start, start + stop, None, torch.from_numpy(place).to(device)))
+        lengths.append(stop)
         start += stop
     row, where, from_, what = (
         torch.from_numpy(np.concatenate(parts)).to(device) for parts in (ids, positions, source, targets)
     )
-    return Row(row[None], where[None], tuple(segments), from_, what)
+    return Row(row[None], where[None], Segments.of_texts(lengths), from_, what)
 
 
 def idle(device: torch.device) -> Experience:
@@ -149,7 +148,7 @@ def idle(device: torch.device) -> Experience:
     return Experience(
         input_ids=zero[None],
         position_ids=zero[None],
-        segments=(Segment(0, 1, None, zero),),
+        segments=Segments.of_texts([1]),
         source=zero,
         targets=zero,
         response=zero,

@@ -1,8 +1,8 @@
 """Whether a model folder can be trained here, found out from its configuration, tokenizer and weight headers: no weights are read.
 
 Owns: what the trainer asks of an architecture (a causal language model of transformers' own, whose every layer attends through
-transformers' attention interface to what packed attention computes, with plain logits) and of a vocabulary. The architecture is built
-on the meta device and asked for one forward pass, so that what is refused follows from what `attention` refuses.
+transformers' attention interface to what packed attention computes, with logits that are not scaled) and of a vocabulary. The
+architecture is built on the meta device and asked for one forward pass, so that what is refused follows from what `attention` refuses.
 Does not know: which command asks.
 """
 
@@ -21,18 +21,18 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.training import attention
 from rlhf.training.model import ModelError
+from rlhf.training.segments import Segments
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 MOST_LAYERS = 1000
 LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers (`layer_types`) that packed attention computes."""
-SCALED_LOGITS: dict[str, float | None] = {
-    "final_logit_softcapping": None,
+SCALED_LOGITS: dict[str, float] = {
     "logit_scale": 1.0,
     "logits_scaling": 1.0,
 }
-"""Fields by which architectures change their logits -> the value that changes nothing. The log-prob head knows plain logits only."""
+"""Fields by which architectures change their logits -> the value that changes nothing. The head knows plain and capped logits."""
 MALFORMED = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, StrictDataclassError,
 )  # fmt: skip
@@ -176,13 +176,12 @@ class _Probe:
     def ask(self, built: nn.Module) -> None:
         """One forward pass, as far as the meta device carries it: where experts are chosen by their scores it ends."""
         positions = torch.arange(4, device="meta")
-        whole = attention.Segment(0, 4, None, positions)
         error: BaseException | None = None
         try:
             built.base_model(
                 input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"),
                 position_ids=positions[None],
-                segments=(whole,),
+                segments=Segments.of_texts([4]),
                 use_cache=False,
             )
         except (RuntimeError, TypeError, ValueError) as raised:
@@ -199,7 +198,7 @@ class _Probe:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         sliding_window: int | None = None,
-        segments: tuple[attention.Segment, ...] = (),
+        segments: Segments | None = None,
         **asked: Any,
     ) -> tuple[torch.Tensor, None]:
         self._calls += 1
@@ -207,7 +206,7 @@ class _Probe:
             attention.check_supported(module, sliding_window, asked)
             if not getattr(module, "is_causal", True):
                 raise ValueError(f"{type(module).__name__} attends to later tokens, as an encoder does")
-            if not segments:
+            if segments is None:
                 raise ValueError(f"{type(module).__name__} is not told where the sequences of a packed row begin")
         except ValueError as error:
             self.refusal = str(error).removesuffix(", which packed attention does not support")

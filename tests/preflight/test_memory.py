@@ -18,7 +18,6 @@ from rlhf.config.policy import LoraSettings, PolicySettings
 from rlhf.data.assets import resolve
 from rlhf.preflight import memory
 from rlhf.preflight.memory import (
-    Batch,
     PolicyMemory,
     activations,
     engine_memory,
@@ -125,15 +124,18 @@ def test_activations_of_a_layer_by_hand() -> None:
     settings = policy(micro_batch_tokens=tokens)
     norms = 2 * (64 * 4 + 64 * 2 + 64 * 2)
     attention = 2 * (64 + 32 + 32 + 64 + 64)
+    normalisers = 2 * 4  # fp32, one for each head
     feedforward = 4 * 2 * 128
-    plain = activations(shape, settings, Batch(tokens, 1))
-    assert plain == 2 * tokens * (norms + attention + feedforward)
-    checkpointed = activations(shape, settings.model_copy(update={"gradient_checkpointing": True}), Batch(tokens, 1))
+    plain = activations(shape, settings, tokens)
+    assert plain == 2 * tokens * (norms + attention + feedforward + normalisers)
+    checkpointed = activations(shape, settings.model_copy(update={"gradient_checkpointing": True}), tokens)
     assert checkpointed == 2 * tokens * 64 * 2 + plain / 2, "every layer's input, and one layer in full"
-    shared = activations(shape, settings, Batch(50, 2))
-    assert shared == plain + 2 * 2 * 50**2 * 2, "a mask for each of two groups in two layers"
-    on_cpu = activations(shape, settings, Batch(50, 2), gpu=False)
-    assert on_cpu == plain + 2 * 2 * 50**2 * 2 * 2, "weights of two heads instead"
+    assert activations(shape, settings, 50) == plain, "no masks, however the row is divided"
+    on_cpu = activations(shape, settings, 50, gpu=False)
+    weights, masks = 2 * 2 * 50**2 * 2 * 2, 2 * 50**2
+    assert on_cpu == plain - 2 * tokens * normalisers + weights + masks, (
+        "of two heads, two groups and two layers instead"
+    )
 
 
 def test_the_output_projection_and_the_buckets() -> None:
@@ -237,9 +239,8 @@ def test_saving_means_save(name: str, dtype: str, ranks: int, tokens: int, check
         more = model_states(shape, base.model_copy(update={"zero_stage": stage, "ranks": ranks + 1}))
         assert sum(more) <= sum(states)
     assert sizes == sorted(sizes, reverse=True)
-    batch = Batch(tokens, 2)
-    plain = activations(shape, base.model_copy(update={"gradient_checkpointing": False}), batch)
-    assert activations(shape, base.model_copy(update={"gradient_checkpointing": True}), batch) < plain
+    plain = activations(shape, base.model_copy(update={"gradient_checkpointing": False}), tokens)
+    assert activations(shape, base.model_copy(update={"gradient_checkpointing": True}), tokens) < plain
     need = policy_memory(shape, base.model_copy(update={"zero_stage": 3}), DPO)
     spared = policy_memory(
         shape, base.model_copy(update={"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}), DPO

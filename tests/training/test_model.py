@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from rlhf.cluster import fetch
-from rlhf.training.attention import group_mask
 from rlhf.training.loading import load_causal_lm
 from rlhf.training.model import ChunkedLogProbs, LogProbModel, ModelError, check_forward
 from rlhf.training.packing import idle, pack
@@ -87,16 +86,21 @@ def test_gradients_of_a_packed_row_equal_those_of_separate_sequences(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_chunks_change_neither_values_nor_gradients(chunk: int, temperature: float) -> None:
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_chunks_change_neither_values_nor_gradients(cap: float | None, chunk: int, temperature: float) -> None:
     """Log-probs and entropies at a temperature, and the gradient of a loss of both, against autograd on whole logits."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
     targets, upstream, bonus = torch.arange(7), torch.linspace(-1, 1, 7), torch.linspace(0.5, -0.3, 7)
-    logprobs, beside, entropy = ChunkedLogProbs.apply(hidden, weight, bias, targets, chunk, temperature, None, True)
+    logprobs, beside, entropy = ChunkedLogProbs.apply(
+        hidden, weight, bias, targets, chunk, temperature, None, True, cap
+    )
     assert beside is None
-    everything = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    everything = (logits / temperature).log_softmax(-1)
     expected, entropies = everything.gather(1, targets[:, None])[:, 0], -(everything.exp() * everything).sum(-1)
     assert torch.allclose(logprobs.double(), expected, atol=1e-5)
     assert torch.allclose(entropy.double(), entropies, atol=1e-5)
@@ -172,6 +176,29 @@ def test_a_sliding_window_is_respected(tmp_path: Path) -> None:
     assert torch.allclose(model(pack(made, completions(made), CPU))[0], separate(plain), atol=1e-5)
 
 
+def test_soft_capped_scores_and_logits_are_learned_through(tmp_path: Path) -> None:
+    """Gemma 2 in small: caps of both kinds that bite, windows in every other layer; values and gradients."""
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=3, max_position_embeddings=64, query_pre_attn_scalar=16,
+        attn_logit_softcapping=0.5, final_logit_softcapping=0.3, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = LogProbModel(load_causal_lm(str(tmp_path), "fp32"), chunk_tokens=4)
+    made, weights = assignments(), torch.linspace(-1, 1, 18)
+    logprobs, _ = model(pack(made, completions(made), CPU))
+    assert torch.allclose(logprobs, separate(plain), atol=1e-5)
+    (logprobs * weights).sum().backward()
+    (separate(plain) * weights).sum().backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in model.causal_lm.named_parameters():
+        assert torch.allclose(parameter.grad, theirs[name].grad, atol=1e-4), name
+    assert check_forward(model, 64, CPU, 1e-3) < 1e-4
+    assert model.head.cap == 0.3
+
+
 def test_only_used_responses_are_packed() -> None:
     rollout = make_rollout([[7, 8, 9], [10, 11], [12]], (1, 2))
     pair = Assignment(rollout, (TrainingItem((2, 0), (1.0, -1.0)),))
@@ -182,12 +209,6 @@ def test_only_used_responses_are_packed() -> None:
     assert experience.source.tolist() == [1, 2, 3, 1]
     assert experience.coefficients.tolist() == [[-1.0, 1.0]]
     assert pair.n_tokens() == 6
-
-
-def test_the_mask_of_a_group() -> None:
-    assert group_mask(2, [3], CPU) is None
-    mask = group_mask(1, [1, 2], CPU).int().tolist()
-    assert mask == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
 
 
 def test_a_rank_without_work_has_a_row_that_runs(model: LogProbModel) -> None:

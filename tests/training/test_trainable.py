@@ -32,6 +32,7 @@ TRAINABLE = {
     "Qwen3Moe": EXPERTS | dict(num_experts=4),
     "Glm4Moe": EXPERTS | GROUPED,
     "DeepseekV3": EXPERTS | GROUPED | LATENT | dict(head_dim=8),
+    "Gemma2": dict(head_dim=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
     "Gemma3Text": dict(head_dim=16),
     "GPTNeoX": {},
     "OPT": dict(ffn_dim=32, word_embed_proj_dim=32),
@@ -66,16 +67,6 @@ def test_these_cannot(kind: str) -> None:
     more, reason = UNTRAINABLE[kind]
     with pytest.raises(ModelError, match=f"`policy.model`: `FOLDER` cannot be trained here: .*{reason}"):
         check(config_of(kind, **more))
-
-
-def test_soft_caps_are_refused_as_long_as_attention_refuses_them() -> None:
-    config = config_of("Gemma2", head_dim=16, final_logit_softcapping=None)
-    with pytest.raises(ModelError, match="Gemma2Attention needs softcap"):
-        check(config)
-    config.attn_logit_softcapping = None
-    check(config)
-    with pytest.raises(ModelError, match="final_logit_softcapping: 30.0"):
-        check(config_of("Gemma2", head_dim=16, attn_logit_softcapping=None))
 
 
 @pytest.fixture
