@@ -311,7 +311,13 @@ def _submit(args: argparse.Namespace) -> None:
 
 @_cut_off_quietly()
 def _show(args: argparse.Namespace) -> None:
-    print(show(load(args.config, args.overrides)), end="")
+    settings = load(args.config, args.overrides)
+    print(show(settings), end="")
+    if settings.policy.dtype == "auto":
+        from rlhf.cluster.precision import choose_here
+
+        choice = choose_here(settings)
+        print(f"# policy.dtype: auto is {choice.dtype} here ({choice.why})")
 
 
 @_cut_off_quietly()

@@ -58,7 +58,8 @@ def ray_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_is_complete(ray_run: Path) -> None:
     assert [line["step"] for line in lines(ray_run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines(ray_run / "evaluations.jsonl")] == [0, STEPS]
-    assert json.loads((ray_run / "manifest.json").read_text())["seed"] == 0
+    manifest = json.loads((ray_run / "manifest.json").read_text())
+    assert (manifest["seed"], manifest["dtype"]) == (0, "fp32: as `policy.dtype` says")
     assert (ray_run / "checkpoints" / f"step-{STEPS:06d}" / "state.json").exists()
     assert (ray_run / "export" / "model.safetensors").exists()
     assert len(lines(ray_run / "heldout_before.jsonl")) == len(lines(ray_run / "heldout_after.jsonl")) > 0

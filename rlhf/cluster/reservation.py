@@ -6,7 +6,7 @@ Talks to Ray alone. Every wait has a deadline, and says when it expires who wait
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,9 +131,7 @@ class Reservation:
             UserError: a file is not there.
             DeadlineExpired: a node has not answered.
         """
-        held: dict[Node, list[_Bundle]] = {}
-        for bundle in self._bundles:
-            held.setdefault(bundle.node, []).append(bundle)
+        held = self._held()
         wanted = {node: _files_for(bundles, files) for node, bundles in held.items()}
         questions = [(held[node][0], 0, _unreadable, (list(wanted[node].values()),)) for node in held]
         for node, unreadable in zip(held, self._ask(questions), strict=True):
@@ -145,6 +143,26 @@ class Reservation:
                         "that all nodes mount at the same place, copy it there on each node, or keep the role off that node with "
                         "`cluster.node_resources`"
                     )
+
+    def ask_nodes(self, roles: Collection[Role], question: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """Address of each node that holds one of these roles -> what `question(*args)` returns in a process there.
+
+        Raises:
+            DeadlineExpired: a node has not answered.
+        """
+        asked = {
+            node: next(bundle for bundle in bundles if bundle.actor.startswith(tuple(roles)))
+            for node, bundles in self._held().items()
+            if any(bundle.actor.startswith(tuple(roles)) for bundle in bundles)
+        }
+        answers = self._ask([(bundle, 0, question, args) for bundle in asked.values()])
+        return {node.address: answer for node, answer in zip(asked, answers, strict=True)}
+
+    def _held(self) -> dict[Node, list[_Bundle]]:
+        held: dict[Node, list[_Bundle]] = {}
+        for bundle in self._bundles:
+            held.setdefault(bundle.node, []).append(bundle)
+        return held
 
     def _ask(self, questions: Sequence[tuple[_Bundle, float, Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
         """Answers of (bundle, GPUs, function, arguments), each called by a process in its bundle."""

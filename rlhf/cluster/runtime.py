@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from rlhf.cluster.handles import Handle, LocalHandle, RayHandle
@@ -14,6 +14,7 @@ from rlhf.cluster.worker_setup import job_environment
 from rlhf.config.cluster import ClusterSettings, Role
 
 Files = Mapping[Role, Mapping[str, str]]
+THIS_MACHINE = "this machine"
 
 
 class Runtime(Protocol):
@@ -41,6 +42,14 @@ class Runtime(Protocol):
 
         Raises:
             UserError: a node cannot read a file.
+            DeadlineExpired: a node does not start processes.
+        """
+        ...
+
+    def ask_nodes(self, roles: Collection[Role], question: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """What `question(*args)` returns on each node where one of these roles has a place, by the node's address.
+
+        Raises:
             DeadlineExpired: a node does not start processes.
         """
         ...
@@ -99,6 +108,11 @@ class RayRuntime:
         if self._reservation is not None and self._settings.address is not None:  # else there is only this machine
             self._reservation.check_files(files)
 
+    def ask_nodes(self, roles: Collection[Role], question: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        if self._reservation is not None and self._settings.address is not None:
+            return self._reservation.ask_nodes(roles, question, *args)
+        return {THIS_MACHINE: question(*args)}
+
     def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
         options: dict[str, Any] = {"num_cpus": 1}
         variables = dict(env or {})
@@ -132,6 +146,9 @@ class LocalRuntime:
 
     def check_files(self, files: Files) -> None:
         """Nothing to check: there is only this machine."""
+
+    def ask_nodes(self, roles: Collection[Role], question: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        return {THIS_MACHINE: question(*args)}
 
     def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
         os.environ.update(env or {})

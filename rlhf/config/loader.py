@@ -182,6 +182,10 @@ def _inside(location: yamls.Path) -> Iterator[str]:
 
 def _explain(details: Sequence[Any], places: dict[yamls.Path, str], tree: type[Section]) -> str:
     """What pydantic found wrong with one value, in words, with its place in front."""
+    deepest = max(
+        len(detail["loc"]) for detail in details
+    )  # of a field's types, the one that the value comes nearest to
+    details = [detail for detail in details if len(detail["loc"]) == deepest]
     detail = details[0]
     kind, (field, method, inside) = detail["type"], _place(detail, tree)
     outwards = (field[:depth] for depth in range(len(field), 0, -1))

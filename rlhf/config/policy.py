@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from rlhf.config.base import Section
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=0)]
+Dtype = Literal["bf16", "fp32"]
+"""A type that weights and activations can have."""
 
 
 class LoraSettings(Section):
@@ -43,9 +46,11 @@ class PolicySettings(Section):
     model: str = Field(
         description="Folder or hub name of a causal language model in Hugging Face format; also the fixed reference.",
     )
-    dtype: Literal["bf16", "fp32"] = Field(
-        "bf16",
-        description="Precision of weights and activations. bf16 keeps fp32 master weights in the optimizer.",
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="Precision of weights and activations. bf16 keeps fp32 master weights in the optimizer. auto: one of the two for the "
+        "whole run: bf16 if every node of policy and engines computes in it natively (GPUs of compute capability 8.0 and later, CPUs with "
+        "AVX-512 BF16 or AMX), else fp32. `--dry-run` says which and why.",
     )
     ranks: int = Field(1, ge=1, description="DeepSpeed ranks, one per device.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
@@ -61,10 +66,10 @@ class PolicySettings(Section):
         "none",
         description="Keep sharded weights in host memory (stage 3).",
     )
-    learning_rate: float = Field(
+    learning_rate: Rate | dict[Dtype, Rate] = Field(
         1e-6,
-        ge=0,
-        description="Peak learning rate of AdamW. 0 is allowed and must leave the policy unchanged.",
+        description="Peak learning rate of AdamW. 0 is allowed and must leave the policy unchanged. A short run in bf16, whose weights "
+        "round small updates away, may need a larger one: `{bf16: 4e-5, fp32: 1e-5}` gives one for each `dtype`.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
@@ -108,3 +113,10 @@ class PolicySettings(Section):
         LoraSettings(),
         description="Train small matrices beside frozen weights.",
     )
+
+    def computing_in(self, dtype: Dtype) -> Self:
+        """The same with `auto` decided, and one learning rate."""
+        rate = self.learning_rate
+        return self.model_copy(
+            update={"dtype": dtype, "learning_rate": rate[dtype] if isinstance(rate, dict) else rate}
+        )

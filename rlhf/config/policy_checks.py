@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from rlhf.config.method_checks import changed
-from rlhf.config.policy import PolicySettings
+from rlhf.config.policy import Dtype, PolicySettings
 
 
 def policy_problems(policy: PolicySettings, device: Literal["auto", "cpu", "cuda"]) -> Iterator[str]:
@@ -20,6 +20,7 @@ def policy_problems(policy: PolicySettings, device: Literal["auto", "cpu", "cuda
             "`policy.min_learning_rate_ratio` is where `linear` and `cosine` end, but `policy.schedule` is constant. "
             "Remove it, or choose another `policy.schedule`"
         )
+    yield from _rates(policy)
     yield from _zero(policy)
     for name in ("offload_optimizer", "offload_parameters"):
         if device == "cpu" and getattr(policy, name) != "none":
@@ -27,6 +28,19 @@ def policy_problems(policy: PolicySettings, device: Literal["auto", "cpu", "cuda
                 f"`policy.{name}`: with `cluster.device: cpu` everything is in host memory already. Set "
                 f"`policy.{name}: none`"
             )
+
+
+def _rates(policy: PolicySettings) -> Iterator[str]:
+    """A type that is given needs its own rate only; one that is still to be chosen needs both."""
+    if not isinstance(policy.learning_rate, dict):
+        return
+    possible = get_args(Dtype) if policy.dtype == "auto" else (policy.dtype,)
+    missing = [dtype for dtype in possible if dtype not in policy.learning_rate]
+    if missing:
+        yield (
+            f"`policy.learning_rate` has none for {' and '.join(missing)}, and `policy.dtype` is {policy.dtype}. Add it, or give one "
+            "number for both"
+        )
 
 
 def _zero(policy: PolicySettings) -> Iterator[str]:

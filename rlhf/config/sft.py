@@ -10,7 +10,7 @@ from rlhf.config.base import Section
 from rlhf.config.checkpoint import CheckpointSettings
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.data import TEMPLATE_ARGUMENTS, TemplateArguments
-from rlhf.config.policy import PolicySettings
+from rlhf.config.policy import Dtype, PolicySettings, Rate
 from rlhf.config.run import RunSettings
 from rlhf.config.tracking import TrackingSettings
 
@@ -64,10 +64,10 @@ class SftDataSettings(Section):
 
 
 class SftPolicySettings(PolicySettings):
-    learning_rate: float = Field(
+    learning_rate: Rate | dict[Dtype, Rate] = Field(
         1e-5,
-        ge=0,
-        description="Peak learning rate of AdamW. 0 is allowed and must leave the model unchanged.",
+        description="Peak learning rate of AdamW. 0 is allowed and must leave the model unchanged. `{bf16: 4e-5, fp32: 1e-5}` gives one "
+        "for each `dtype`.",
     )
 
 

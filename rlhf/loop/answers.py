@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf.cluster import LocalRuntime, RayRuntime, wishes
+from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
@@ -151,7 +152,8 @@ def response_row(prompt: Prompt, completion: Completion, tokenizer: Any) -> dict
 async def _answer(question: Question, sampling: Sampling, out: str | None) -> None:
     runtime = LocalRuntime()
     try:
-        pool = await RolloutPool.start(runtime, question.settings)
+        settings, _ = settle(question.settings, runtime)
+        pool = await RolloutPool.start(runtime, settings)
 
         async def answer(prompt: Prompt) -> list[dict[str, Any]]:
             rollout = await pool.sample(prompt, [sampling])
@@ -247,6 +249,7 @@ async def engines_and_judges(settings: Settings) -> AsyncIterator[tuple[RolloutP
     runtime = RayRuntime(settings.cluster, settings.rollout.engines + settings.reward.servers)
     try:
         runtime.reserve(wishes(settings, policy=False))
+        settings, _ = settle(settings, runtime)
         pool, rewards = await asyncio.gather(RolloutPool.start(runtime, settings), RewardPool.start(runtime, settings))
         yield pool, rewards
         await asyncio.gather(pool.close(), rewards.close())

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.algorithms.labels import scored
 from rlhf.cluster import LocalRuntime
+from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
@@ -80,6 +81,7 @@ async def _choose(
     """Write the rows to keep. Returns how many, and the number of prompts without any reward."""
     runtime, unjudged = LocalRuntime(), 0
     try:
+        settings, _ = settle(settings, runtime)
         pool = await RolloutPool.start(runtime, settings)
         rewards = await RewardPool.start(runtime, settings)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.algorithms import Algorithm, make
 from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, Placement, RayRuntime, Runtime, takes_turns, wishes
+from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.cluster import Role
 from rlhf.config.loader import UserError
@@ -33,7 +34,7 @@ from rlhf.reward.reference_scores import members_need_references
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
-from rlhf.tracking.record import Record
+from rlhf.tracking.record import Record, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.transfer import TransferSession
 from rlhf.types import Prompt, content_id
@@ -75,9 +76,11 @@ class Training:
 
     async def run(self) -> None:
         """Reserve the devices, start the roles, take the remaining steps, evaluate, export."""
-        settings = self.settings
-        with reserved_runtime(settings, self.debug) as (runtime, placement):
-            with Record(settings, self.resume, resolve) as self.record:
+        with reserved_runtime(self.settings, self.debug) as (runtime, placement):
+            before = recorded_dtype(self.settings.run.dir) if self.resume else None
+            self.settings, choice = settle(self.settings, runtime, before)
+            with Record(self.settings, self.resume, resolve) as self.record:
+                self.record.computes(choice.dtype, choice.why)
                 if placement is not None:
                     self.record.placed(placement.lines())
                 await self._train(runtime)

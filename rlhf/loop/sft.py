@@ -7,12 +7,13 @@ import logging
 import os
 
 from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, Wishes, uses_gpu
+from rlhf.cluster.precision import settle
 from rlhf.config.sft import SftSettings
 from rlhf.config.sft_checks import check_warm_up
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import read_examples
 from rlhf.tracking.console import SupervisedConsole
-from rlhf.tracking.record import Record
+from rlhf.tracking.record import Record, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.sft import Conversations, NextToken
 from rlhf.training.supervised import Course, Saving, SupervisedGroup, train
@@ -56,11 +57,15 @@ class Tuning:
         runtime: Runtime = LocalRuntime() if self.debug else RayRuntime(settings.cluster, settings.policy.ranks)
         try:
             placement = runtime.reserve(_wishes(settings))
+            before = recorded_dtype(settings.run.dir) if self.resume else None
+            settings, choice = settle(settings, runtime, before)
+            self.settings = settings
             if os.path.isdir(settings.policy.model):
                 runtime.check_files({"policy": {"policy.model": os.path.abspath(settings.policy.model)}})
             console = settings.tracking.console
             shown = None if console == "off" else SupervisedConsole(self.course.updates)
             with Record(settings, self.resume, resolve, console=lambda: shown) as record:
+                record.computes(choice.dtype, choice.why)
                 if placement is not None:
                     record.placed(placement.lines())
                 if settings.checkpoint.every:

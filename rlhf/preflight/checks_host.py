@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from rlhf.cluster import precision
+from rlhf.cluster.precision import Bf16
 from rlhf.preflight.finding import Finding
 
 SHARED_MEMORY = 8 * 2**30
@@ -35,6 +37,7 @@ class HostFacts:
         shared_memory: free bytes in /dev/shm; None where there is no such folder.
         open_files: the most that a process may be allowed to have open.
         gpus: names, as the driver shows them.
+        bf16: whether what models run on computes in it: the GPUs, or without any the processor.
     """
 
     host: str
@@ -44,12 +47,14 @@ class HostFacts:
     shared_memory: int | None
     open_files: int
     gpus: tuple[str, ...]
+    bf16: Bf16
 
 
 def look() -> HostFacts:
     """The facts of the host that this runs on."""
     import torch
 
+    gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     names = {requirement.name for requirement in requirements()} | set(ENGINES) | set(CUDA_BUILT)
     installed = {name: version for name in sorted(names) if (version := _version(name)) is not None}
     return HostFacts(
@@ -59,7 +64,8 @@ def look() -> HostFacts:
         compiler=shutil.which("g++") or shutil.which("c++") or shutil.which("clang++"),
         shared_memory=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None,
         open_files=_open_files(),
-        gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
+        gpus=gpus,
+        bf16=precision.look(gpu=bool(gpus)),
     )
 
 
@@ -168,6 +174,12 @@ def worst(findings: Iterable[Finding]) -> Finding:
     """One finding for the same check on several hosts: the worst, the first of equals."""
     order = ("failed", "warning", "skipped", "ok")
     return min(findings, key=lambda finding: order.index(finding.state))
+
+
+def check_precision(facts: Sequence[HostFacts]) -> Finding:
+    """What `policy.dtype: auto` means on these hosts."""
+    choice = precision.choose({one.host: one.bf16 for one in facts})
+    return Finding("precision", "ok", f"`policy.dtype: auto` is {choice.dtype} here ({choice.why})")
 
 
 def check_alike(facts: Sequence[HostFacts]) -> Finding:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rlhf.cluster.precision import choose_here, settled
 from rlhf.config import Settings, UserError
 from rlhf.config.cluster import ClusterSettings
 from rlhf.data.assets import resolve
@@ -32,6 +33,7 @@ from rlhf.preflight.checks_host import (
     HostFacts,
     check_alike,
     check_disk,
+    check_precision,
     check_versions,
     look,
     requirements,
@@ -68,6 +70,7 @@ def examine(settings: Settings | None, wanted: Wanted) -> Iterator[Finding]:
     yield from _environment(cluster, [] if settings is None else _paths(settings))
     if settings is None:
         return
+    settings = settled(settings, choose_here(settings))
     try:
         inputs = read_inputs(settings)
         tokenizer = load_tokenizer(inputs.model_path)
@@ -119,6 +122,7 @@ def _hosts(facts: Sequence[HostFacts]) -> Iterator[Finding]:
     yield worst(check_versions(one, needed) for one in facts)
     for check in HOST_CHECKS:
         yield worst(check(one) for one in facts)
+    yield check_precision(facts)
 
 
 def _together(found: Team, facts: Sequence[HostFacts], paths: Sequence[str]) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ import torch
 from rlhf.algorithms import Algorithm, PolicyGradient, Source, catalogue, make
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule
 from rlhf.cluster.devices import shared_engines, uses_gpu
+from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
 from rlhf.config.checks import largest_assignment, optimizer_steps
@@ -38,6 +39,8 @@ def describe(settings: Settings, debug: bool = False) -> str:
     """
     if debug:
         settings = single_process(settings)
+    choice = choose_here(settings)
+    settings = settled(settings, choice)
     algorithm = make(settings)
     inputs = read_inputs(settings)
     device = "cuda" if uses_gpu(settings.cluster) else "cpu"
@@ -47,7 +50,7 @@ def describe(settings: Settings, debug: bool = False) -> str:
         "Run": _run(settings),
         "Inputs": _inputs(settings, inputs),
         "Algorithm": _algorithm(settings, inputs, algorithm),
-        "Roles": _roles(settings, inputs, device, debug),
+        "Roles": _roles(settings, inputs, device, debug, choice),
         "Batches": _batches(settings, inputs, algorithm),
         "Tokens": _tokens(settings, inputs, algorithm),
         "Memory (estimates)": _memory(settings, inputs, algorithm, device),
@@ -154,7 +157,7 @@ def _rule(rule: UpdateRule, steps: int) -> str:
     return f"the policy at the start of the round; {rounds}"
 
 
-def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool) -> Iterator[str]:
+def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool, choice: Choice) -> Iterator[str]:
     rollout, policy, reward = settings.rollout, settings.policy, settings.reward
     where = "Ray actor" if not debug else "object in this process"
     shards = f" over {rollout.tensor_parallel_size} devices" if rollout.tensor_parallel_size > 1 else ""
@@ -162,6 +165,7 @@ def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool) -> Iter
     kind = f"{policy.dtype}, ZeRO {policy.zero_stage}"
     yield f"policy: {policy.ranks} x DeepSpeed rank ({kind}), each a {where}, on {device}"
     yield f"reward: {reward.servers} x server, each a {where}: {inputs.reward}"
+    yield dtype_line(choice, settings.policy.learning_rate, settings.cluster.address)
     if debug:
         yield "debug mode: the roles take turns on one device, by the same code path"
         return
@@ -170,6 +174,12 @@ def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool) -> Iter
     cluster = "a Ray cluster started for this run" if settings.cluster.address is None else settings.cluster.address
     actors = rollout.engines + policy.ranks + reward.servers
     yield f"cluster: {cluster}; {actors} actors; this machine has {os.cpu_count()} cores"
+
+
+def dtype_line(choice: Choice, rate: float, address: str | None) -> str:
+    """The type that the run computes in and why, with its learning rate."""
+    elsewhere = "" if address is None else "; with `auto` the nodes of the cluster are asked when the run starts"
+    return f"computes in {choice.dtype} ({choice.why}), learning rate {rate:g}{elsewhere}"
 
 
 def _batches(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterator[str]:

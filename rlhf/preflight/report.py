@@ -15,6 +15,7 @@ from typing import Any
 
 from rlhf.algorithms import Algorithm, make
 from rlhf.cluster.placement import CannotPlace
+from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config import Settings, UserError, load, yamls
 from rlhf.config.checks import largest_assignment, optimizer_steps
 from rlhf.data.assets import resolve
@@ -36,7 +37,7 @@ from rlhf.preflight.speed import ASSUMED
 TYPICAL: dict[str, dict[str, Any]] = {
     "data": {"prompts": "prompts.jsonl", "max_prompt_tokens": 512},
     "reward": {"kind": "function", "path": "rlhf.reward.functions:exact_match"},
-    "policy": {"micro_batch_tokens": 8192, "zero_stage": 3, "gradient_checkpointing": True},
+    "policy": {"dtype": "bf16", "micro_batch_tokens": 8192, "zero_stage": 3, "gradient_checkpointing": True},
     "rollout": {"max_tokens": 1024, "max_num_seqs": 256},
     "loop": {"prompts_per_step": 256},
     "cluster": {"device": "cuda"},
@@ -49,6 +50,7 @@ class Plan:
     """All that the report says.
 
     Attributes:
+        dtype_why: why the type in the settings is the one.
         configured: the settings as they are on the cluster; None without a cluster, or if there is no configuration.
         stages: per ZeRO stage, what a rank needs without and with gradient checkpointing.
         proposals: the quicker first; empty without a cluster or if nothing fits.
@@ -57,6 +59,7 @@ class Plan:
 
     model: str
     settings: Settings
+    dtype_why: str
     shape: ModelShape
     cluster: Cluster | None
     configured: Estimate | None
@@ -102,6 +105,8 @@ def make_plan(settings: Settings, cluster: Cluster | None, configured: bool) -> 
         cluster: None: memory only.
         configured: whether the layout in the settings is meant, so that it is estimated too.
     """
+    choice = _dtype(settings, cluster)
+    settings = settled(settings, choice)
     algorithm, shape = make(settings), shape_of(settings.policy.model)
     proposals: list[Proposal] = []
     refusal = ""
@@ -114,6 +119,7 @@ def make_plan(settings: Settings, cluster: Cluster | None, configured: bool) -> 
     return Plan(
         model=settings.policy.model,
         settings=settings,
+        dtype_why=choice.why,
         shape=shape,
         cluster=cluster,
         configured=_configured(settings, shape, algorithm, cluster) if cluster and configured else None,
@@ -121,6 +127,13 @@ def make_plan(settings: Settings, cluster: Cluster | None, configured: bool) -> 
         proposals=proposals,
         refusal=refusal,
     )
+
+
+def _dtype(settings: Settings, cluster: Cluster | None) -> Choice:
+    """Of the GPUs that are planned for; without any, of this machine."""
+    if settings.policy.dtype == "auto" and cluster is not None:
+        return Choice("bf16", f"as {cluster.gpu.name} has it")
+    return choose_here(settings)
 
 
 def _configured(settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster: Cluster) -> Estimate:
@@ -175,7 +188,7 @@ def _model(plan: Plan) -> Iterator[str]:
     shape, size = plan.shape, BYTES[plan.settings.policy.dtype]
     yield (
         f"{plan.model}: {shape.parameters / 1e9:,.2f} billion parameters, {_gb(shape.parameters * size)} GB in "
-        f"{plan.settings.policy.dtype}; {shape.layers} layers of width {shape.hidden:,}"
+        f"{plan.settings.policy.dtype} ({plan.dtype_why}); {shape.layers} layers of width {shape.hidden:,}"
     )
     yield f"a token takes {shape.cached * size / 1024:,.4g} KiB of key-value cache"
     lora = plan.settings.policy.lora

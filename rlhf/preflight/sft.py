@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterator
 
 from rlhf.cluster import uses_gpu
+from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config.sft import SftSettings
 from rlhf.config.sft_checks import check_warm_up
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import ReadConversations, read_examples
 from rlhf.preflight.inputs import PlanError, open_model
+from rlhf.preflight.plan import dtype_line
 from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.training.sft import Conversations
 from rlhf.training.supervised import Course
@@ -43,6 +45,8 @@ def describe_sft(settings: SftSettings) -> str:
     Raises:
         UserError: the run cannot work as configured.
     """
+    choice = choose_here(settings)
+    settings = settled(settings, choice)
     kind, shape = read_model(settings)
     examples, held_out = read_examples(settings.policy.model, settings.data)
     training = settings.training
@@ -51,7 +55,7 @@ def describe_sft(settings: SftSettings) -> str:
     parts = {
         "Run": _run(settings),
         "Examples": _examples(settings, examples, held_out),
-        "Training": _training(settings, kind, shape, course),
+        "Training": _training(settings, choice, kind, shape, course),
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts.items())
 
@@ -84,16 +88,17 @@ def _count(read: ReadConversations) -> str:
     )
 
 
-def _training(settings: SftSettings, kind: str, shape: ModelShape, course: Course) -> Iterator[str]:
+def _training(settings: SftSettings, choice: Choice, kind: str, shape: ModelShape, course: Course) -> Iterator[str]:
     policy, training = settings.policy, settings.training
     yield f"{policy.model}, {kind}, {shape.parameters / 1e6:,.1f} M parameters"
     if policy.lora.rank:
         yield f"LoRA of rank {policy.lora.rank} learns; the rest is frozen"
     yield (
         f"{course.updates} optimizer steps: {training.epochs} epoch(s) of {course.updates_per_epoch}, {training.batch_size} examples each, "
-        f"on {policy.ranks} rank(s) on {'GPU' if uses_gpu(settings.cluster) else 'CPU'}, ZeRO stage {policy.zero_stage}, {policy.dtype}"
+        f"on {policy.ranks} rank(s) on {'GPU' if uses_gpu(settings.cluster) else 'CPU'}, ZeRO stage {policy.zero_stage}"
     )
+    yield dtype_line(choice, policy.learning_rate, settings.cluster.address)
     yield (
-        f"learning rate {policy.learning_rate:g}, {policy.schedule}, {policy.warmup_steps} steps of warm-up; at most "
-        f"{policy.micro_batch_tokens} tokens in a forward pass"
+        f"the learning rate is {policy.schedule}, with {policy.warmup_steps} steps of warm-up; at most {policy.micro_batch_tokens} tokens "
+        "in a forward pass"
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf.config import Settings, show
+from rlhf.config import Settings, show, yamls
 from rlhf.config.loader import UserError
 from rlhf.config.sft import SftSettings
 from rlhf.tracking import manifest
@@ -104,14 +104,21 @@ class Record:
 
     def placed(self, lines: Sequence[str]) -> None:
         """Note in manifest.json which actors run on which node in this start of the run, one line per node."""
+        self._note("placement", list(lines))
+
+    def computes(self, dtype: str, why: str) -> None:
+        """Note in manifest.json the type of weights and activations in this start of the run, and why it is that."""
+        self._note("dtype", f"{dtype}: {why}")
+
+    def _note(self, name: str, value: Any) -> None:
         path = self.folder / "manifest.json"
         try:
             described = json.loads(path.read_text())
             start = described["resumed"][-1] if described["resumed"] else described
-            start["placement"] = list(lines)
+            start[name] = value
             _write_whole(path, json.dumps(described, indent=2) + "\n")
         except OSError as error:
-            log.warning("%s: the placement was not noted (%s); training goes on", path, error.strerror or error)
+            log.warning("%s: %s was not noted (%s); training goes on", path, name, error.strerror or error)
 
     def rewind(self, step: int) -> None:
         """Forget everything recorded of steps after `step`: they will be done again.
@@ -196,6 +203,12 @@ class Record:
                 "%s failed and is off for the rest of this run (the files in %s go on): %r", name, self.folder, error
             )
             return None
+
+
+def recorded_dtype(folder: str) -> Any:
+    """The type in which the run in this folder computes, as its config.yaml says; None without one."""
+    path = Path(folder) / "config.yaml"
+    return yamls.parse(path.read_text(encoding="utf-8"))["policy"]["dtype"] if path.is_file() else None
 
 
 def _line(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import sys
 from typing import Any
 
@@ -45,12 +46,14 @@ def ask(settings: ClusterSettings, wishes: Wishes, **files: str) -> dict[str, An
     try:
         placement = runtime.reserve(wishes)
         runtime.check_files({"rollout": files})
+        asked = runtime.ask_nodes(("policy", "rollout"), platform.node)
         handles = {name: runtime.start(name, Witness) for name in placement.seats}
 
         async def reports() -> list[Any]:
             return await asyncio.gather(*(handle.call("report", deadline=DEADLINE_S) for handle in handles.values()))
 
-        return dict(zip(handles, asyncio.run(reports()), strict=True))
+        seats = dict(zip(handles, asyncio.run(reports()), strict=True))
+        return seats | {"asked": asked, "placement": placement.lines()}
     except UserError as error:
         return str(error)
     finally:

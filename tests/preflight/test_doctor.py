@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from transformers import AutoTokenizer, GenerationConfig
 
 from rlhf.cli import main
+from rlhf.cluster.precision import Bf16
 from rlhf.config import Settings, UserError, load
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.reward import RewardSettings
@@ -35,6 +36,7 @@ SOUND = HostFacts(
     shared_memory=16 * 2**30,
     open_files=65536,
     gpus=(),
+    bf16=Bf16(True, "AVX-512 BF16"),
 )
 
 
@@ -189,6 +191,7 @@ def test_the_environment_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         "compiler",
         "shared memory",
         "open files",
+        "precision",
         "nodes alike",
         "ports",
         "collectives",

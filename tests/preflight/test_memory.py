@@ -40,7 +40,7 @@ def tiny_shape() -> ModelShape:
 
 
 def policy(**fields: Any) -> PolicySettings:
-    return PolicySettings(model="m", **fields)
+    return PolicySettings(**({"model": "m", "dtype": "bf16"} | fields))
 
 
 @pytest.mark.parametrize(
