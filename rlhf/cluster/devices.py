@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, MutableMapping
 
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.settings import Settings
 
 CPU_MALLOC = {"hugetlb": 1, "mmap_threshold": 2**25, "trim_threshold": 2**33}
 """glibc's settings for actors that compute on CPU; thresholds in bytes."""
+SHARED_BY = "RLHF_CORES_SHARED_BY"
+"""Set in an actor's process: how many actors of its role share the cores of its node."""
 SPANS_NODES = "RLHF_SPANS_NODES"
 """Set in the process of an engine whose devices lie on several nodes."""
 
@@ -45,10 +48,38 @@ def spans_nodes() -> bool:
     return SPANS_NODES in os.environ
 
 
+def threads_env(settings: ClusterSettings, actors: int) -> dict[str, str]:
+    """Environment that gives an actor its CPU threads: `cluster.threads`, or its share of the cores of the node it comes to.
+
+    Args:
+        actors: of its role, which share these cores. Where the runtime has placed them it counts those of the node instead.
+    """
+    return {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {SHARED_BY: str(actors)}
+
+
+def share(cores: int, actors: int) -> int:
+    """Of so many cores, what each of so many actors gets."""
+    return max(1, cores // actors)
+
+
+def own_share(environ: Mapping[str, str], actors: int = 1) -> int:
+    """Cores of this node for this process, asked in the actor's own.
+
+    Args:
+        actors: among how many they are divided where the runtime has not said so.
+    """
+    return share(len(os.sched_getaffinity(0)), int(environ.get(SHARED_BY, actors)))
+
+
+def claim_threads(environ: MutableMapping[str, str]) -> None:
+    """Make the share that `threads_env` promises the number of threads: in the actor's own process, before anything computes."""
+    if SHARED_BY in environ:
+        environ["OMP_NUM_THREADS"] = str(own_share(environ))
+
+
 def compute_env(settings: ClusterSettings, actors: int) -> dict[str, str]:
-    """Environment of an actor that computes: its CPU threads, of which `actors` actors of the same role share the cores."""
-    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // actors)
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    """Environment of an actor that trains or generates: its CPU threads (see `threads_env`), and how it handles memory on a CPU."""
+    env = threads_env(settings, actors) | {"TOKENIZERS_PARALLELISM": "false"}
     if not uses_gpu(settings):
         # Keep freed memory, in huge pages: a training step on CPU otherwise spends a fifth of its time in page faults.
         env["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in CPU_MALLOC.items())

@@ -10,6 +10,7 @@ Pure: knows wishes and nodes, not Ray (that is `reservation`), and gives the sam
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ class Placement:
     """A seat for every actor, by name (`policy[0]`, `rollout-0`, `reward-0`), in the order in which they take GPUs."""
 
     seats: Mapping[str, Seat]
+
+    def neighbours(self, actor: str) -> list[str]:
+        """The actors of its role on its node, itself among them."""
+        role, node = _role(actor), self.seats[actor].node
+        return [name for name, seat in self.seats.items() if _role(name) == role and seat.node == node]
 
     def lines(self) -> list[str]:
         """What runs where: one line per node."""
@@ -111,6 +117,10 @@ def _engines(wishes: Wishes, loads: Sequence[tuple[Node, Load]], spanning: bool)
             yield Seat(workers[0], workers=workers, needs=need)
     else:
         yield from (Seat(node, float(size if wishes.gpu else 0), needs=need) for node in places)
+
+
+def _role(actor: str) -> str:
+    return re.split(r"[-\[]", actor, maxsplit=1)[0]
 
 
 def _by_address(node: Node) -> tuple[int, int, str, str]:

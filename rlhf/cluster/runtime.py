@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
+from rlhf.cluster.devices import SHARED_BY, claim_threads
 from rlhf.cluster.handles import Handle, LocalHandle, RayHandle
 from rlhf.cluster.placement import CannotPlace, Placement, place
 from rlhf.cluster.reservation import Reservation, cluster_nodes
@@ -119,6 +120,8 @@ class RayRuntime:
         if self._reservation is not None:
             options = self._reservation.options(name)
             variables |= self._reservation.env(name)
+            if SHARED_BY in variables:
+                variables[SHARED_BY] = str(len(self._reservation.placement.neighbours(name)))
         actor = self._ray.remote(cls).options(**options, runtime_env={"env_vars": variables}).remote(*args)
         self._actors.append(actor)
         return RayHandle(name, actor)
@@ -151,7 +154,10 @@ class LocalRuntime:
         return {THIS_MACHINE: question(*args)}
 
     def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
-        os.environ.update(env or {})
+        variables = dict(env or {})
+        claim_threads(variables)
+        variables.pop(SHARED_BY, None)  # it concerns no process but this actor's, and that is the driver's
+        os.environ.update(variables)
         target = cls(*args)
         self._targets.append(target)
         return LocalHandle(name, target)

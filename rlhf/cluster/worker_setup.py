@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from rlhf.cluster.devices import claim_threads
 from rlhf.cluster.network import choose_interfaces
 
 DRIVER_FOLDER = "RLHF_DRIVER_FOLDER"
@@ -18,12 +19,14 @@ def job_environment() -> dict[str, object]:
 
 
 def prepare() -> None:
-    """Work in the driver's folder, so that relative paths mean the same everywhere, and choose the network interface.
+    """Work in the driver's folder, so that relative paths mean the same everywhere, take the process's share of this node's cores, and
+    choose the network interface.
 
     A node without that folder is found out by `Reservation.check_files`, in words; an error here would only end the process.
     """
     import ray
 
+    claim_threads(os.environ)
     folder = os.environ.get(DRIVER_FOLDER)
     if folder is not None and os.path.isdir(folder):
         os.chdir(folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import platform
 import sys
 from typing import Any
 
@@ -46,18 +45,32 @@ def ask(settings: ClusterSettings, wishes: Wishes, **files: str) -> dict[str, An
     try:
         placement = runtime.reserve(wishes)
         runtime.check_files({"rollout": files})
-        asked = runtime.ask_nodes(("policy", "rollout"), platform.node)
         handles = {name: runtime.start(name, Witness) for name in placement.seats}
 
         async def reports() -> list[Any]:
             return await asyncio.gather(*(handle.call("report", deadline=DEADLINE_S) for handle in handles.values()))
 
-        seats = dict(zip(handles, asyncio.run(reports()), strict=True))
-        return seats | {"asked": asked, "placement": placement.lines()}
+        return dict(zip(handles, asyncio.run(reports()), strict=True))
     except UserError as error:
         return str(error)
     finally:
         runtime.stop()
+
+
+def asked(settings: ClusterSettings, wishes: Wishes) -> dict[str, str]:
+    """What the nodes of the engines answer."""
+    runtime = RayRuntime(settings, actors=0)
+    try:
+        runtime.reserve(wishes)
+        return runtime.ask_nodes(("rollout",), node_id)
+    finally:
+        runtime.stop()
+
+
+def node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 def main() -> None:
@@ -79,6 +92,7 @@ def main() -> None:
         "8 in 4 + 4": ask(settings, Wishes(gpu=True, ranks=1, engines=1, servers=1, devices=8)),
         "unreadable": ask(settings, Wishes(gpu=True, ranks=1, engines=1, servers=0), **{"policy.model": "/no/model"}),
     }
+    answers["asked"] = asked(settings, own)
     unsaid = settings.model_copy(update={"device": "auto"})
     answers["auto on a host without GPU"] = ask(unsaid, Wishes(gpu=False, ranks=1, engines=1, servers=1))
     ray.init(address=cluster.address, log_to_driver=False)

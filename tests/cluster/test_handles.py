@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, Runtime, compute_env, fetch, handles, together
+from rlhf.cluster.devices import claim_threads
 from rlhf.config.cluster import ClusterSettings
 
 
@@ -84,10 +85,20 @@ def test_the_environment_reaches_the_actor(scratch_runtime: Runtime, run: Callab
     assert run(worker.call("environment", "OMP_NUM_THREADS", deadline=60)) == "3"
 
 
-def test_threads_are_shared_by_the_actors_of_a_role() -> None:
+def test_threads_are_shared_by_the_actors_of_a_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the machine that an actor comes to, whatever the driver's has."""
+    for cores, actors, threads in ((4, 1, "4"), (64, 8, "8"), (64, 1, "64"), (2, 8, "1")):
+        env = compute_env(ClusterSettings(), actors)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        claim_threads(env)
+        assert env["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.engine
+def test_an_actor_takes_its_threads_where_it_runs(scratch_runtime: Runtime, run: Callable) -> None:
     cores = len(os.sched_getaffinity(0))
-    assert compute_env(ClusterSettings(), 1)["OMP_NUM_THREADS"] == str(cores)
-    assert compute_env(ClusterSettings(), 2 * cores)["OMP_NUM_THREADS"] == "1"
+    worker = scratch_runtime.start("threads", Worker, 0, env=compute_env(ClusterSettings(), 1))
+    assert run(worker.call("environment", "OMP_NUM_THREADS", deadline=60)) == str(cores)
 
 
 async def after(event: asyncio.Event | None, outcome: Any) -> Any:

@@ -30,6 +30,16 @@ def test_roles_have_nodes_of_their_own() -> None:
     assert [placed.seats[f"rollout-{i}"].gpus for i in range(2)] == [4, 4]
 
 
+def test_cores_are_shared_with_the_same_role_on_the_same_node() -> None:
+    placed = place(Wishes(gpu=True, ranks=4, engines=2, servers=2, policy_nodes=2), nodes_of(3, 4))
+    counts = {name: len(placed.neighbours(name)) for name in placed.seats}
+    assert [counts[f"policy[{rank}]"] for rank in range(4)] == [2] * 4, "not 4: the other two are elsewhere"
+    assert counts["rollout-0"] == counts["rollout-1"] == 1
+    assert sum(1 / count for count in counts.values()) == pytest.approx(
+        len({(n[:6], s.node) for n, s in placed.seats.items()})
+    )
+
+
 def test_ranks_are_numbered_node_by_node() -> None:
     placed = where(place(Wishes(gpu=True, ranks=6, engines=1, servers=1, policy_nodes=3), nodes_of(4, 4, 4)))
     assert [placed[f"policy[{rank}]"][-1] for rank in range(6)] == ["1", "1", "2", "2", "3", "3"]

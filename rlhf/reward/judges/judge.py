@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Se
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rlhf.cluster.devices import own_share
 from rlhf.config import Settings
 from rlhf.config.reward import RewardSettings, SourceSettings
 from rlhf.config.reward_checks import CACHED
@@ -286,6 +287,5 @@ def _device(settings: Settings, local: bool) -> str:
             "`cluster.device` is cuda, but the reward server sees no GPU. Set it to cpu or auto, or give it a GPU."
         )
     if not local:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(settings.cluster.threads or max(1, cores // settings.reward.servers))
+        torch.set_num_threads(settings.cluster.threads or own_share(os.environ, settings.reward.servers))
     return device

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime
+from rlhf.cluster.devices import threads_env
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.data.assets import resolve
@@ -241,7 +242,8 @@ class RewardPool:
 
 
 def _launch(runtime: Runtime, settings: Settings, index: int, service: bool) -> Handle:
-    return runtime.start(f"reward-{index}", RewardServer, settings, index, runtime.local, service, secrets())
+    env = {} if runtime.local else threads_env(settings.cluster, settings.reward.servers)
+    return runtime.start(f"reward-{index}", RewardServer, settings, index, runtime.local, service, secrets(), env=env)
 
 
 async def _ready(handle: Handle, settings: Settings) -> ServerInfo:

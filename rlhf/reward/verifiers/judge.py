@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf.cluster.devices import own_share
 from rlhf.config import Settings
 from rlhf.reward.verifiers.verifier import make_verifier
 from rlhf.reward.verifiers.workers import WorkerPool
@@ -29,8 +30,7 @@ class VerifierJudge:
         Raises:
             RewardError: it cannot work on this machine.
         """
-        share = len(os.sched_getaffinity(0)) // settings.reward.servers
-        workers = await WorkerPool.start(name, min(max(1, share), MOST_WORKERS))
+        workers = await WorkerPool.start(name, min(own_share(os.environ, settings.reward.servers), MOST_WORKERS))
         return cls(workers, make_verifier(name).time_limit_s)
 
     async def judge(self, prompt: Prompt, items: Sequence[tuple[str, ...]], deadline_s: float) -> list[Any]:
