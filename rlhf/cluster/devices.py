@@ -79,7 +79,12 @@ def claim_threads(environ: MutableMapping[str, str]) -> None:
 
 def compute_env(settings: ClusterSettings, actors: int) -> dict[str, str]:
     """Environment of an actor that trains or generates: its CPU threads (see `threads_env`), and how it handles memory on a CPU."""
-    env = threads_env(settings, actors) | {"TOKENIZERS_PARALLELISM": "false"}
+    return threads_env(settings, actors) | memory_env(settings)
+
+
+def memory_env(settings: ClusterSettings) -> dict[str, str]:
+    """The part of it that is not about threads."""
+    env = {"TOKENIZERS_PARALLELISM": "false"}
     if not uses_gpu(settings):
         # Keep freed memory, in huge pages: a training step on CPU otherwise spends a fifth of its time in page faults.
         env["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in CPU_MALLOC.items())

@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections.abc import Container, Sequence
 
-from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, takes_turns, uses_gpu
+from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, takes_turns, uses_gpu, vllm_process
 from rlhf.config.settings import Settings
 from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
 from rlhf.rollout.router import Router
@@ -268,16 +268,7 @@ def engine_environment(settings: Settings, local: bool) -> dict[str, str]:
 
     In debug mode they go into the driver's own environment, so only those that concern vLLM alone are set.
     """
-    quiet = "ERROR" if local else "WARNING"  # in debug mode vLLM writes between the lines of a debugger
-    env = {
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", quiet),
-        "VLLM_NO_USAGE_STATS": "1",
-        # By default each engine pins its threads to the first cores, so that two engines would share one core.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    if local or settings.rollout.tensor_parallel_size == 1:
-        # On CPU vLLM would give an only worker a process of its own, and spin on a second core while that one computes.
-        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    env = vllm_process.environment(1 if local else settings.rollout.tensor_parallel_size, local)
     if local:
         return env
     env |= compute_env(settings.cluster, settings.rollout.engines)

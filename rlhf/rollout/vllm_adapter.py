@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlhf.cluster.devices import spans_nodes, takes_turns
-from rlhf.config.rollout import RolloutSettings
+from rlhf.cluster import vllm_process
+from rlhf.cluster.devices import takes_turns
 from rlhf.config.settings import Settings
 from rlhf.rollout.adapters import adapter_arguments, adapter_request
 from rlhf.rollout.sampling import MIXTURE_ARGUMENT, Sampling
@@ -115,7 +115,7 @@ def engine_arguments(
         "dtype": _DTYPES[dtype],
         "max_model_len": settings.data.max_prompt_tokens + rollout.max_tokens,
         "tensor_parallel_size": rollout.tensor_parallel_size,
-        "distributed_executor_backend": _executor(rollout),
+        "distributed_executor_backend": vllm_process.executor(rollout.tensor_parallel_size),
         "max_num_seqs": rollout.max_num_seqs,
         "enforce_eager": rollout.enforce_eager or not gpu,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
@@ -142,14 +142,6 @@ def engine_arguments(
         with torch_as_it_was():
             arguments["logits_processors"] = [processor_name(arguments)]
     return arguments
-
-
-def _executor(rollout: RolloutSettings) -> str | None:
-    """Who runs the workers of an engine with several devices. Inside a placement group vLLM would choose Ray by itself, which
-    is only for engines that span nodes (designed, not yet run on a GPU)."""
-    if rollout.tensor_parallel_size == 1:
-        return None
-    return "ray" if spans_nodes() else "mp"
 
 
 def start_engine(arguments: dict[str, Any], in_process: bool, stops: Sequence[int] = ()) -> VllmEngine:

@@ -24,11 +24,13 @@ from starlette.routing import Route
 from rlhf.cluster import LocalRuntime
 from rlhf.config.reward import SourceSettings
 from rlhf.reward.errors import RewardError
-from rlhf.reward.judges import asking, llm_judge_endpoint
+from rlhf.reward.judges import asking, llm_judge_endpoint, llm_judge_engine
 from rlhf.reward.judges.llm_judge import PLACES, QUESTION, LlmJudge, Question, check_llm_judge, make_llm_judge
 from rlhf.reward.judges.llm_judge_endpoint import Endpoint, read_choice
 from rlhf.reward.judges.llm_judge_engine import Reader, open_model
 from rlhf.reward.serving.pool import RewardPool
+from rlhf.rollout.pool import engine_environment
+from rlhf.rollout.vllm_adapter import engine_arguments
 from rlhf.types import Failed, Feedback, Prompt, Score, TimedOut
 from tests.reward.services import service
 
@@ -58,6 +60,22 @@ def test_the_answers_are_the_tokens_of_the_letters(tiny_model) -> None:
     assert opened.answers == (opened.reader.tokens("A")[0], opened.reader.tokens("B")[0])
     assert opened.reader.text("A or B?") == "<|user|>A or B?<|end|><|assistant|>"
     assert opened.question_tokens == len("A or B?") + 3
+
+
+@pytest.mark.parametrize(("gpus", "devices"), [(0.0, 1), (0.5, 1), (1.0, 1), (2.0, 2)])
+def test_its_engine_is_run_as_the_rollouts_are(tiny_model, tiny_settings, gpus: float, devices: int) -> None:
+    """With two devices in a placement group vLLM would choose Ray by itself, and then refuse the bundle."""
+    settings = tiny_settings(reward={"gpus": gpus}, rollout={"tensor_parallel_size": devices})
+    opened = open_model(str(tiny_model), "A or B?")
+    judge = llm_judge_engine._arguments(settings, opened, 64, cpu=False)
+    engine = engine_arguments(settings, str(tiny_model), "nccl", gpu=True, local=False)
+    for name in ("tensor_parallel_size", "distributed_executor_backend"):
+        assert judge[name] == engine[name]
+    assert judge["distributed_executor_backend"] == ("mp" if devices == 2 else None)
+    shared = engine_environment(settings, local=False).keys() - {"HF_HUB_OFFLINE"}
+    assert {name for name in llm_judge_engine._variables(settings, local=False) if name.startswith("VLLM")} == {
+        name for name in shared if name.startswith("VLLM")
+    }
 
 
 def test_letters_that_are_no_tokens_are_refused(tiny_model) -> None:

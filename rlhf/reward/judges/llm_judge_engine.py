@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.cluster.devices import compute_env
+from rlhf.cluster import vllm_process
+from rlhf.cluster.devices import memory_env, own_share
 from rlhf.config import Settings
 from rlhf.data.assets import resolve
 from rlhf.data.rendering import encode, render
@@ -205,7 +206,8 @@ def _arguments(settings: Settings, opened: Opened, longest: int, cpu: bool) -> d
         "max_num_seqs": reward.batch_size,
         "max_num_batched_tokens": batch,
         "enforce_eager": cpu,
-        "tensor_parallel_size": max(1, int(reward.gpus)),
+        "tensor_parallel_size": _devices(settings),
+        "distributed_executor_backend": vllm_process.executor(_devices(settings)),
         "gpu_memory_utilization": 0.9 * min(1.0, reward.gpus or 1.0),
         "kv_cache_memory_bytes": _cache_bytes(opened.config.get_text_config(), 2 * batch) if cpu else None,
         "logprobs_mode": "processed_logprobs",
@@ -228,15 +230,15 @@ def _cache_bytes(config: Any, tokens: int) -> int:
 
 def _variables(settings: Settings, local: bool) -> dict[str, str]:
     """What the engine's processes need in their environment. In debug mode the driver's threads are left alone."""
-    variables = {
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR" if local else "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    if settings.reward.gpus < 2:
-        # On CPU vLLM would give an only worker a process of its own, and spin on a second core while that one computes.
-        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return variables | ({} if local else compute_env(settings.cluster, settings.reward.servers))
+    variables = vllm_process.environment(_devices(settings), local)
+    if local:
+        return variables
+    threads = settings.cluster.threads or own_share(os.environ, settings.reward.servers)
+    return variables | memory_env(settings.cluster) | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _devices(settings: Settings) -> int:
+    return max(1, int(settings.reward.gpus))
 
 
 @contextmanager
