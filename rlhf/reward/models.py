@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from rlhf.cluster.precision import look
 from rlhf.reward.errors import RewardError
 from rlhf.reward.modules import Classifier, EncoderWithHead, Pooling, start_head
 
@@ -102,6 +103,12 @@ class RewardModel:
     def __init__(self, module: torch.nn.Module, tokenizer, description: Description, device: str = "cpu"):
         tokenizer.padding_side = "right"
         self.module, self.tokenizer, self.description, self.device = module.to(device), tokenizer, description, device
+        self._stored: dict[str, torch.dtype] = {}  # of weights that have been widened
+
+    def compute_in_fp32(self) -> None:
+        """Widen weights of half precision, for a CPU that only emulates it. They keep their values, and `fingerprint` its answer."""
+        self._stored = {name: tensor.dtype for name, tensor in self.module.state_dict().items()}
+        self.module.float()
 
     def read(self, what: Input) -> None:
         """Choose what a classifier from elsewhere reads."""
@@ -174,7 +181,8 @@ class RewardModel:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            tensor = tensor.detach().to(self._stored.get(name, tensor.dtype))
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
@@ -236,7 +244,10 @@ def load_any_model(path: str, device: str = "cpu") -> RewardModel:
         log_odds = _log_odds(folder, config, description.task)
         classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", config=config)
         module = Classifier(classifier, log_odds)
-    return RewardModel(module.requires_grad_(False).eval(), tokenizer, description, device)
+    model = RewardModel(module.requires_grad_(False).eval(), tokenizer, description, device)
+    if device == "cpu" and not look(gpu=False).native:
+        model.compute_in_fp32()
+    return model
 
 
 def _log_odds(folder: Path, config, task: Task) -> bool:

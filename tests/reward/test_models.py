@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf.cluster.precision import Bf16
 from rlhf.reward.errors import RewardError
 from rlhf.reward.models import (
     COMPARISON,
@@ -57,6 +58,23 @@ def test_a_fine_tuned_reward_is_a_sequence_classifier(base, rated, tmp_path, req
     examples = ["aaab", "ababababbbba", "b"]
     rewards = load_model(str(tmp_path / "model")).score([Example("", text) for text in examples])
     assert rewards == pytest.approx([logits(tmp_path / "model", text)[0] for text in examples], abs=1e-5)
+
+
+def test_half_precision_that_a_cpu_emulates_is_widened(classifier: Path, tmp_path: Path, monkeypatch) -> None:
+    """The judge stays the same one: whoever compares fingerprints may sit on another processor."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    loaded = []
+    for native in (True, False):
+        monkeypatch.setattr("rlhf.reward.models.look", lambda gpu, native=native: Bf16(native, "as told"))
+        loaded.append(load_any_model(str(tmp_path)))
+    kept, widened = ({p.dtype for p in model.module.parameters()} for model in loaded)
+    assert (kept, widened) == ({torch.bfloat16}, {torch.float32})
+    assert loaded[0].fingerprint() == loaded[1].fingerprint()
+    texts = [Example("", "aaab"), Example("", "b")]
+    assert loaded[0].score(texts) == pytest.approx(loaded[1].score(texts), abs=0.02)
 
 
 def test_an_architecture_without_a_classifier_gets_a_head(tiny_model, monkeypatch):

@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf.cluster import vllm_process
 from rlhf.cluster.devices import memory_env, own_share
+from rlhf.cluster.precision import look
 from rlhf.config import Settings
 from rlhf.data.assets import resolve
 from rlhf.data.rendering import encode, render
@@ -196,12 +197,13 @@ def _longest(settings: Settings, opened: Opened) -> int:
 
 def _arguments(settings: Settings, opened: Opened, longest: int, cpu: bool) -> dict[str, Any]:
     reward = settings.reward
-    usual = BATCH_TOKENS_CPU if cpu else BATCH_TOKENS_GPU
+    text, usual = opened.config.get_text_config(), BATCH_TOKENS_CPU if cpu else BATCH_TOKENS_GPU
+    # In the checkpoint's own precision, unless the CPU only emulates it; vLLM's `auto` would round one in fp32.
+    fp32 = _in_fp32(text) or (cpu and not look(gpu=False).native)
     batch = max(reward.batch_tokens or usual, longest)
     return {
         "model": opened.folder,
-        # In the checkpoint's own precision; vLLM's `auto` would round one in fp32.
-        "dtype": "float32" if _in_fp32(opened.config.get_text_config()) else "auto",
+        "dtype": "float32" if fp32 else "auto",
         "max_model_len": longest,
         "max_num_seqs": reward.batch_size,
         "max_num_batched_tokens": batch,
@@ -209,7 +211,7 @@ def _arguments(settings: Settings, opened: Opened, longest: int, cpu: bool) -> d
         "tensor_parallel_size": _devices(settings),
         "distributed_executor_backend": vllm_process.executor(_devices(settings)),
         "gpu_memory_utilization": 0.9 * min(1.0, reward.gpus or 1.0),
-        "kv_cache_memory_bytes": _cache_bytes(opened.config.get_text_config(), 2 * batch) if cpu else None,
+        "kv_cache_memory_bytes": _cache_bytes(text, 2 * batch, 4 if fp32 else 2) if cpu else None,
         "logprobs_mode": "processed_logprobs",
         "seed": 0,
         "disable_log_stats": True,
@@ -220,11 +222,10 @@ def _in_fp32(config: Any) -> bool:
     return str(config.dtype).removeprefix("torch.") == "float32"
 
 
-def _cache_bytes(config: Any, tokens: int) -> int:
-    """Keys and values of so many tokens, in the precision of the weights."""
+def _cache_bytes(config: Any, tokens: int, size: int) -> int:
+    """Keys and values of so many tokens, in numbers of `size` bytes."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 4 if _in_fp32(config) else 2
     return 2 * config.num_hidden_layers * heads * width * size * tokens
 
 
