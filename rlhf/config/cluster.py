@@ -44,8 +44,8 @@ class ClusterSettings(Section):
     threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads of each actor that computes. None: the machine's cores, since the roles of a "
-        "synchronous loop take turns, divided by the actors of the same role.",
+        description="CPU threads of each actor that computes. None: the cores of its node, since the roles of a synchronous loop take turns, "
+        "divided by the actors of the same role there.",
     )
     placement_deadline_s: float = Field(
         60.0,
