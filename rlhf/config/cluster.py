@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rlhf.config.base import Section
 
+Seconds = Annotated[float, Field(gt=0)]
 Role = Literal["policy", "rollout", "reward"]
 
 
@@ -44,18 +45,18 @@ class ClusterSettings(Section):
     threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads of each actor that computes. None: the cores of its node, since the roles of a synchronous loop take turns, "
-        "divided by the actors of the same role there.",
+        description="CPU threads of each actor that computes. None: the cores of its node, since the roles of a synchronous loop take "
+        "turns, divided by the actors of the same role there.",
     )
     placement_deadline_s: float = Field(
         60.0,
         gt=0,
         description="Longest wait for CPUs and GPUs that the cluster has but others still hold, in seconds.",
     )
-    startup_deadline_s: float = Field(
-        600.0,
-        gt=0,
-        description="Longest wait for an actor to load its model, in seconds.",
+    startup_deadline_s: Seconds | Literal["auto"] = Field(
+        "auto",
+        description="Longest wait for an actor to start and load its model, in seconds. auto: 600, and 10 for each GB of weight files of "
+        "the largest model that a role loads, and as much again for what must be fetched from a hub first: 2,010 s at 70B.",
     )
     learn_deadline_s: float = Field(3600.0, gt=0, description="Longest wait for one learning step, in seconds.")
     publish_deadline_s: float = Field(600.0, gt=0, description="Longest wait for a weight transfer, in seconds.")

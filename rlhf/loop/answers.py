@@ -19,6 +19,7 @@ from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
 from rlhf.data.assets import resolve
+from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
 from rlhf.data.rendering import renderer
 from rlhf.loop.evaluation import evaluation_sampling, held_out
@@ -152,7 +153,7 @@ def response_row(prompt: Prompt, completion: Completion, tokenizer: Any) -> dict
 async def _answer(question: Question, sampling: Sampling, out: str | None) -> None:
     runtime = LocalRuntime()
     try:
-        settings, _ = settle(question.settings, runtime)
+        settings, _ = settle(with_startup_deadline(question.settings), runtime)
         pool = await RolloutPool.start(runtime, settings)
 
         async def answer(prompt: Prompt) -> list[dict[str, Any]]:
@@ -246,6 +247,7 @@ async def _judged_answers(settings: Settings, model: str, prompts: Sequence[Prom
 @asynccontextmanager
 async def engines_and_judges(settings: Settings) -> AsyncIterator[tuple[RolloutPool, RewardPool]]:
     """The rollout engines and the reward servers of these settings without a policy to train, as Ray actors; taken down after."""
+    settings = with_startup_deadline(settings)
     runtime = RayRuntime(settings.cluster, settings.rollout.engines + settings.reward.servers)
     try:
         runtime.reserve(wishes(settings, policy=False))

@@ -17,6 +17,7 @@ from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
+from rlhf.data.loading_time import with_startup_deadline
 from rlhf.loop.answers import Question, response_row, write_rows
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
@@ -81,7 +82,7 @@ async def _choose(
     """Write the rows to keep. Returns how many, and the number of prompts without any reward."""
     runtime, unjudged = LocalRuntime(), 0
     try:
-        settings, _ = settle(settings, runtime)
+        settings, _ = settle(with_startup_deadline(settings), runtime)
         pool = await RolloutPool.start(runtime, settings)
         rewards = await RewardPool.start(runtime, settings)
 

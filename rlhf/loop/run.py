@@ -17,6 +17,7 @@ from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
 from rlhf.data.assets import resolve
 from rlhf.data.ledger import Ledger
+from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.loop.clock import Clock
 from rlhf.loop.evaluation import (
@@ -60,6 +61,7 @@ class Training:
     """One run, from its files to its files."""
 
     def __init__(self, settings: Settings, debug: bool, resume: bool, full_length: bool = False):
+        settings = with_startup_deadline(settings)
         self.settings, self.debug, self.resume, self.full_length = settings, debug, resume, full_length
         self.algorithm = make(settings)
         self.tokenizer = load_tokenizer(resolve(settings.policy.model))

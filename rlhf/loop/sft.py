@@ -12,6 +12,7 @@ from rlhf.config.sft import SftSettings
 from rlhf.config.sft_checks import check_warm_up
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import read_examples
+from rlhf.data.loading_time import with_startup_deadline
 from rlhf.tracking.console import SupervisedConsole
 from rlhf.tracking.record import Record, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
@@ -40,6 +41,7 @@ class Tuning:
     """One run, from its files to its files."""
 
     def __init__(self, settings: SftSettings, debug: bool, resume: bool):
+        settings = with_startup_deadline(settings)
         self.settings, self.debug, self.resume = settings, debug, resume
         self.examples, self.held_out = read_examples(settings.policy.model, settings.data)
         for field, read in (("examples", self.examples), ("eval_examples", self.held_out)):

@@ -21,6 +21,7 @@ from rlhf.config.algorithm import METHODS
 from rlhf.config.checks import largest_assignment, optimizer_steps
 from rlhf.config.method_checks import used_responses
 from rlhf.config.settings import single_process
+from rlhf.data.loading_time import with_startup_deadline
 from rlhf.preflight.estimate import Cluster, estimate
 from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
@@ -174,6 +175,8 @@ def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool, choice:
     cluster = "a Ray cluster started for this run" if settings.cluster.address is None else settings.cluster.address
     actors = rollout.engines + policy.ranks + reward.servers
     yield f"cluster: {cluster}; {actors} actors; this machine has {os.cpu_count()} cores"
+    deadline = with_startup_deadline(settings).cluster.startup_deadline_s
+    yield f"an actor that has not loaded its model after {deadline:,.0f} s ends the run (`cluster.startup_deadline_s`)"
 
 
 def dtype_line(choice: Choice, rate: float, address: str | None) -> str:

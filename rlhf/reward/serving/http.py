@@ -31,6 +31,7 @@ from rlhf import __version__
 from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, wishes
 from rlhf.config import Settings, UserError
 from rlhf.config.settings import single_process
+from rlhf.data.loading_time import with_startup_deadline
 from rlhf.reward.errors import Busy, NoServerLeft
 from rlhf.reward.judges.wire import TOKEN, feedback_to_json
 from rlhf.reward.serving.pool import RewardPool
@@ -173,7 +174,7 @@ def serve(settings: Settings, host: str, port: int, local: bool) -> None:
         print(f"{TOKEN} is not set; the token of this service is {token}", flush=True)
     elif not token.isascii() or token != token.strip():
         raise UserError(f"{TOKEN}: a token travels in a header, so it is of ASCII characters without spaces around it")
-    settings = single_process(settings) if local else settings
+    settings = with_startup_deadline(single_process(settings) if local else settings)
     listener = _listen(host, port)
     runtime = LocalRuntime() if local else RayRuntime(settings.cluster, settings.reward.servers)
     try:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, Wishes, uses_gpu
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.policy import PolicySettings
+from rlhf.data.loading_time import Weights, startup_deadline_s
 from rlhf.reward.errors import RewardError
 from rlhf.reward.models import RewardModel
 from rlhf.reward.modules import EncoderWithHead, parts
@@ -223,13 +224,14 @@ async def _fine_tune(
     saving = Saving(Checkpoints(str(folder), keep=1), group.checkpoint_every, group.resume, identity)
     model.module.to("cpu")
     learner = FineTuning(copy.copy(model), objective, settings)
-    runtime = _runtime(group)
+    cluster = _cluster(group, model)
+    runtime = _runtime(group, cluster)
     if runtime.local:  # an actor gets a copy in any case
         learner = copy.deepcopy(learner)
     try:
-        runtime.reserve(Wishes(gpu=uses_gpu(_cluster(group)), ranks=group.ranks, engines=0, servers=0))
+        runtime.reserve(Wishes(gpu=uses_gpu(cluster), ranks=group.ranks, engines=0, servers=0))
         team = await SupervisedGroup.start(
-            runtime, learner, _policy(settings, course.updates), _cluster(group), settings.seed, course.updates
+            runtime, learner, _policy(settings, course.updates), cluster, settings.seed, course.updates
         )
         await train(team, course, journal, saving, measured, group.eval_every)
         await team.export(str(folder.absolute()))
@@ -241,12 +243,16 @@ async def _fine_tune(
     return journal.final_loss()
 
 
-def _runtime(group: Group) -> Runtime:
-    return LocalRuntime() if group.ranks == 1 else RayRuntime(_cluster(group), group.ranks)
+def _runtime(group: Group, cluster: ClusterSettings) -> Runtime:
+    return LocalRuntime() if group.ranks == 1 else RayRuntime(cluster, group.ranks)
 
 
-def _cluster(group: Group) -> ClusterSettings:
-    return ClusterSettings(address=group.address, device=group.device, threads=group.threads)
+def _cluster(group: Group, model: RewardModel) -> ClusterSettings:
+    size = Weights(sum(parameter.nbytes for parameter in model.module.parameters()))
+    deadline = startup_deadline_s([size])
+    return ClusterSettings(
+        address=group.address, device=group.device, threads=group.threads, startup_deadline_s=deadline
+    )
 
 
 def _policy(settings: FullSettings, updates: int) -> PolicySettings:
