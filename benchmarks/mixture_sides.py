@@ -26,6 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def in_vllm(args: argparse.Namespace, prompts: list[list[int]], mixes: bool) -> Callable[[], None]:
     """Our engine's own arguments, model and logits processor, under vLLM's offline interface, which can ignore the end of
     a sequence. Log-probs are returned, as training needs them."""
+    from rlhf.cluster.devices import claim_threads
     from rlhf.rollout.pool import engine_environment
     from rlhf.rollout.sampling import MIXTURE_ARGUMENT
     from rlhf.rollout.vllm_adapter import engine_arguments
@@ -37,9 +38,8 @@ def in_vllm(args: argparse.Namespace, prompts: list[list[int]], mixes: bool) -> 
         rollout={"max_tokens": args.tokens, "cpu_kv_cache_gb": 2},
         reward={"kind": "function", "path": "workload:reward"},
     )
-    os.environ |= engine_environment(
-        settings, local=False
-    )  # all cores, as in the pool; by default vLLM leaves one to others
+    os.environ |= engine_environment(settings, local=False)
+    claim_threads(os.environ)  # all cores, as in the pool; by default vLLM leaves one to others
     from vllm import LLM, SamplingParams
 
     register()
