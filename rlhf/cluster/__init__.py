@@ -6,7 +6,7 @@ results that the caller does not want to hold.
 Does not know: what any actor does. Rule: every remote wait has a deadline and says who waited for whom.
 """
 
-from rlhf.cluster.devices import compute_env, shared_engines, takes_turns, uses_gpu
+from rlhf.cluster.devices import compute_env, shared_engines, shared_rewards, takes_turns, uses_gpu
 from rlhf.cluster.handles import ActorDied, DeadlineExpired, Handle, LocalHandle, LocalRef, RayHandle, fetch, together
 from rlhf.cluster.placement import CannotPlace, Placement, Seat, place
 from rlhf.cluster.runtime import LocalRuntime, RayRuntime, Runtime
@@ -31,6 +31,7 @@ __all__ = [
     "fetch",
     "place",
     "shared_engines",
+    "shared_rewards",
     "takes_turns",
     "together",
     "uses_gpu",

@@ -38,6 +38,22 @@ def shared_engines(settings: Settings, debug: bool) -> frozenset[int]:
     return frozenset(range(settings.cluster.colocated_engines or 0))
 
 
+def shared_rewards(settings: Settings, debug: bool) -> bool:
+    """Whether the reward servers' models lie on GPUs of policy ranks, in turns with them: where engines do, unless `reward.gpus` gives
+    them their own. An LLM judge's engine never shares.
+
+    Args:
+        debug: all roles in one process, on one GPU.
+    """
+    colocated = settings.cluster.placement == "colocated" and settings.reward.gpus == 0
+    return loads_reward_model(settings) and uses_gpu(settings.cluster) and (debug or colocated)
+
+
+def loads_reward_model(settings: Settings) -> bool:
+    """Whether reward servers load a model themselves, other than an LLM judge's engine."""
+    return any(source.model is not None and source.kind != "llm_judge" for _, source in settings.reward.sources())
+
+
 def takes_turns(settings: Settings, debug: bool) -> bool:
     """Whether some engines must sleep while the policy works."""
     return bool(shared_engines(settings, debug))

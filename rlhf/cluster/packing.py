@@ -106,6 +106,8 @@ class _Search:
                 for engines in _down(own_most if wishes.allowed("rollout", node) else 0):
                     free = gpus - engines * self._size
                     servers = min(left.servers, cpus - engines, servers_on(free, wishes.server_gpus, left.servers))
+                    if wishes.shared_servers:
+                        servers = min(servers, ranks)
                     yield Load(ranks, shared, engines, servers if wishes.allowed("reward", node) else 0)
 
     def _rank_counts(self, node: Node, left: int, policy_nodes: int) -> Iterator[int]:

@@ -4,7 +4,7 @@ Pure: knows wishes and nodes, not Ray (that is `reservation`), and gives the sam
 - An engine lies within one node, unless it fits nowhere and `rollout.straddle_nodes` allows more.
 - An engine that shares the policy's GPUs sits on as many ranks of one node as it has devices.
 - The policy takes as few nodes as possible, or `cluster.policy_nodes`, evenly. Its ranks are numbered node by node.
-- Reward servers fill what is left, several on a GPU where they want fractions.
+- Reward servers fill what is left, several on a GPU where they want fractions; or each sits on the GPU of a rank.
 """
 
 from __future__ import annotations
@@ -96,9 +96,18 @@ def _seats(wishes: Wishes, loads: Sequence[tuple[Node, Load]], spanning: bool) -
         seats[f"policy[{rank}]"] = Seat(node, rank_gpus, needs=needs("policy"))
     for engine, seat in enumerate(_engines(wishes, loads, spanning)):
         seats[f"rollout-{engine}"] = seat
-    for server, node in enumerate(node for node, load in loads for _ in range(load.servers)):
-        seats[f"reward-{server}"] = Seat(node, wishes.server_gpus, needs=needs("reward"))
+    for server, (node, rank) in enumerate(_server_places(loads)):
+        shares = (rank,) if wishes.shared_servers else ()
+        seats[f"reward-{server}"] = Seat(node, wishes.server_gpus, shares, needs=needs("reward"))
     return seats
+
+
+def _server_places(loads: Sequence[tuple[Node, Load]]) -> Iterator[tuple[Node, int]]:
+    """Of each reward server its node, and the rank there whose GPU it would share."""
+    first = 0  # of the node's ranks
+    for node, load in loads:
+        yield from ((node, first + server) for server in range(load.servers))
+        first += load.ranks
 
 
 def _engines(wishes: Wishes, loads: Sequence[tuple[Node, Load]], spanning: bool) -> Iterator[Seat]:

@@ -31,6 +31,13 @@ def _reasons(wishes: Wishes, nodes: Sequence[Node]) -> Iterator[str]:
     yield from _engines(wishes, allowed["rollout"], allowed["policy"])
     yield from _policy(wishes, allowed["policy"])
     yield from _sums(wishes, nodes)
+    if wishes.shared_servers:
+        both = {node for node in allowed["reward"] if node in allowed["policy"]}
+        if not both:
+            yield (
+                "`cluster.node_resources`: reward models share the policy's GPUs, and no node may hold both. Remove an entry, or give "
+                "the reward servers GPUs of their own (`reward.gpus`)"
+            )
     for role, count in (("policy", wishes.ranks), ("rollout", wishes.engines), ("reward", wishes.servers)):
         sizes = {"policy": 1, "rollout": wishes.devices, "reward": wishes.server_gpus}[role]
         yield from _alone(wishes, role, count, sizes, allowed[role])
@@ -115,6 +122,7 @@ def _wanted(wishes: Wishes) -> str:
     spread = f" evenly on {wishes.policy_nodes} nodes" if wishes.policy_nodes else ""
     shared = f", {wishes.shared} of them on the policy's" if wishes.shared else ""
     servers = f" with {wishes.server_gpus:g} GPUs each" if wishes.server_gpus else ""
+    servers += ", each on the GPU of another policy rank" if wishes.shared_servers else ""
     return (
         f"{wishes.ranks} policy ranks{spread}, {wishes.engines} engines of {wishes.devices} {sort}(s) in one node{shared}, "
         f"{wishes.servers} reward servers{servers}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rlhf.cluster.devices import shared_engines, uses_gpu
+from rlhf.cluster.devices import shared_engines, shared_rewards, uses_gpu
 from rlhf.config.cluster import Role
 from rlhf.config.settings import Settings
 
@@ -40,6 +40,7 @@ class Wishes:
         devices: of each engine.
         straddle: an engine may span nodes.
         server_gpus: of each reward server: a fraction, or a whole number.
+        shared_servers: each reward server uses the GPU of a policy rank, another one's each.
         needs: role -> the custom resource that a node must offer for it.
     """
 
@@ -52,6 +53,7 @@ class Wishes:
     devices: int = 1
     straddle: bool = False
     server_gpus: float = 0.0
+    shared_servers: bool = False
     needs: Mapping[Role, str] = field(default_factory=dict)
 
     def allowed(self, role: Role, node: Node) -> bool:
@@ -77,5 +79,6 @@ def wishes(settings: Settings, policy: bool = True) -> Wishes:
         devices=rollout.tensor_parallel_size if gpu else 1,
         straddle=rollout.straddle_nodes and gpu,
         server_gpus=reward.gpus if gpu else 0.0,
+        shared_servers=policy and shared_rewards(settings, debug=False),
         needs=cluster.node_resources,
     )

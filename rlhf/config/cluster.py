@@ -24,7 +24,8 @@ class ClusterSettings(Section):
     )
     placement: Literal["disaggregated", "colocated", "mixed"] = Field(
         "disaggregated",
-        description="Whose GPUs the engines use. disaggregated: their own; colocated: those of policy ranks, in turns with them; "
+        description="Whose GPUs the engines use. disaggregated: their own; colocated: those of policy ranks, in turns with them (and so do "
+        "reward models, unless `reward.gpus` gives them their own); "
         "mixed: `colocated_engines` of them share with the policy, the others have their own. On CPUs all roles share the cores.",
     )
     colocated_engines: int | None = Field(

@@ -122,7 +122,9 @@ class RewardSettings(SourceSettings):
     gpus: float = Field(
         0.0,
         ge=0,
-        description="GPUs that each server reserves; a fraction shares one GPU between servers. 0: servers judge on CPUs.",
+        description="GPUs that each server reserves; a fraction shares one GPU between servers. 0: servers judge on CPUs; but with "
+        "`cluster.placement: colocated` a model uses the GPU of a policy rank, in turns with it, and lies in host memory while the policy "
+        "learns.",
     )
     batch_size: int = Field(32, ge=1, description="Most responses a server judges in one batch.")
     batch_tokens: int | None = Field(

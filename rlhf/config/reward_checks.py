@@ -110,11 +110,20 @@ def _servers(settings: Settings) -> Iterator[str]:
     if settings.cluster.device == "cpu" and changed(reward, "gpus"):
         yield "`reward.gpus` is unused with `cluster.device: cpu`. Remove it"
     loads_model = any(source.model is not None for _, source in reward.sources())
-    if settings.cluster.device == "cuda" and loads_model and reward.gpus == 0:
+    shares = settings.cluster.placement == "colocated" and "llm_judge" not in kinds
+    if settings.cluster.device == "cuda" and loads_model and reward.gpus == 0 and not shares:
+        instead = "" if "llm_judge" in kinds else ", or `cluster.placement: colocated` to take turns with the policy"
         yield (
             "`reward.gpus`: with `cluster.device: cuda` a reward model runs on a GPU, and its servers reserve none. Set "
-            "`reward.gpus: 1` (or a fraction, for several servers on one), or `cluster.device: auto` to judge on CPUs"
+            f"`reward.gpus: 1` (or a fraction, for several servers on one){instead}, or `cluster.device: auto` to judge on CPUs"
         )
+    if settings.cluster.device != "cpu" and loads_model and reward.gpus == 0 and shares:
+        if reward.servers > settings.policy.ranks:
+            yield (
+                f"`reward.servers`: with `cluster.placement: colocated` each reward server shares the GPU of another policy rank, so "
+                f"{reward.servers} servers need as many ranks, and `policy.ranks` is {settings.policy.ranks}. Lower it, or give the "
+                "servers GPUs of their own (`reward.gpus`)"
+            )
     if not loads_model:
         yield from _unused(
             reward, "reward", "batch_size", "batch_tokens", "max_wait_ms", instead="it is about the batches of a model"

@@ -41,7 +41,7 @@ class Roles:
 
     Attributes:
         turns: policy and engines share devices. Then the engines sleep while the policy works, and the policy's optimizer
-            states and frozen models rest in host memory otherwise.
+            states and frozen models are offloaded otherwise; reward models that share them are offloaded as the engines sleep.
     """
 
     policy: PolicyGroup
@@ -152,12 +152,12 @@ class OnlineLoop:
             publish: give the engines back what they lost in sleep; the caller publishes something newer otherwise.
         """
         if self.roles.turns:
-            await self.roles.rollouts.sleep()
+            await together(self.roles.rollouts.sleep(), self.roles.rewards.offload())
             await self.roles.policy.wake()
         yield
         if self.roles.turns:
             await self.roles.policy.rest()
-            await self.roles.rollouts.wake()
+            await together(self.roles.rollouts.wake(), self.roles.rewards.reload())
         if publish and self._weights_lost():
             await self.publish(self._version)
             if self.algorithm.mixes:

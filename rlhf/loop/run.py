@@ -9,7 +9,17 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from rlhf.algorithms import Algorithm, make
-from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, Placement, RayRuntime, Runtime, takes_turns, wishes
+from rlhf.cluster import (
+    ActorDied,
+    DeadlineExpired,
+    LocalRuntime,
+    Placement,
+    RayRuntime,
+    Runtime,
+    shared_rewards,
+    takes_turns,
+    wishes,
+)
 from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.cluster import Role
@@ -196,10 +206,11 @@ async def started_roles(runtime: Runtime, settings: Settings, algorithm: Algorit
         policy_ready = asyncio.ensure_future(start(PolicyGroup.start(runtime, settings, algorithm, updates)))
         if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
             await (await policy_ready).rest()
+        rewards_ready = asyncio.ensure_future(start(RewardPool.start(runtime, settings)))
+        if shared_rewards(settings, runtime.local):  # and so must the reward models
+            await rewards_ready
         policy, rollouts, rewards = await asyncio.gather(
-            policy_ready,
-            start(RolloutPool.start(runtime, settings, algorithm.mixes)),
-            start(RewardPool.start(runtime, settings)),
+            policy_ready, start(RolloutPool.start(runtime, settings, algorithm.mixes)), rewards_ready
         )
         host, port = await policy.transfer_address()
         session = TransferSession(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf.algorithms import Algorithm, PolicyGradient
-from rlhf.cluster.devices import shared_engines
+from rlhf.cluster.devices import shared_engines, shared_rewards
 from rlhf.config import Settings
 from rlhf.config.checks import largest_assignment
 from rlhf.config.method_checks import used_responses
@@ -34,6 +34,8 @@ FRAGMENTATION = 0.08
 """Assumed: what torch's allocator holds beside the tensors themselves, as a share of them."""
 ENGINE_WORKING = 2 * GIB
 """Assumed: vLLM's activations and captured graphs, inside its share of the GPU."""
+JUDGE_WORKING = 2 * GIB
+"""Assumed: activations of a reward model, without gradients, at its largest batch."""
 ASLEEP = 0.5 * GIB
 """Assumed: what a sleeping engine keeps beside its context."""
 
@@ -56,6 +58,7 @@ class Estimate:
     """What a layout needs of each device and how long a step takes on it.
 
     Attributes:
+        judge: bytes of a reward server's models, where they share the rank's device in turns; else 0.
         learning: bytes of a policy rank's device at the peak, everything that shares it included.
         generating: bytes of an engine's device at the peak, everything that shares it included.
         cache: tokens that one engine's key-value cache holds.
@@ -65,6 +68,7 @@ class Estimate:
 
     policy: PolicyMemory
     engine: EngineMemory
+    judge: float
     learning: float
     generating: float
     cache: int
@@ -91,8 +95,14 @@ def work_of(settings: Settings, algorithm: Algorithm) -> Work:
     )
 
 
-def estimate(settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster: Cluster) -> Estimate:
-    """This layout on this cluster, whose GPUs it must not exceed (`propose.seats` knows)."""
+def estimate(
+    settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster: Cluster, judge: float = 0.0
+) -> Estimate:
+    """This layout on this cluster, whose GPUs it must not exceed (`propose.seats` knows).
+
+    Args:
+        judge: bytes of a reward server's models.
+    """
     gpu, rollout = cluster.gpu, settings.rollout
     need = policy_memory(
         shape,
@@ -104,15 +114,18 @@ def estimate(settings: Settings, shape: ModelShape, algorithm: Algorithm, cluste
     )
     engine = engine_memory(shape, rollout, settings.policy, algorithm.mixes)
     shared = bool(shared_engines(settings, debug=False))
-    learning = need.device * (1 + FRAGMENTATION) + CONTEXT + (CONTEXT + ASLEEP if shared else 0)
+    judging = shared_rewards(settings, debug=False)
+    judge = judge if judging else 0.0
+    learning = need.device * (1 + FRAGMENTATION) + CONTEXT + (CONTEXT + ASLEEP if shared else 0) + judging * CONTEXT
     reserved = rollout.gpu_memory_utilization * gpu.memory
     others = need.resting * (1 + FRAGMENTATION) + need.publishing + CONTEXT if shared else engine.arriving
     generating = reserved + others + CONTEXT
+    generating += judging * (judge * (1 + FRAGMENTATION) + JUDGE_WORKING + CONTEXT)
     cache = engine.room(reserved - engine.weights - ENGINE_WORKING)
     length = settings.data.max_prompt_tokens + rollout.max_tokens
     problems = tuple(_problems(settings, cluster, engine, learning, generating, cache // length))
-    time = _time(settings, shape, algorithm, cluster, engine, need, max(cache, length))
-    return Estimate(need, engine, learning, generating, cache, cache // length, time, problems)
+    time = _time(settings, shape, algorithm, cluster, engine, need, max(cache, length), judge)
+    return Estimate(need, engine, judge, learning, generating, cache, cache // length, time, problems)
 
 
 def _problems(
@@ -142,6 +155,7 @@ def _time(
     engine: EngineMemory,
     need: PolicyMemory,
     room: int,
+    judge: float,
 ) -> StepTime:
     rollout, policy, gpu, work = settings.rollout, settings.policy, cluster.gpu, work_of(settings, algorithm)
     size, sent = BYTES[policy.dtype if rollout.dtype == "policy" else rollout.dtype], BYTES[policy.dtype]
@@ -158,7 +172,7 @@ def _time(
     )
     shared = shared_engines(settings, debug=False)
     backend = choose_backend(settings, gpu=True, local=False)
-    moved = need.resident - min(need.resident, need.resting)
+    moved = need.resident - min(need.resident, need.resting) + judge
     return StepTime(
         generate=generate_s(shape, gpu, work, rollout.engines, devices, room, size, spans) if work.sampled else 0.0,
         learn=learn_s(shape, gpu, work, learners, sent),

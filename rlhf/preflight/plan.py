@@ -14,7 +14,7 @@ import torch
 
 from rlhf.algorithms import Algorithm, PolicyGradient, Source, catalogue, make
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule
-from rlhf.cluster.devices import shared_engines, uses_gpu
+from rlhf.cluster.devices import shared_engines, shared_rewards, uses_gpu
 from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
@@ -26,6 +26,7 @@ from rlhf.preflight.estimate import Cluster, estimate
 from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
 from rlhf.preflight.memory import GIB, engine_memory, policy_memory
+from rlhf.preflight.report import judge_bytes
 from rlhf.types import Prompt
 
 
@@ -165,7 +166,8 @@ def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool, choice:
     yield f"rollout: {rollout.engines} x vLLM engine{shards}, each a {where}, on {device}"
     kind = f"{policy.dtype}, ZeRO {policy.zero_stage}"
     yield f"policy: {policy.ranks} x DeepSpeed rank ({kind}), each a {where}, on {device}"
-    yield f"reward: {reward.servers} x server, each a {where}: {inputs.reward}"
+    shared = ", on the GPU of a policy rank in turns with it" if shared_rewards(settings, debug) else ""
+    yield f"reward: {reward.servers} x server, each a {where}{shared}: {inputs.reward}"
     yield dtype_line(choice, settings.policy.learning_rate, settings.cluster.address)
     if debug:
         yield "debug mode: the roles take turns on one device, by the same code path"
@@ -267,7 +269,7 @@ def _gpu_fit(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterat
         yield "whether it fits: `rlhf plan --gpu KIND` says so for the kinds of GPU that it knows"
         return
     cluster = Cluster(1, len(found), replace(kind, memory=float(min(one.total_memory for one in found))))
-    problems = estimate(settings, inputs.shape, algorithm, cluster).problems
+    problems = estimate(settings, inputs.shape, algorithm, cluster, judge_bytes(settings)).problems
     yield from (f"DOES NOT FIT: {problem}" for problem in problems)
     if not problems:
         yield "fits"

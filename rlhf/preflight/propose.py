@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.algorithms import Algorithm
+from rlhf.cluster.devices import loads_reward_model
 from rlhf.cluster.placement import CannotPlace, Placement, place
 from rlhf.cluster.wishes import Node, wishes
 from rlhf.config import Settings, UserError
@@ -68,16 +69,21 @@ class Proposal:
     seats: tuple[str, ...]
 
 
-def propose(settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster: Cluster) -> list[Proposal]:
+def propose(
+    settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster: Cluster, judge: float = 0.0
+) -> list[Proposal]:
     """The best disaggregated and the best colocated layout, as far as each fits, the quicker one first.
+
+    Args:
+        judge: bytes of a reward server's models.
 
     Raises:
         CannotFit: neither fits.
     """
     best: list[Proposal] = []
     nearest: list[Estimate] = []
-    for placement in ("disaggregated", "colocated"):
-        layouts = _layouts(settings, shape, algorithm, cluster, placement, nearest)
+    for placement in _placements(settings):
+        layouts = _layouts(settings, shape, algorithm, cluster, placement, nearest, judge)
         quickest_first = sorted(layouts, key=lambda found: found[1].time.total)
         placed = (_placed(settings, layout, made, cluster) for layout, made in quickest_first)
         best += itertools.islice(filter(None, placed), 1)
@@ -86,13 +92,23 @@ def propose(settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster
     return sorted(best, key=lambda proposal: proposal.estimate.time.total)
 
 
+Placed = Literal["disaggregated", "colocated"]
+
+
+def _placements(settings: Settings) -> tuple[Placed, ...]:
+    """Reward models that must run on GPUs and have none of their own have to share."""
+    on_gpus = settings.cluster.device == "cuda" and loads_reward_model(settings)
+    return ("colocated",) if on_gpus and settings.reward.gpus == 0 else ("disaggregated", "colocated")
+
+
 def _layouts(
     settings: Settings,
     shape: ModelShape,
     algorithm: Algorithm,
     cluster: Cluster,
-    placement: Literal["disaggregated", "colocated"],
+    placement: Placed,
     nearest: list[Estimate],
+    judge: float,
 ) -> Iterator[tuple[Settings, Estimate]]:
     """Layouts that fit, with their estimates. For each number of ranks the policy's best means are found once.
 
@@ -110,8 +126,8 @@ def _layouts(
             found = None
             for means in _means(settings):
                 layout = _with(base, cluster, ranks, engines, devices, means)
-                layout = _with_utilisation(layout, shape, algorithm, cluster)
-                made = estimate(layout, shape, algorithm, cluster)
+                layout = _with_utilisation(layout, shape, algorithm, cluster, judge)
+                made = estimate(layout, shape, algorithm, cluster, judge)
                 if made.problems:
                     nearest.append(made)
                 elif found is None or made.time.total < WORTH * found[1].time.total:
@@ -182,9 +198,11 @@ def _with(
     return settings.model_copy(update={"policy": policy, "rollout": settings.rollout.model_copy(update=layout)})
 
 
-def _with_utilisation(settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster: Cluster) -> Settings:
+def _with_utilisation(
+    settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster: Cluster, judge: float
+) -> Settings:
     """The largest share for vLLM, in steps, that leaves room for what else is on the GPU."""
-    made = estimate(settings, shape, algorithm, cluster)
+    made = estimate(settings, shape, algorithm, cluster, judge)
     taken = made.generating - settings.rollout.gpu_memory_utilization * cluster.gpu.memory
     share = math.floor((1 - taken / cluster.gpu.memory) / UTILISATION_STEP + 1e-9) * UTILISATION_STEP
     share = round(min(MOST_UTILISATION, max(UTILISATION_STEP, share)), 2)

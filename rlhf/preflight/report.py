@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.algorithms import Algorithm, make
+from rlhf.cluster.devices import loads_reward_model
 from rlhf.cluster.placement import CannotPlace
 from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config import Settings, UserError, load, yamls
 from rlhf.config.checks import largest_assignment, optimizer_steps
 from rlhf.data.assets import resolve
+from rlhf.data.loading_time import weights
 from rlhf.preflight.estimate import (
     ASLEEP,
     CONTEXT,
     ENGINE_WORKING,
     FRAGMENTATION,
+    JUDGE_WORKING,
     Cluster,
     Estimate,
     estimate,
@@ -98,6 +101,13 @@ def shape_of(model: str) -> ModelShape:
         ) from None
 
 
+def judge_bytes(settings: Settings) -> float:
+    """Of the weights that a reward server loads; 0 for what is not there to be looked at."""
+    if not loads_reward_model(settings):
+        return 0.0
+    return sum(weights(source.model).nbytes for _, source in settings.reward.sources() if source.model is not None)
+
+
 def make_plan(settings: Settings, cluster: Cluster | None, configured: bool) -> Plan:
     """Everything about one run.
 
@@ -112,7 +122,7 @@ def make_plan(settings: Settings, cluster: Cluster | None, configured: bool) -> 
     refusal = ""
     if cluster is not None:
         try:
-            proposals = propose(settings, shape, algorithm, cluster)
+            proposals = propose(settings, shape, algorithm, cluster, judge_bytes(settings))
         except CannotFit as error:
             refusal = str(error)
     shown = proposals[0].settings if proposals else settings
@@ -139,7 +149,7 @@ def _dtype(settings: Settings, cluster: Cluster | None) -> Choice:
 def _configured(settings: Settings, shape: ModelShape, algorithm: Algorithm, cluster: Cluster) -> Estimate:
     """The layout as it stands, on GPUs, wherever this is asked; that it has no place is one more problem."""
     on_gpus = settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"device": "cuda"})})
-    made = estimate(on_gpus, shape, algorithm, cluster)
+    made = estimate(on_gpus, shape, algorithm, cluster, judge_bytes(settings))
     try:
         seats(on_gpus, cluster)
     except CannotPlace as error:
@@ -220,6 +230,8 @@ def _layout(settings: Settings, made: Estimate) -> Iterator[str]:
         f"an engine's GPU: weights {_gb(made.engine.weights)} GB, cache for {made.cache:,} tokens = {made.sequences:,} sequences of "
         f"full length; at most {_gb(made.generating)} GB in use"
     )
+    if made.judge:
+        yield f"a reward server on a rank's GPU: weights {_gb(made.judge)} GB, in host memory while the policy learns"
     time = made.time
     turns = f" + {time.turns:,.1f} taking turns" if time.turns else ""
     yield (
@@ -268,7 +280,8 @@ def _assumed() -> Iterator[str]:
     )
     yield (
         f"each process takes {_gb(CONTEXT)} GB of its GPU for CUDA and NCCL; torch holds {FRAGMENTATION:.0%} more than its tensors; vLLM "
-        f"works in {_gb(ENGINE_WORKING)} GB; a sleeping engine keeps {_gb(ASLEEP)} GB"
+        f"works in {_gb(ENGINE_WORKING)} GB, a reward model that shares a GPU in {_gb(JUDGE_WORKING)}; a sleeping "
+        f"engine keeps {_gb(ASLEEP)} GB"
     )
 
 

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.cluster import CannotPlace, Node, Placement, Wishes, place, shared_engines, takes_turns, wishes
+from rlhf.cluster import (
+    CannotPlace,
+    Node,
+    Placement,
+    Wishes,
+    place,
+    shared_engines,
+    shared_rewards,
+    takes_turns,
+    wishes,
+)
 from rlhf.config import Settings
 
 
@@ -61,6 +71,19 @@ def test_engines_that_share_sit_on_ranks_of_their_node() -> None:
     assert [placed.seats[f"rollout-{i}"].shares for i in range(4)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert all(placed.seats[f"rollout-{i}"].gpus == 0 for i in range(4))
     assert where(placed)["rollout-2"] == where(placed)["policy[4]"] == "10.0.0.2"
+
+
+def test_reward_servers_sit_on_ranks_of_their_node() -> None:
+    asked = Wishes(gpu=True, ranks=4, engines=2, shared=2, servers=3, devices=2, policy_nodes=2, shared_servers=True)
+    placed = place(asked, nodes_of(2, 2))
+    assert [placed.seats[f"reward-{i}"].shares for i in range(3)] == [(0,), (1,), (2,)]
+    for i in range(3):
+        assert placed.seats[f"reward-{i}"].gpus == 0
+        assert where(placed)[f"reward-{i}"] == where(placed)[f"policy[{i}]"]
+    assert "reward-2 (on the GPU of policy[2])" in placed.lines()[1]
+    apart = Wishes(**(vars(asked) | {"needs": {"policy": "a", "reward": "b"}}))
+    with pytest.raises(CannotPlace, match="no node may hold both"):
+        place(apart, nodes_of(2, 2, 2, resources=(frozenset("a"), frozenset("a"), frozenset("b"))))
 
 
 def test_mixed_engines_share_first_and_own_after() -> None:
@@ -139,6 +162,7 @@ def test_a_refusal_says_what_is_wanted_what_there_is_and_what_helps(
 @st.composite
 def questions(draw: st.DrawFn) -> Wishes:
     gpu, engines = draw(st.booleans()), draw(st.integers(1, 3))
+    sharing = gpu and draw(st.booleans())
     return Wishes(
         gpu=gpu,
         ranks=draw(st.integers(1, 4)),
@@ -147,7 +171,8 @@ def questions(draw: st.DrawFn) -> Wishes:
         policy_nodes=draw(st.none() | st.integers(1, 3)),
         shared=draw(st.integers(0, engines)) if gpu else 0,
         devices=draw(st.integers(1, 3)) if gpu else 1,
-        server_gpus=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])) if gpu else 0.0,
+        server_gpus=0.0 if sharing or not gpu else draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])),
+        shared_servers=sharing,
         needs=draw(
             st.dictionaries(st.sampled_from(["policy", "rollout", "reward"]), st.sampled_from("ab"), max_size=2)
         ),
@@ -173,6 +198,8 @@ def fits(w: Wishes, node: Node, ranks: int, shared: int, own: int, servers: int)
     if any(count and role in w.needs and w.needs[role] not in node.resources for count, role in allowed):
         return False
     if ranks + shared + own + servers > node.cpus or shared * w.devices > ranks:
+        return False
+    if w.shared_servers and servers > ranks:
         return False
     judging = math.ceil(servers * w.server_gpus)  # the fractions tried divide 1
     return not w.gpu or ranks + own * w.devices + judging <= node.gpus
@@ -261,6 +288,30 @@ def test_without_the_policy_engines_share_with_nobody() -> None:
     both = make(rollout={"engines": 2}, policy={"ranks": 2}, cluster={"device": "cuda", "placement": "colocated"})
     assert wishes(both).shared == 2
     assert (wishes(both, policy=False).ranks, wishes(both, policy=False).shared) == (0, 0)
+
+
+MODEL = {"kind": "model", "path": "folder"}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "reward", "debug", "sharing"),
+    [
+        ({"device": "cuda", "placement": "colocated"}, MODEL, False, True),
+        ({"device": "cuda", "placement": "colocated"}, MODEL | {"kind": "pairwise_model"}, False, True),
+        ({"device": "cuda", "placement": "colocated"}, MODEL | {"gpus": 1.0}, False, False),
+        ({"device": "cuda", "placement": "colocated"}, {}, False, False),
+        ({"device": "cuda", "placement": "colocated"}, MODEL | {"kind": "llm_judge"}, False, False),
+        ({"device": "cuda"}, MODEL, False, False),
+        ({"device": "cuda"}, MODEL | {"gpus": 1.0}, True, True),
+        ({"device": "cpu"}, MODEL, True, False),
+    ],
+)
+def test_which_reward_models_share_the_policys_gpus(cluster: dict, reward: dict, debug: bool, sharing: bool) -> None:
+    settings = make(cluster=cluster, reward=reward)
+    assert shared_rewards(settings, debug) == sharing
+    if not debug:
+        assert wishes(settings).shared_servers == sharing
+    assert not wishes(settings, policy=False).shared_servers
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,29 @@ CASES = [
     (["cluster.device=cpu", "reward.gpus=0.5"], ["`reward.gpus`", "Remove it"], ["reward.gpus=0.0"]),
     (
         ["cluster.device=cuda", "reward.kind=model", "reward.path=some/folder"],
-        ["`reward.gpus`", "`reward.gpus: 1`", "`cluster.device: auto`"],
+        ["`reward.gpus`", "`reward.gpus: 1`", "`cluster.device: auto`", "`cluster.placement: colocated`"],
         ["reward.gpus=1.0"],
+    ),
+    (
+        ["cluster.device=cuda", "reward.kind=model", "reward.path=some/folder"],
+        ["`reward.gpus`"],
+        ["cluster.placement=colocated"],
+    ),
+    (
+        ["cluster.device=cuda", "cluster.placement=colocated", "reward.kind=llm_judge", "reward.path=some/folder"],
+        ["`reward.gpus: 1`"],
+        ["reward.gpus=1.0"],
+    ),
+    (
+        [
+            "cluster.device=cuda",
+            "cluster.placement=colocated",
+            "reward.kind=model",
+            "reward.path=some/folder",
+            "reward.servers=2",
+        ],
+        ["`reward.servers`", "another policy rank", "`policy.ranks` is 1"],
+        ["reward.servers=1"],
     ),
     (
         ["rollout.transfer=ipc", "rollout.engines=2", "policy.ranks=2", "cluster.placement=colocated"],

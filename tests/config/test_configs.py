@@ -65,5 +65,8 @@ def test_the_single_gpu_runs_use_one_gpu_in_turns(path: Path) -> None:
     assert settings.cluster.placement == "colocated" and settings.cluster.device == "cuda"
     assert settings.policy.ranks == settings.rollout.engines * settings.rollout.tensor_parallel_size == 1
     assert settings.reward.gpus == 0
+    assert load(path, ["reward.kind=model", "reward.path=some/folder"]).reward.model == "some/folder", (
+        "it shares the GPU"
+    )
     assert path.read_text().startswith("# Designed, not yet run on a GPU: one GPU of ")
     assert settings.run.dir == f"runs/single_gpu/{path.stem.rpartition('_')[0]}"

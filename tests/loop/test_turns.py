@@ -13,6 +13,7 @@ import pytest
 
 from rlhf.loop import run as run_module
 from rlhf.policy import PolicyGroup
+from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout import pool as pool_module
 from rlhf.rollout.pool import RolloutPool
 from tests.loop.test_methods import train
@@ -28,9 +29,18 @@ def test_a_run_in_turns_equals_one_without(method: str, tmp_path: Path, monkeypa
     """With evaluations, checkpoints and an export between the steps, a second model in the engines, and a critic."""
     expected = train(method, tmp_path / "apart", *OPTIONS)
     calls: list[str] = []
-    for cls, name in ((PolicyGroup, "rest"), (PolicyGroup, "wake"), (RolloutPool, "sleep"), (RolloutPool, "wake")):
-        monkeypatch.setattr(cls, name, _watched(getattr(cls, name), f"{cls.__name__}.{name}", calls))
+    for cls, names in (
+        (PolicyGroup, ("rest", "wake")),
+        (RolloutPool, ("sleep", "wake")),
+        (RewardPool, ("offload", "reload")),
+    ):
+        for name in names:
+            monkeypatch.setattr(cls, name, _watched(getattr(cls, name), f"{cls.__name__}.{name}", calls))
+    for cls in (RolloutPool, RewardPool):
+        start = _watched(cls.start.__func__, f"{cls.__name__}.start", calls)
+        monkeypatch.setattr(cls, "start", classmethod(start))
     monkeypatch.setattr(run_module, "takes_turns", lambda settings, debug: True)
+    monkeypatch.setattr(run_module, "shared_rewards", lambda settings, debug: True)
     monkeypatch.setattr(pool_module, "shared_engines", lambda settings, debug: frozenset({0}))
     for level in (1, 2):
         calls.clear()
@@ -38,15 +48,17 @@ def test_a_run_in_turns_equals_one_without(method: str, tmp_path: Path, monkeypa
         for one, other in zip(steps, expected, strict=True):
             for name in NAMES:
                 assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), (one["step"], name)
-        turn = ["RolloutPool.sleep", "PolicyGroup.wake", "PolicyGroup.rest", "RolloutPool.wake"]
-        assert len(calls) > 4 * len(steps)
-        assert calls[0] == "PolicyGroup.rest", "an engine starts while the policy rests"
-        assert calls[1:] == turn * (len(calls) // 4), "the engines are asleep whenever the policy is awake"
+        started = ["PolicyGroup.rest", "RewardPool.start", "RolloutPool.start"]
+        assert calls[:3] == started, "an engine starts when policy and reward models take what they will have beside it"
+        turn = ["RolloutPool.sleep", "RewardPool.offload", "PolicyGroup.wake"]
+        turn += ["PolicyGroup.rest", "RolloutPool.wake", "RewardPool.reload"]
+        assert len(calls) > 6 * len(steps)
+        assert calls[3:] == turn * (len(calls) // 6), "only the policy has the devices while it is awake"
 
 
 def _watched(method: Any, name: str, calls: list[str]) -> Any:
-    async def watch(self: Any) -> None:
+    async def watch(self: Any, *args: Any) -> Any:
         calls.append(name)
-        await method(self)
+        return await method(self, *args)
 
     return watch

@@ -30,6 +30,30 @@ WORK = Work(64, prompt=512, response=1000, sampled=2, learned=2, updates=1, epoc
 LEARNERS = Learners(8, 3, checkpointing=False, offloaded_optimizer=False, offloaded_weights=False, nodes=1)
 
 
+def test_a_reward_model_on_the_policys_gpu_is_counted(tmp_path: Path) -> None:
+    """8 GB of weights, on 24 GB that policy and engine share already: for the engine's turn, not for the policy's."""
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(8 * 10**9)  # sparse: it takes no room
+    path, gpu = CONFIGS / "single_gpu" / "0.5b_24gb.yaml", Cluster(1, 1, GPUS["rtx4090-24gb"])
+    judged = load(path, ["policy.model=qwen2.5-0.5b", "reward.kind=model", f"reward.path={tmp_path}"])
+    alone, both = (
+        make_plan(settings, gpu, configured=True) for settings in (load(path, ["policy.model=qwen2.5-0.5b"]), judged)
+    )
+    assert both.configured.judge == 8e9
+    assert both.configured.generating - alone.configured.generating > 8e9
+    assert 0 < both.configured.learning - alone.configured.learning < 2e9, "a process of its own is all that stays"
+    assert both.configured.time.turns > alone.configured.time.turns
+    assert "a reward server on a rank's GPU: weights 8.0 GB" in text(both)
+    assert [proposal.settings.cluster.placement for proposal in both.proposals] == ["colocated"]
+    assert (
+        both.proposals[0].settings.rollout.gpu_memory_utilization
+        < alone.proposals[0].settings.rollout.gpu_memory_utilization
+    )
+    assert [problem for problem in both.configured.problems if "while engines generate" in problem]
+    large = make_plan(judged, Cluster(1, 1, H100), configured=True)
+    assert not large.configured.problems
+
+
 def test_gpus_are_found_by_name() -> None:
     assert gpu_kind("H100") is H100 and gpu_kind("a10").name == "a10-24gb"
     with pytest.raises(UserError, match=r"Did you mean a100-40gb or a100-80gb\?"):

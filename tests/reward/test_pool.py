@@ -6,12 +6,16 @@ import asyncio
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cluster import LocalRuntime
+from rlhf.cluster.precision import Bf16
 from rlhf.reward.errors import NoServerLeft, RewardError
 from rlhf.reward.models import Example, load_model
 from rlhf.reward.serving.pool import RewardPool
@@ -79,6 +83,46 @@ def test_the_conversation_is_read_when_asked(run, tiny_settings, make_text_rollo
     assert one == two
     one, two = judged(run, tiny_settings(reward=reward | {"input": "conversation"}), *rollouts)
     assert one != two
+
+
+@pytest.fixture(scope="module")
+def half(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The classifier in bf16, which a CPU that emulates it widens: its weights are then no longer those of the mapped file."""
+    folder = tmp_path_factory.mktemp("half")
+    AutoTokenizer.from_pretrained(classifier).save_pretrained(folder)
+    AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["model", "pairwise_model", "several"])
+def test_a_model_lies_in_host_memory_while_the_policy_has_its_gpu(
+    run, tiny_settings, make_text_rollout, half, monkeypatch, kind
+):
+    """Forced on a CPU, whose memory is its own host's: it is taken and given back all the same."""
+    monkeypatch.setattr("rlhf.reward.serving.pool.shared_rewards", lambda settings, local: local)
+    monkeypatch.setattr("rlhf.reward.models.look", lambda gpu: Bf16(False, "as told"))
+    reward: dict = {"kind": kind, "path": str(half)}
+    if kind == "several":
+        member = {"name": "one", "kind": "model", "path": str(half)}
+        reward = {"kind": kind, "members": [member, {"name": "two", "kind": "function", "path": MOODY}]}
+    runtime, rollout = LocalRuntime(), make_text_rollout(["four", "sixsix"])
+
+    async def scenario():
+        pool = await RewardPool.start(runtime, tiny_settings(reward=reward))
+        workplace = pool._servers[0].handle.target._workplace
+        before = await pool.judge(rollout)
+        await pool.offload()
+        await pool.offload()  # asking twice changes nothing
+        weights = [parameter for model in workplace._models for parameter in model.parameters()]
+        assert all(weight.untyped_storage().nbytes() == 0 for weight in weights)
+        meanwhile = await pool.judge(rollout)
+        await pool.reload()
+        return before, meanwhile, await pool.judge(rollout), pool.infos[0].fingerprint, await pool.fingerprints()
+
+    before, meanwhile, after, first, last = run(scenario())
+    runtime.stop()
+    assert all("the policy has its GPU" in outcome.reason for outcome in meanwhile.outcomes)
+    assert (after.outcomes, last["reward-0"]) == (before.outcomes, first)
 
 
 def test_weights_stay_as_they_are_while_serving(run, tiny_settings, make_text_rollout, classifier):

@@ -28,7 +28,10 @@ from rlhf.reward.scoring import failure
 from rlhf.types import Failed, Prompt, TimedOut
 
 if TYPE_CHECKING:
+    import torch
+
     from rlhf.reward.models import RewardModel
+    from rlhf.training.resting import Resting
 
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 1024, 16384
 BATCH_TOKENS_CPU_PADDED = 384
@@ -39,10 +42,12 @@ Texts = tuple[str, ...]
 
 
 class Workplace:
-    """Where blocking work is done, one piece at a time."""
+    """Where blocking work is done, one piece at a time, with the models that lie there."""
 
     def __init__(self, inline: bool):
         self._inline = inline
+        self._models: list[torch.nn.Module] = []
+        self._offloaded: Resting | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._free = asyncio.Lock()
 
@@ -57,6 +62,38 @@ class Workplace:
             except asyncio.CancelledError:
                 self.close()  # a thread cannot be interrupted
                 raise
+
+    def hold(self, model: torch.nn.Module) -> None:
+        """Let `offload` move the model's weights."""
+        self._models.append(model)
+
+    async def offload(self) -> None:
+        """Move the weights to host memory, after the work that is under way. Until `reload` no model judges."""
+        if self._models and self._offloaded is None:
+            await self.run(self._offload)
+
+    def _offload(self) -> None:
+        from rlhf.training.resting import Resting
+
+        tensors = [tensor for model in self._models for tensor in (*model.parameters(), *model.buffers())]
+        self._offloaded = Resting()
+        self._offloaded.rest(tensors, tensors[0].device)
+
+    async def reload(self) -> None:
+        """Undo `offload`."""
+        if self._offloaded is not None:
+            await self.run(self._offloaded.wake)
+            self._offloaded = None
+
+    async def run_model(self, work: Callable[..., Any], *args: Any) -> Any:
+        """`work(*args)` with one of the models. Raises RuntimeError while they are offloaded."""
+
+        def with_model() -> Any:
+            if self._offloaded is not None:
+                raise RuntimeError("the reward model lies in host memory, because the policy has its GPU")
+            return work(*args)
+
+        return await self.run(with_model)
 
     def close(self) -> None:
         """Accept no more work in the present thread."""
@@ -211,6 +248,7 @@ class ModelJudge:
             self._model.read(source.input)
         self._batcher = _make_batcher(self._work, reward, self._model)
         self._workplace = workplace
+        workplace.hold(self._model.module)
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
         from rlhf.reward.models import Example
@@ -220,7 +258,7 @@ class ModelJudge:
         return await _batched(self._batcher, ids, deadline_s)
 
     async def _work(self, ids: list[list[int]]) -> Sequence[float]:
-        return list(await self._workplace.run(self._model.score_batch, ids))
+        return list(await self._workplace.run_model(self._model.score_batch, ids))
 
     def fingerprint(self) -> str:
         return self._model.fingerprint()
@@ -238,13 +276,14 @@ class PairwiseModelJudge:
         self._model = load_pairwise_model(resolve(source.path), device)
         self._batcher = _make_batcher(self._work, reward, self._model.model)
         self._workplace = workplace
+        workplace.hold(self._model.model.module)
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
         reading = self._model.read(prompt.text, items)
         return reading.answers(await _batched(self._batcher, reading.ids, deadline_s))
 
     async def _work(self, ids: list[list[int]]) -> Sequence[Any]:
-        return list(await self._workplace.run(self._model.outputs, ids))
+        return list(await self._workplace.run_model(self._model.outputs, ids))
 
     def fingerprint(self) -> str:
         return self._model.fingerprint()
@@ -282,6 +321,8 @@ def _device(settings: Settings, local: bool) -> str:
     device = settings.cluster.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        device = "cpu"  # a run whose reward model shares the policy's GPU, here without a policy
     elif device == "cuda" and not torch.cuda.is_available():
         raise RewardError(
             "`cluster.device` is cuda, but the reward server sees no GPU. Set it to cpu or auto, or give it a GPU."

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime
+from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime, shared_rewards
 from rlhf.cluster.devices import threads_env
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
@@ -146,6 +146,38 @@ class RewardPool:
         live = [server.handle for server in self._servers if server.live]
         prints = await asyncio.gather(*(handle.call("fingerprint", deadline=patience) for handle in live))
         return {handle.name: value for handle, value in zip(live, prints, strict=True)}
+
+    async def offload(self) -> None:
+        """Move reward models to host memory where they share GPUs with the policy, whose turn it is: after all that the servers are
+        doing, a new start among it.
+
+        Raises:
+            DeadlineExpired: a server does not answer.
+        """
+        await self._turn("offload")
+
+    async def reload(self) -> None:
+        """Undo `offload`."""
+        await self._turn("reload")
+
+    async def _turn(self, method: Literal["offload", "reload"]) -> None:
+        if not shared_rewards(self._settings, self._runtime.local):
+            return
+        turned: list[Handle] = []
+        while True:
+            await asyncio.gather(*(server.starting for server in self._servers if server.starting is not None))
+            left = [server for server in self._servers if server.live and server.handle not in turned]
+            if not left:
+                return
+            await asyncio.gather(*(self._turn_one(server, method) for server in left))
+            turned += [server.handle for server in left]
+
+    async def _turn_one(self, server: _Server, method: Literal["offload", "reload"]) -> None:
+        handle = server.handle
+        try:
+            await handle.call(method, deadline=self._settings.cluster.startup_deadline_s)
+        except ActorDied as error:
+            self._bury(server, handle, error)
 
     async def close(self) -> None:
         """Let the servers finish. Their processes end with the runtime."""

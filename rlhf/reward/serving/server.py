@@ -131,6 +131,14 @@ class RewardServer:
         """Hash of the reward model's weights now; None for a function."""
         return self._judge.fingerprint()
 
+    async def offload(self) -> None:
+        """Move the weights of reward models to host memory. Until `reload`, what is to be judged by one fails."""
+        await self._workplace.offload()
+
+    async def reload(self) -> None:
+        """Undo `offload`."""
+        await self._workplace.reload()
+
     async def health(self) -> Health:
         """Answers as long as the server takes requests."""
         return Health(self._judged, self._broken)
