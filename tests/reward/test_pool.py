@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import Bf16
 from rlhf.reward.errors import NoServerLeft, RewardError
+from rlhf.reward.judges.judge import _device
 from rlhf.reward.models import Example, load_model
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Invalid, Score, TimedOut
@@ -123,6 +124,18 @@ def test_a_model_lies_in_host_memory_while_the_policy_has_its_gpu(
     runtime.stop()
     assert all("the policy has its GPU" in outcome.reason for outcome in meanwhile.outcomes)
     assert (after.outcomes, last["reward-0"]) == (before.outcomes, first)
+
+
+def test_a_server_without_a_gpu_judges_on_the_cpu_only_where_none_was_left_for_it(
+    tiny_settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(cluster={"device": "cuda"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the runtime sets it for an actor without a GPU
+    assert _device(settings, local=True) == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(RewardError, match="sees no GPU"):
+        _device(settings, local=True)
 
 
 def test_weights_stay_as_they_are_while_serving(run, tiny_settings, make_text_rollout, classifier):
