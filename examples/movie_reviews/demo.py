@@ -10,6 +10,7 @@ Everything lies in `runs/demo` afterwards; docs/run_folder.md says what each fil
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,12 @@ def show_result(folder: Path, seconds: float, console: Console) -> report.Compar
     summary = report.write_summary(folder, comparison, seconds, steps=steps[-1]["step"])
     console.print(report.before_after_table(comparison, "VADER lexicon (never trained on)"))
     console.print(report.sample_pairs(before, after))
-    console.print(f"{steps[-1]['step']} steps; {seconds / 60:.1f} minutes in all, reward model and start-up included")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    host, dtype = manifest["host"], manifest["dtype"]
+    console.print(
+        f"{steps[-1]['step']} steps; {seconds / 60:.1f} minutes in all, reward model and start-up included; {dtype}; "
+        f"{host['cpus']} cores of {host['processor']}"
+    )
     console.print(f"curve:   {curve}\nfigures: {summary}", highlight=False, soft_wrap=True)
     return comparison
 

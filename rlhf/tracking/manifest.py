@@ -47,6 +47,7 @@ def describe(settings: Settings | SftSettings, resolve: Callable[[str], str]) ->
             "name": platform.node(),
             "platform": platform.platform(),
             "machine": platform.machine(),
+            "processor": processor(),
             "cpus": os.cpu_count(),
             "memory_gib": _memory_gib(),
             "gpus": _gpus(),
@@ -84,6 +85,16 @@ def _version(names: tuple[str, ...]) -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def processor() -> str:
+    """The name of this machine's processor; its architecture where nothing tells more."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line.partition(":") for line in file]
+    except OSError:
+        lines = []
+    return next((value.strip() for name, _, value in lines if name.strip() == "model name"), platform.machine())
 
 
 def _memory_gib() -> float | None:

@@ -43,7 +43,9 @@ def test_the_result_is_shown_and_written(demo: ModuleType, tmp_path: Path) -> No
         tmp_path / "metrics.jsonl", [{"step": step, "reward/mean": step / 10, "policy/kl": 0.0} for step in (1, 2, 3)]
     )
     write(tmp_path / "evaluations.jsonl", [{"step": 0, "policy/kl": 0.0}, {"step": 3, "policy/kl": 0.17}])
-    console = Console(file=io.StringIO(), width=120)
+    manifest = {"host": {"cpus": 2, "processor": "AMD EPYC"}, "dtype": "bf16: AVX-512 BF16"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    console = Console(file=io.StringIO(), width=200)
     demo.show_result(tmp_path, 324.0, console)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["before"] == {"reward": -0.1, "judge": 0.0, "length": 30.0}
@@ -51,7 +53,15 @@ def test_the_result_is_shown_and_written(demo: ModuleType, tmp_path: Path) -> No
     assert (summary["kl_per_token"], summary["win_rate"], summary["steps"]) == (0.17, 1.0, 3)
     assert summary["seconds"] == 324.0
     text = console.file.getvalue()
-    for part in ("+1.900", "VADER", "prompt 2", "curve.png", "summary.json", "5.4 minutes"):
+    for part in (
+        "+1.900",
+        "VADER",
+        "prompt 2",
+        "curve.png",
+        "summary.json",
+        "5.4 minutes",
+        "bf16: AVX-512 BF16; 2 cores of AMD EPYC",
+    ):
         assert part in text.replace("\n", "")
     assert (tmp_path / "curve.png").exists()
 

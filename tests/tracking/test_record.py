@@ -26,7 +26,7 @@ def test_a_new_folder_describes_the_run(folder: Path, settings: Callable[..., Se
     assert manifest["seed"] == 7 and manifest["resumed"] == []
     assert manifest["data"]["data.prompts"]["sha256"] == sha256(folder.parent / "prompts.jsonl")
     assert manifest["versions"]["torch"] and manifest["versions"]["vllm"]
-    assert manifest["host"]["cpus"] >= 1
+    assert manifest["host"]["cpus"] >= 1 and manifest["host"]["processor"]
     assert manifest["command"] and manifest["started"]
 
 
