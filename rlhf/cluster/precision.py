@@ -100,10 +100,16 @@ def choose(machines: Mapping[str, Bf16]) -> Choice:
 
 
 def choose_here(settings: Settings | SftSettings) -> Choice:
-    """What this machine alone would have the run compute in."""
-    if settings.policy.dtype != "auto":
-        return Choice(settings.policy.dtype, "as `policy.dtype` says")
-    return choose({THIS_MACHINE: look(uses_gpu(settings.cluster))})
+    """What this machine alone would have the run compute in; bf16 that is asked for and only emulated is pointed out."""
+    here, asked = look(uses_gpu(settings.cluster)), settings.policy.dtype
+    if asked == "auto":
+        return choose({THIS_MACHINE: here})
+    slow = (
+        ""
+        if asked == "fp32" or here.native
+        else f", though {THIS_MACHINE} only emulates it, several times slower: {here.why}"
+    )
+    return Choice(asked, f"as `policy.dtype` says{slow}")
 
 
 def settle(settings: Tree, runtime: Runtime, before: Dtype | None = None) -> tuple[Tree, Choice]:

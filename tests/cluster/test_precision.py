@@ -97,5 +97,7 @@ def test_the_type_is_shown_with_its_reason(monkeypatch: pytest.MonkeyPatch, caps
     shown = capsys.readouterr().out
     assert f"computes in fp32 {words}, learning rate 0.0001" in shown
     assert "(fp32, ZeRO" in shown
+    assert main(["train", "--dry-run", *tiny, "policy.dtype=bf16"]) == 0
+    assert "computes in bf16 (as `policy.dtype` says, though this machine only emulates it" in capsys.readouterr().out
     assert main(["plan", *tiny]) == 0
     assert f"in fp32 {words}" in capsys.readouterr().out
