@@ -49,25 +49,15 @@ def _sharing(settings: Settings) -> Iterator[str]:
 
 
 def _transfer(settings: Settings) -> Iterator[str]:
-    cluster, rollout, policy = settings.cluster, settings.rollout, settings.policy
+    cluster, rollout = settings.cluster, settings.rollout
     if rollout.transfer == "nccl" and cluster.placement != "disaggregated":
         yield (
             f"`rollout.transfer`: nccl refuses two ranks on one GPU, and with `cluster.placement: {cluster.placement}` an engine "
             "shares one with the policy. Set `rollout.transfer` to auto or gloo, or `cluster.placement: disaggregated`"
         )
-    if rollout.transfer != "ipc" or cluster.device == "cpu":
-        return
-    workers = rollout.engines * rollout.tensor_parallel_size
-    if workers > 1 or policy.ranks > 1:
+    if rollout.transfer == "ipc" and cluster.device != "cpu" and cluster.placement != "colocated":
         yield (
-            "`rollout.transfer`: ipc hands weights over inside one GPU that one policy rank and one engine share, but"
-            f" there are {policy.ranks} rank(s) (`policy.ranks`) and {rollout.engines} x "
-            f"{rollout.tensor_parallel_size} = {workers} engine worker(s) (`rollout.engines` x "
-            "`rollout.tensor_parallel_size`). Set `rollout.transfer` to auto, or bring both to 1"
-        )
-    elif cluster.placement != "colocated":
-        yield (
-            "`rollout.transfer`: ipc hands weights over inside one GPU that one policy rank and one engine share, but "
+            "`rollout.transfer`: ipc hands weights over inside each GPU that a policy rank and an engine share, but "
             f"`cluster.placement` is {cluster.placement}. Set `cluster.placement: colocated`, or `rollout.transfer` to auto"
         )
 

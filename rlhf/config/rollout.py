@@ -67,8 +67,8 @@ class RolloutSettings(Section):
     )
     transfer: Literal["auto", "gloo", "nccl", "ipc"] = Field(
         "auto",
-        description="How new weights reach the engines: gloo (CPU), nccl (GPU to GPU), ipc (same GPU). auto: gloo on "
-        "CPUs; on GPUs nccl, except where engines share GPUs with the policy (`cluster.placement`): there ipc for one rank with one "
-        "engine worker, and gloo for more, because NCCL refuses two ranks on one GPU.",
+        description="How new weights reach the engines: gloo (CPU), nccl (GPU to GPU), ipc (within each GPU). auto: gloo on CPUs; on "
+        "GPUs nccl, except where engines share GPUs with the policy (`cluster.placement`), because NCCL refuses two ranks on one GPU: "
+        "there ipc if all of them do, and gloo if some do.",
     )
     request_deadline_s: float = Field(600.0, gt=0, description="Longest wait for one prompt's responses, in seconds.")

@@ -38,7 +38,7 @@ from rlhf.training.model import (
 from rlhf.training.packing import Experience, idle, pack
 from rlhf.training.ranks import Member, join, leave, rendezvous
 from rlhf.training.weights import described_weights, in_host_memory, whole_weights
-from rlhf.transfer import TransferSession, WeightSender, WeightSpec
+from rlhf.transfer import TransferSession, WeightSender, WeightSpec, sending_ranks
 from rlhf.types import Assignment, Completion, Half, Rollout
 
 
@@ -213,9 +213,10 @@ class PolicyRank:
         ]
 
     def open_transfer(self, session: TransferSession) -> None:
-        """Rank 0 joins the engines' transfer group as its sender."""
-        if self.rank == 0:
-            self._sender = WeightSender.open(session)
+        """Rank 0, or with `ipc` every rank, joins the engines' transfer group as a sender."""
+        senders = sending_ranks(session.backend, self.settings.policy.ranks)
+        if self.rank in senders:
+            self._sender = WeightSender.open(session, self.rank, len(senders))
 
     def send_weights(self, half: Half = "policy") -> str | None:
         """Send all weights of the policy or of the engines' second model; rank 0 returns their fingerprint. Collective."""

@@ -25,7 +25,7 @@ from rlhf.preflight.memory import (
     trained_parameters,
 )
 from rlhf.preflight.shapes import ModelShape
-from rlhf.preflight.speed import Learners, StepTime, Work, generate_s, learn_s, publish_s, turns_s
+from rlhf.preflight.speed import Learners, StepTime, Work, gather_s, generate_s, learn_s, publish_s, turns_s
 from rlhf.rollout.pool import choose_backend
 
 CONTEXT = 1.5 * GIB
@@ -118,7 +118,7 @@ def estimate(
     judge = judge if judging else 0.0
     learning = need.device * (1 + FRAGMENTATION) + CONTEXT + (CONTEXT + ASLEEP if shared else 0) + judging * CONTEXT
     reserved = rollout.gpu_memory_utilization * gpu.memory
-    others = need.resting * (1 + FRAGMENTATION) + need.publishing + CONTEXT if shared else engine.arriving
+    others = engine.arriving + (need.resting * (1 + FRAGMENTATION) + need.publishing + CONTEXT if shared else 0)
     generating = reserved + others + CONTEXT
     generating += judging * (judge * (1 + FRAGMENTATION) + JUDGE_WORKING + CONTEXT)
     cache = engine.room(reserved - engine.weights - ENGINE_WORKING)
@@ -173,10 +173,11 @@ def _time(
     shared = shared_engines(settings, debug=False)
     backend = choose_backend(settings, gpu=True, local=False)
     moved = need.resident - min(need.resident, need.resting) + judge
+    published = sent * _published(shape, settings)
     return StepTime(
         generate=generate_s(shape, gpu, work, rollout.engines, devices, room, size, spans) if work.sampled else 0.0,
         learn=learn_s(shape, gpu, work, learners, sent),
-        publish=publish_s(sent * _published(shape, settings), gpu, cluster.nodes == 1, backend),
+        publish=gather_s(published, gpu, learners) + publish_s(published, gpu, cluster.nodes == 1, backend),
         turns=turns_s(gpu, engine.weights if rollout.sleep_level == 1 else 0, moved) if shared else 0.0,
     )
 

@@ -15,6 +15,7 @@ from rlhf.config.policy import PolicySettings
 from rlhf.config.rollout import RolloutSettings
 from rlhf.preflight.shapes import ModelShape
 from rlhf.transfer.buckets import BUCKET_BYTES
+from rlhf.transfer.fingerprint import SCRATCH_BYTES
 
 BYTES = {"bf16": 2, "fp32": 4}
 GIB = 2**30
@@ -25,8 +26,6 @@ LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default `stage3_max_live_parameters`: weights that ZeRO-3 keeps gathered, in elements."""
 QUANTISED_BYTES = 0.516
 """Of a weight in 4 bits, with its share of the scales: one per 64 weights, itself in 8 bits."""
-TRANSFER_CHUNK = 2**30
-"""vLLM's nccl back end packs tensors until they exceed this many bytes, and keeps two such chunks."""
 # Repeated from `rlhf.training.model` and `.engine`, whose imports take seconds; a test holds them equal.
 ROWS = 64
 GATHER_ELEMENTS = 64 * 2**20
@@ -229,16 +228,23 @@ def policy_memory(
 
 
 def publishing(shape: ModelShape, settings: PolicySettings, gpu: bool = True) -> float:
-    """Bytes that publishing the weights needs for a moment on a rank: what ZeRO-3 gathers, and the messages on their way."""
+    """Bytes that publishing the weights needs for a moment on a rank: what ZeRO-3 gathers, and one bucket on its way."""
     size = BYTES[settings.dtype]
     whole, largest = shape.parameters * size, shape.vocabulary * shape.hidden * size
     gathered = min(GATHER_ELEMENTS * size + largest, whole) if settings.zero_stage == 3 else 0
-    return gathered + _messages(whole, largest, gpu)
+    return gathered + min(BUCKET_BYTES, whole) + gpu * min(SCRATCH_BYTES, largest)
 
 
-def _messages(whole: float, largest: float, gpu: bool) -> float:
-    """Bytes of the messages in which weights travel: two of vLLM's chunks by nccl, one of our buckets by gloo."""
-    return 2 * min(TRANSFER_CHUNK + largest, whole) if gpu else min(max(BUCKET_BYTES, largest), whole)
+def arriving(shape: ModelShape, size: int, devices: int, gpu: bool) -> float:
+    """Bytes that new weights take on a worker for a moment: two buckets, of which the larger may be one tensor by itself (parts of a layer
+    wait for the rest of it), and its share of the largest layer, which vLLM makes anew before it copies it into place.
+
+    Args:
+        size: of a weight on its way, in bytes.
+        devices: of the engine.
+    """
+    whole, largest = shape.parameters * size, shape.vocabulary * shape.hidden * size
+    return min(BUCKET_BYTES + max(BUCKET_BYTES, largest), whole) + largest / devices + gpu * min(SCRATCH_BYTES, largest)
 
 
 @dataclass(frozen=True)
@@ -265,9 +271,8 @@ def engine_memory(
     """An engine that mixes holds two models, each with its own cache."""
     size = BYTES[policy.dtype if rollout.dtype == "policy" else rollout.dtype]
     models, devices = 1 + mixes, rollout.tensor_parallel_size
-    sent = BYTES[policy.dtype]
     return EngineMemory(
         weights=models * shape.parameters * size / devices,
         cached_token=models * shape.cached * size / devices,
-        arriving=_messages(shape.parameters * sent, shape.vocabulary * shape.hidden * sent, gpu),
+        arriving=arriving(shape, BYTES[policy.dtype], devices, gpu),
     )

@@ -27,6 +27,7 @@ from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
 from rlhf.preflight.memory import GIB, engine_memory, policy_memory
 from rlhf.preflight.report import judge_bytes
+from rlhf.rollout.pool import choose_backend
 from rlhf.types import Prompt
 
 
@@ -172,7 +173,7 @@ def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool, choice:
     if debug:
         yield "debug mode: the roles take turns on one device, by the same code path"
         return
-    transfer = rollout.transfer if rollout.transfer != "auto" else {"cuda": "nccl", "cpu": "gloo"}[device]
+    transfer = choose_backend(settings, device == "cuda", local=False)
     yield f"new weights reach the engines by {transfer} after every step, and each engine attests them"
     cluster = "a Ray cluster started for this run" if settings.cluster.address is None else settings.cluster.address
     actors = rollout.engines + policy.ranks + reward.servers

@@ -209,6 +209,14 @@ def publish_s(sent: float, gpu: GpuKind, one_node: bool, backend: Backend, assum
     return sent / (wire if backend == "nccl" else min(wire, assumed.gloo))
 
 
+def gather_s(sent: float, gpu: GpuKind, learners: Learners, assumed: Assumptions = ASSUMED) -> float:
+    """Seconds in which ZeRO-3 makes `sent` bytes of weights whole on its ranks, before they leave; other stages hold them whole."""
+    if learners.zero_stage < 3:
+        return 0.0
+    wire = (gpu.link if learners.nodes == 1 else gpu.network) * assumed.link
+    return sent * (learners.ranks - 1) / learners.ranks / wire
+
+
 def turns_s(gpu: GpuKind, engine_bytes: float, trainer_bytes: float, assumed: Assumptions = ASSUMED) -> float:
     """Seconds of one change from generating to learning and back, where both share a GPU: all states of both out and in."""
     return 2 * (engine_bytes + trainer_bytes) / (gpu.host * assumed.link)

@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections.abc import Container, Sequence
 
-from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, takes_turns, uses_gpu, vllm_process
+from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, uses_gpu, vllm_process
 from rlhf.config.settings import Settings
 from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
 from rlhf.rollout.router import Router
@@ -256,11 +256,12 @@ def choose_backend(settings: Settings, gpu: bool, local: bool) -> Backend:
         return "local"
     if rollout.transfer != "auto":
         return rollout.transfer
-    if gpu and not takes_turns(settings, debug=False):
-        return "nccl"
-    # NCCL refuses two ranks on one GPU; one rank and one worker on the same GPU need no network at all.
-    alone = settings.policy.ranks == rollout.engines * rollout.tensor_parallel_size == 1
-    return "ipc" if gpu and alone else "gloo"
+    if not gpu:
+        return "gloo"
+    shared = len(shared_engines(settings, debug=False))
+    if shared == rollout.engines:
+        return "ipc"  # NCCL refuses two ranks on one GPU; a rank and the worker on the same GPU need no network at all
+    return "gloo" if shared else "nccl"
 
 
 def engine_environment(settings: Settings, local: bool) -> dict[str, str]:

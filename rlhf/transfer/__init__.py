@@ -1,7 +1,7 @@
 """How new weights get from the policy to the rollout engines, and how one knows that they did.
 
 Owns: the back ends (`gloo`, `nccl`, `ipc`, `local`), the session in which one sender serves all workers, and
-fingerprints. Does not know: what a policy or a pool is. The sender (`WeightSender`) lives in policy rank 0; the
+fingerprints. Does not know: what a policy or a pool is. The sender (`WeightSender`) lives in policy rank 0, or in every rank; the
 receivers live inside vLLM's workers, where vLLM itself loads them (`plugin.register`); the rollout engine commands
 them.
 """
@@ -11,6 +11,7 @@ from rlhf.transfer.session import (
     TransferFailed,
     TransferSession,
     WeightSpec,
+    sending_ranks,
 )
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "TransferSession",
     "WeightSender",
     "WeightSpec",
+    "sending_ranks",
 ]
 
 

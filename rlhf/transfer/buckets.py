@@ -6,14 +6,16 @@ Both ends feed the same sizes in the same order to a `Placement` and so agree wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from rlhf.transfer.fingerprint import as_bytes
 from rlhf.transfer.session import WeightSpec
 
 BUCKET_BYTES = 128 * 2**20
+"""What either end holds of the weights on their way, whatever the back end; the planner counts it."""
 _ALIGN = 16  # bytes; any dtype may start here
 
 
@@ -48,6 +50,36 @@ class Bucket:
             flat = buffer[start : start + spec_bytes(spec)].view(getattr(torch, spec.dtype))
             named.append((spec.name, flat.view(spec.shape)))
         return named
+
+
+def filled(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], buffer: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buckets in which these tensors leave: the first tensor's name and the bytes, as `plan` foresees them.
+
+    Each tensor is copied before the next one is asked for, except one that is larger than a bucket: it is a bucket by itself, and is
+    handed on as it is. So a bucket must have left before the next one is asked for.
+
+    Args:
+        buffer: uint8 [capacity], where each bucket is put together.
+    """
+    placement, current, end, first = Placement(len(buffer)), 0, 0, ""
+    for name, tensor in named_tensors:
+        data = as_bytes(tensor)
+        bucket, start = placement.place(data.numel())
+        if bucket != current:
+            if end:
+                yield first, buffer[:end]
+            current, end = bucket, 0
+        if start == 0:
+            first = name
+        if data.numel() > len(buffer):
+            yield first, data
+        else:
+            end = start + data.numel()
+            buffer[start:end].copy_(data)
+    if end:
+        yield first, buffer[:end]
 
 
 def spec_bytes(spec: WeightSpec) -> int:

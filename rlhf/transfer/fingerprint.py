@@ -19,6 +19,9 @@ import torch
 from rlhf.types import Half
 
 _BLOCK = 1 << 17  # integers per block: one MiB, which stays in a core's cache
+_BLOCKS_AT_ONCE = 64  # on a GPU, where each step has its price however small it is
+SCRATCH_BYTES = _BLOCKS_AT_ONCE * _BLOCK * 8
+"""What a fingerprint needs on a GPU for a moment; the planner counts it."""
 _MASK = (1 << 64) - 1
 
 
@@ -68,14 +71,22 @@ def _digest(tensor: torch.Tensor) -> str:
     whole = data.numel() // 8 * 8
     tail = bytes(data[whole:].tolist()).hex()
     aligned = data[:whole] if data.storage_offset() % 8 == 0 else data[:whole].clone()
-    words = aligned.view(torch.int64)
-    weights = _weights(tensor.device)
-    scratch = torch.empty(min(_BLOCK, words.numel()), dtype=torch.int64, device=tensor.device)
-    sums = []
-    for start in range(0, words.numel(), _BLOCK):
-        block = words[start : start + _BLOCK]
-        sums.append(torch.mul(block, weights[: block.numel()], out=scratch[: block.numel()]).sum())
+    at_once = 1 if tensor.device.type == "cpu" else _BLOCKS_AT_ONCE
     total = 0
-    for value in torch.stack(sums).tolist() if sums else []:
+    for value in _block_sums(aligned.view(torch.int64), at_once).tolist():
         total = (total * 6364136223846793005 + value) & _MASK
     return f"{total:016x}{tail}"
+
+
+def _block_sums(words: torch.Tensor, at_once: int) -> torch.Tensor:
+    """The weighted sum of each block, int64; `at_once` blocks are worked on together, which does not change them."""
+    weights = _weights(words.device)
+    scratch = torch.empty(min(at_once * _BLOCK, words.numel()), dtype=torch.int64, device=words.device)
+    sums = [words.new_empty(0)]
+    for part in words.split(at_once * _BLOCK):
+        full = part.numel() // _BLOCK * _BLOCK
+        for rows in (part[:full].view(-1, _BLOCK), part[None, full:]):
+            if rows.numel():
+                product = scratch[: rows.numel()].view_as(rows)
+                sums.append(torch.mul(rows, weights[: rows.shape[1]], out=product).sum(1))
+    return torch.cat(sums)

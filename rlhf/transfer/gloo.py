@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlhf.transfer.buckets import BUCKET_BYTES, Placement, plan
-from rlhf.transfer.fingerprint import Fingerprint, as_bytes
+from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
+from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec, local_address_towards
 from rlhf.types import Half
 
@@ -70,24 +70,9 @@ class GlooSender:
         return total.hexdigest()
 
     def _send_buckets(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        placement = Placement(self._capacity)
         buffer = torch.empty(self._capacity, dtype=torch.uint8)
-        pending, current, first = buffer[:0], 0, ""
-        for name, tensor in named_tensors:
-            data = as_bytes(tensor)
-            bucket, start = placement.place(data.numel())
-            if bucket != current:
-                self._send(pending, first)
-                current = bucket
-            if start == 0:
-                first = name
-            if data.numel() > self._capacity:
-                pending = data.to("cpu", copy=True)
-            else:
-                buffer[start : start + data.numel()].copy_(data)
-                pending = buffer[: start + data.numel()]
-        if pending.numel():
-            self._send(pending, first)
+        for first, bucket in filled(named_tensors, buffer):
+            self._send(bucket.cpu(), first)
 
     def _send(self, bucket: torch.Tensor, first: str) -> None:
         _agree(self._group, bucket.numel(), first)

@@ -8,7 +8,6 @@ leaves the model's own weights alone (`rlhf.transfer.adapters`).
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +18,18 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_engine import (
-    NCCLWeightTransferEngine,
-    NCCLWeightTransferInitInfo,
-    NCCLWeightTransferUpdateInfo,
-)
 
 from rlhf.transfer import gloo
 from rlhf.transfer.adapters import AdapterInbox
 from rlhf.transfer.fingerprint import Fingerprint
-from rlhf.transfer.gpu import ipc_store
 from rlhf.transfer.halves import checksum, halves
+from rlhf.transfer.ipc import IpcReader
+from rlhf.transfer.nccl import NcclGroup
 from rlhf.transfer.reload import Reload
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
 from rlhf.types import Half
+
+_NOT_JOINED = "weights were announced before this engine joined a transfer session"
 
 
 @dataclass
@@ -112,7 +108,6 @@ class _Attesting(WeightTransferEngine):
 
     def finish_weight_update(self) -> None:
         self._reloads[self._half].finish(self.model_config, self._watched.loaded)
-        self.release()
 
     def receive_adapter(self, update_info: dict[str, Any], config: dict[str, Any]) -> None:
         """Take a LoRA adapter, whole: vLLM's three steps of an update are for the model's own weights, and end in forgetting adapters.
@@ -123,10 +118,6 @@ class _Attesting(WeightTransferEngine):
         self._watched = AdapterInbox(self._default_model, config)
         self.receive_weights(self.parse_update_info(update_info))
         self._watched.install()
-        self.release()
-
-    def release(self) -> None:
-        """Called when nothing refers to the sender's memory any more."""
 
     def attested(self) -> str:
         """Fingerprint of the last update, over the bytes as they arrived."""
@@ -152,7 +143,7 @@ class GlooReceiver(_Attesting):
 
     def receive_weights(self, update_info: Announcement) -> None:
         if self._group is None:
-            raise TransferFailed("weights were announced before this engine joined a transfer session")
+            raise TransferFailed(_NOT_JOINED)
         gloo.receive(self._group, update_info.specs(), self._watched.load_weights)
 
     def shutdown(self) -> None:
@@ -173,60 +164,40 @@ class LocalReceiver(_Attesting):
         self._watched.load_weights(update_info.weights)
 
 
-class NcclReceiver(_Attesting, NCCLWeightTransferEngine):
-    """vLLM's `nccl`, with our join message and a fingerprint."""
+class NcclReceiver(_Attesting):
+    """The worker's end of `nccl`."""
+
+    _group: NcclGroup | None = None
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
-        session = TransferSession(**init_info.session)
-        info = NCCLWeightTransferInitInfo(
-            master_address=session.host,
-            master_port=session.port,
-            rank_offset=init_info.rank_offset,
-            world_size=session.world_size,
-            packed=True,
-        )
-        NCCLWeightTransferEngine.init_transfer_engine(self, info)
+        self.shutdown()
+        rank = init_info.rank_offset + self.parallel_config.rank
+        self._group = NcclGroup(TransferSession(**init_info.session), rank)
 
     def receive_weights(self, update_info: Announcement) -> None:
-        info = NCCLWeightTransferUpdateInfo(update_info.names, update_info.dtypes, update_info.shapes)
-        model, self.model = self.model, self._watched
-        try:
-            NCCLWeightTransferEngine.receive_weights(self, info)
-        finally:
-            self.model = model
+        if self._group is None:
+            raise TransferFailed(_NOT_JOINED)
+        self._group.receive(update_info.specs(), self._watched.load_weights, self.device)
 
     def shutdown(self) -> None:
-        NCCLWeightTransferEngine.shutdown(self)
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
 
-class IpcReceiver(_Attesting, IPCWeightTransferEngine):
-    """vLLM's `ipc`, with handles from the session's store (see `rlhf.transfer.gpu`) and a fingerprint."""
+class IpcReceiver(_Attesting):
+    """The worker's end of `ipc`."""
+
+    _reader: IpcReader | None = None
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
-        session = TransferSession(**init_info.session)
-        self._store = ipc_store(session, is_sender=False)
-        self._rank = init_info.rank_offset + self.parallel_config.rank
-        self._round = 0
-        self.packed = False
+        rank = init_info.rank_offset + self.parallel_config.rank
+        self._reader = IpcReader(TransferSession(**init_info.session), rank)
 
     def receive_weights(self, update_info: Announcement) -> None:
-        handles = pickle.loads(self._store.get(f"handles/{self._round}"))
-        info = IPCWeightTransferUpdateInfo(
-            update_info.names, update_info.dtypes, update_info.shapes, ipc_handles=handles
-        )
-        model, self.model = self.model, self._watched
-        try:
-            IPCWeightTransferEngine.receive_weights(self, info)
-        finally:
-            self.model = model
-
-    def release(self) -> None:
-        torch.cuda.synchronize()
-        self._store.set(f"read/{self._round}/{self._rank}", b"")
-        self._round += 1
-
-    def shutdown(self) -> None:
-        IPCWeightTransferEngine.shutdown(self)
+        if self._reader is None:
+            raise TransferFailed(_NOT_JOINED)
+        self._reader.receive(update_info.specs(), self._watched.load_weights)
 
 
 class AttestingWorker:

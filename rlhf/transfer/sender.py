@@ -12,7 +12,7 @@ from rlhf.types import Half
 
 
 class WeightSender:
-    """Sends whole tensors, under Hugging Face names, to every worker of a session. Policy rank 0 holds one.
+    """Sends whole tensors, under Hugging Face names, to every worker of a session. Policy rank 0 holds one; with `ipc`, every rank does.
 
     The receivers must be told to receive at the same time (`RolloutPool.receive`), with specs that name the same
     tensors in the same order. Under ZeRO-3 the other policy ranks only iterate the gathered parameters.
@@ -22,13 +22,16 @@ class WeightSender:
         self._end = end
 
     @classmethod
-    def open(cls, session: TransferSession) -> WeightSender:
+    def open(cls, session: TransferSession, rank: int = 0, ranks: int = 1) -> WeightSender:
         """Join the session as its sender. Blocks until all workers have joined (they do in `RolloutPool.connect`).
+
+        Args:
+            rank, ranks: which of the policy's ranks this is, and how many open the session (`sending_ranks`).
 
         Raises:
             TransferFailed: some worker did not come within the session's timeout.
         """
-        return cls(_open(session))
+        return cls(_open(session, rank, ranks))
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
         """Send one version of the weights; blocks until the last byte has left. Returns its fingerprint.
@@ -52,7 +55,7 @@ class _End(Protocol):
     def close(self) -> None: ...
 
 
-def _open(session: TransferSession) -> _End:
+def _open(session: TransferSession, rank: int, ranks: int) -> _End:
     # Imported here because each back end needs what others lack: vLLM and a GPU, sockets, or nothing.
     if session.backend == "gloo":
         from rlhf.transfer.gloo import GlooSender
@@ -62,6 +65,10 @@ def _open(session: TransferSession) -> _End:
         from rlhf.transfer.local import LocalSender
 
         return LocalSender(session)
-    from rlhf.transfer.gpu import IpcSender, NcclSender
+    if session.backend == "nccl":
+        from rlhf.transfer.nccl import NcclSender
 
-    return NcclSender(session) if session.backend == "nccl" else IpcSender(session)
+        return NcclSender(session)
+    from rlhf.transfer.ipc import IpcSender
+
+    return IpcSender(session, rank, ranks)

@@ -16,15 +16,20 @@ class TransferFailed(RuntimeError):
     """A weight transfer broke off, or its two ends did not agree on what is sent."""
 
 
+def sending_ranks(backend: Backend, ranks: int) -> range:
+    """Which of so many policy ranks send: each to its own GPU with `ipc`, else rank 0 to all."""
+    return range(ranks if backend == "ipc" else 1)
+
+
 @dataclass(frozen=True)
 class TransferSession:
-    """One group of one sender (rank 0) and all vLLM workers (ranks 1 and up). It lives until an end is lost.
+    """One group of the policy (rank 0) and all vLLM workers (ranks 1 and up). It lives until an end is lost.
 
     Attributes:
-        backend: `gloo` (CPU), `nccl` (GPU to GPU), `ipc` (same GPU) or `local` (same process).
-        host: address of the sender's host, as the workers reach it.
+        backend: `gloo` (CPU), `nccl` (GPU to GPU), `ipc` (within each GPU) or `local` (same process).
+        host: address of policy rank 0's host, as the workers reach it.
         port: a free port there; with `local`, any number that no other open session uses.
-        world_size: the sender and all workers.
+        world_size: one for the policy, and all workers.
         timeout_s: longest wait for the other end, at joining and in each exchange, in seconds.
     """
 

@@ -106,11 +106,6 @@ CASES = [
         ["reward.servers=1"],
     ),
     (
-        ["rollout.transfer=ipc", "rollout.engines=2", "policy.ranks=2", "cluster.placement=colocated"],
-        ["`rollout.transfer`", "`policy.ranks`", "2 x 1 = 2", "auto"],
-        ["rollout.engines=1", "policy.ranks=1"],
-    ),
-    (
         ["rollout.transfer=ipc"],
         ["`rollout.transfer`", "`cluster.placement` is disaggregated", "`cluster.placement: colocated`"],
         ["cluster.placement=colocated"],

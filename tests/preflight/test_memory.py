@@ -26,6 +26,8 @@ from rlhf.preflight.memory import (
     trained_parameters,
 )
 from rlhf.preflight.shapes import KNOWN, ModelShape, known_name, known_shape, model_shape
+from rlhf.transfer.buckets import BUCKET_BYTES
+from rlhf.transfer.fingerprint import SCRATCH_BYTES
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 DPO = make(load(TINY))
@@ -210,6 +212,17 @@ def test_a_mixing_engine_holds_everything_twice() -> None:
     two = engine_memory(shape, settings.rollout, settings.policy, mixes=True)
     assert two.weights == 2 * one.weights and two.cached_token == 2 * one.cached_token
     assert one.room(10 * shape.cached + 1) == 10 and one.room(-5.0) == 0
+
+
+def test_weights_on_their_way_take_the_buckets_that_the_transfer_uses() -> None:
+    shape, bf16 = known_shape("llama-3.1-8b"), policy(dtype="bf16")
+    largest = 128256 * 4096 * 2
+    assert memory.publishing(shape, bf16) == BUCKET_BYTES + SCRATCH_BYTES, "with LoRA merged into the weights or not"
+    rollout = tiny("rollout.tensor_parallel_size=2").rollout
+    assert engine_memory(shape, rollout, bf16).arriving == BUCKET_BYTES + largest + largest / 2 + SCRATCH_BYTES
+    sharded = policy(dtype="bf16", zero_stage=3, ranks=2)
+    gathered = memory.GATHER_ELEMENTS * 2 + largest
+    assert memory.publishing(shape, sharded) == gathered + BUCKET_BYTES + SCRATCH_BYTES
 
 
 def test_repeated_constants_are_those_of_the_trainer() -> None:

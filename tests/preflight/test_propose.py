@@ -19,7 +19,17 @@ from rlhf.preflight.gpus import GPUS, gpu_kind, visible_gpu
 from rlhf.preflight.propose import CannotFit, propose, seats
 from rlhf.preflight.report import as_json, make_plan, text, typical
 from rlhf.preflight.shapes import known_shape
-from rlhf.preflight.speed import Assumptions, Learners, Work, generate_s, learn_flops, learn_s, publish_s, turns_s
+from rlhf.preflight.speed import (
+    Assumptions,
+    Learners,
+    Work,
+    gather_s,
+    generate_s,
+    learn_flops,
+    learn_s,
+    publish_s,
+    turns_s,
+)
 from rlhf.preflight.table import PAGE, with_table
 
 H100 = GPUS["h100-80gb"]
@@ -108,9 +118,14 @@ def test_zero_3_waits_for_its_network() -> None:
     )
     assert publish_s(16.06e9, H100, True, "nccl", PERFECT) == pytest.approx(16.06 / 450)
     assert publish_s(16.06e9, H100, True, "gloo", PERFECT) == pytest.approx(16.06), (
-        "shared GPUs send through host memory"
+        "engines of which some share GPUs receive through host memory"
     )
     assert publish_s(16.06e9, H100, True, "ipc", PERFECT) == pytest.approx(2 * 16.06 / 3350)
+    assert gather_s(16e9, H100, LEARNERS, PERFECT) == pytest.approx(16 * 7 / 8 / 450), (
+        "weights are made whole before they leave"
+    )
+    assert gather_s(16e9, slow, replace(LEARNERS, nodes=2), PERFECT) == pytest.approx(16 * 7 / 8)
+    assert gather_s(16e9, H100, replace(LEARNERS, zero_stage=1), PERFECT) == 0
     assert turns_s(H100, 16e9, 48e9, PERFECT) == pytest.approx(2.0)
 
 

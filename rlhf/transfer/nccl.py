@@ -1,0 +1,189 @@
+"""Weights from GPU to GPU: NCCL broadcasts from the sender to all workers, bucket by bucket.
+
+Written against vLLM 0.32 and its `PyNcclCommunicator`; designed, not yet run on a GPU. vLLM's own sender packs 1 GiB at a time twice over
+and has no deadline; here each end holds one bucket, tells the others by the session's `Board` what comes and whether it gives up, and
+ends a broadcast that does not (NCCL itself waits without limit) by aborting the communicator.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from rlhf.transfer.board import Board
+from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
+from rlhf.transfer.fingerprint import Fingerprint
+from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
+from rlhf.types import Half
+
+_END = 0  # in place of a bucket's length
+_POLL_S = 0.0005
+
+
+class Communicator(Protocol):
+    """What is needed of NCCL."""
+
+    def broadcast(self, bucket: torch.Tensor) -> Callable[[], bool]:
+        """Start sending, or receiving into, a bucket, from rank 0; the result says whether it has ended."""
+        ...
+
+    def abort(self) -> None:
+        """End what is under way; nothing can be sent afterwards."""
+        ...
+
+
+class NcclGroup:
+    """One end of a session over NCCL: on the sender's rank 0, or in a worker.
+
+    Raises:
+        TransferFailed: not all ranks came within the session's timeout.
+    """
+
+    def __init__(self, session: TransferSession, rank: int, join: Callable[..., Communicator] | None = None):
+        """
+        Args:
+            join: makes the communicator (`join_nccl`, unless a test has none).
+        """
+        self._session, self._rank = session, rank
+        self._board = Board(session, rank)
+        self._communicator = (join or join_nccl)(session, rank, self._board)
+        self._round = 0
+
+    def send(
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        half: Half,
+        device: torch.device,
+        capacity: int = BUCKET_BYTES,
+    ) -> str:
+        """Broadcast the tensors, on the current stream, after what it still has to do. Returns their fingerprint."""
+        total = Fingerprint(half)
+        with self._whole_round():
+            buffer, number = torch.empty(capacity, dtype=torch.uint8, device=device), 0
+            for first, bucket in filled(total.watch(named_tensors), buffer):
+                self._board.post(self._key(number), [bucket.numel(), first])
+                self._broadcast(
+                    bucket.to(device), first
+                )  # offloaded weights, if too large for the buffer, are still on the host
+                number += 1
+            self._board.post(self._key(number), [_END, "the end"])
+        return total.hexdigest()
+
+    def receive(
+        self,
+        specs: Sequence[WeightSpec],
+        load: Callable[[list[tuple[str, torch.Tensor]]], Any],
+        device: torch.device,
+        capacity: int = BUCKET_BYTES,
+    ) -> None:
+        """Give the announced tensors to `load`, one bucket at a time, as views of a buffer of their own."""
+        with self._whole_round():
+            buckets = plan(specs, capacity)
+            for number, bucket in enumerate(buckets):
+                self._expect(number, bucket.size)
+                buffer = torch.empty(bucket.size, dtype=torch.uint8, device=device)
+                self._broadcast(buffer, bucket.parts[0][0].name)
+                load(bucket.unpack(buffer))
+            self._expect(len(buckets), _END)
+
+    def _expect(self, number: int, size: int) -> None:
+        sent, first = self._board.read(self._key(number))
+        if sent != size:
+            raise TransferFailed(
+                f"at {first} the ends of the transfer expect {size} bytes and {sent}: the specs given to the engines and the tensors "
+                "given to the sender differ in number, shape or dtype"
+            )
+
+    def _broadcast(self, bucket: torch.Tensor, place: str) -> None:
+        has_ended = self._communicator.broadcast(bucket)
+        end = time.monotonic() + self._session.timeout_s
+        while not has_ended():
+            self._board.require_nobody_gave_up(place)
+            if time.monotonic() > end:
+                raise TransferFailed(
+                    f"the weight transfer broke off at {place}: the broadcast did not end within {self._session.timeout_s:g} s"
+                )
+            time.sleep(_POLL_S)
+
+    @contextmanager
+    def _whole_round(self) -> Iterator[None]:
+        """One version of the weights. After an error neither this end nor the others can go on: the session is over."""
+        well = False
+        try:
+            with self._board.others_told():
+                yield
+            well = True
+        finally:
+            if not well:
+                self._communicator.abort()
+        self._round += 1
+
+    def _key(self, number: int) -> str:
+        return f"{self._round}/{number}"
+
+    def close(self) -> None:
+        """Leave the session."""
+        self._communicator.abort()
+
+
+class NcclSender:
+    """The trainer's end (rank 0)."""
+
+    def __init__(self, session: TransferSession):
+        self._group = NcclGroup(session, rank=0)
+
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
+        """Broadcast the tensors from the current device. Returns their fingerprint when the last one has left.
+
+        Raises:
+            TransferFailed: a worker was lost, failed, expected something else, or was too slow for the session's timeout.
+        """
+        return self._group.send(named_tensors, half, torch.device("cuda", torch.cuda.current_device()))
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._group.close()
+
+
+class _PyNccl:
+    """vLLM's communicator, always on the caller's own stream."""
+
+    def __init__(self, session: TransferSession, rank: int, unique_id: bytes):
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.utils.nccl import unpinned_nccl_env
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        # Its first collective asks vLLM for a stream, which makes a new one current for good: a trainer would go on training there.
+        stream = torch.cuda.current_stream()
+        try:
+            with unpinned_nccl_env():
+                self._nccl = PyNcclCommunicator.from_unique_id_bytes(unique_id, rank, session.world_size, device)
+        finally:
+            torch.cuda.set_stream(stream)
+
+    def broadcast(self, bucket: torch.Tensor) -> Callable[[], bool]:
+        stream = torch.cuda.current_stream()
+        self._nccl.broadcast(bucket, src=0, stream=stream)
+        return stream.record_event().query
+
+    def abort(self) -> None:
+        self._nccl.destroy()
+
+
+def join_nccl(session: TransferSession, rank: int, board: Board) -> Communicator:
+    """Meet all other ranks, then make the communicator, on the current GPU.
+
+    vLLM would exchange NCCL's id as a pickle, and wait for 300 s at the most, however long a large model takes to load.
+    """
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    if rank == 0:
+        board.post("nccl-id", bytes(NCCLLibrary().ncclGetUniqueId()).hex())
+    unique_id = bytes.fromhex(board.read("nccl-id"))
+    board.post(f"here/{rank}", 1)
+    board.wait([f"here/{other}" for other in range(session.world_size)])
+    return _PyNccl(session, rank, unique_id)
