@@ -88,7 +88,7 @@ class PolicyGroup:
             for rank, share in zip(self._ranks, shares, strict=True)
         )
         metrics = means(merge(await together(*calls)))
-        self._check_gap(metrics.get("policy/logprob_gap", 0.0))
+        self._check_gap(metrics)
         if self._kl is not None:
             metrics["policy/kl_coef"] = self._kl.coef
             self._steer_kl(metrics, moment.step, sum(len(assignment.members()) for assignment in assignments))
@@ -109,10 +109,14 @@ class PolicyGroup:
         if self._kl is not None:
             self._kl.coef = state["kl_coef"]
 
-    def _check_gap(self, gap: float) -> None:
+    def _check_gap(self, metrics: dict[str, float]) -> None:
+        """Between engines and trainer, on what was learned from. Where sampling was truncated or greedy the log-probs are those of another
+        distribution, and the number would mean nothing: there the engines are probed (`check_engines`)."""
         run, rollout = self._settings.run, self._settings.rollout
-        comparable = rollout.top_p == 1 and rollout.top_k == 0 and rollout.temperature > 0
-        if run.invariants and comparable and not gap <= run.max_logprob_gap:  # true of NaN
+        gap = metrics.get("policy/logprob_gap", 0.0)
+        if not (rollout.top_p == 1 and rollout.top_k == 0 and rollout.temperature > 0):
+            metrics.pop("policy/logprob_gap", None)
+        elif run.invariants and not gap <= run.max_logprob_gap:  # true of NaN
             raise InvariantBroken(
                 f"the engines' log-probs differ from the trainer's by {gap:.3g} nats per token on average (allowed by "
                 f"run.max_logprob_gap: {run.max_logprob_gap:g}). They attest the policy's weights, so either vLLM does not put new weights "

@@ -72,4 +72,5 @@ def test_garbage_under_truncated_sampling_stops_the_run(tmp_path: Path, monkeypa
         train("online_dpo", tmp_path / "run", "rollout.top_p=0.9", "rollout.temperature=0.8", "data.eval_prompts=null")
     (step,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert step["policy/probe_gap"] < 1e-4
+    assert "policy/logprob_gap" not in step, "of truncated samples it would mean nothing"
     assert len(publications) == 2

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
 
 from rlhf.cluster import LocalRuntime
 from rlhf.rollout import RolloutPool, Sampling
+from rlhf.training.weights import whole_weights
 from tests.rollout.publishing import GAP, PROMPTS, Publisher, largest_gap, load_model, sample_all
 
 pytestmark = pytest.mark.engine
@@ -66,11 +67,6 @@ def test_new_weights_are_packed_as_the_first_ones(pool: RolloutPool, run: Callab
     for scale in (None, 1.0, 1.1, 1.0):  # the first is what the engine has read from the folder
         model = load_model(folder, scale or 1.0)
         if scale is not None:
-            publisher.publish([*model.named_parameters(), *persistent_buffers(model)])
+            publisher.publish(list(whole_weights(model)))
         for prompt, answers in zip(PROMPTS, sample_all(pool, run, Sampling(2, 16, seed=3)), strict=True):
             assert largest_gap(model, prompt, answers) < GAP
-
-
-def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Those in the model's files."""
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in model.state_dict()]
