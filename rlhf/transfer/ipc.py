@@ -117,24 +117,28 @@ class IpcSender:
         Raises:
             TransferFailed: a worker failed, expected something else, or was too slow for the session's timeout.
         """
-        total, number = Fingerprint(half), 0
+        total = Fingerprint(half)
         with self._board.others_told():
-            buffer = torch.empty(capacity, dtype=torch.uint8, device=self._memory.device)
-            for worker in self._workers:
-                self._board.post(self._key(worker, "buffer"), self._memory.share(buffer))
-            for first, bucket in filled(total.watch(named_tensors), buffer):
-                for piece in bucket.split(capacity):
-                    if piece.data_ptr() != buffer.data_ptr():  # of a tensor larger than the buffer
-                        piece = buffer[: len(piece)].copy_(piece)
-                    self._hand_over(number, len(piece), first)
-                    number += 1
-            for worker in self._workers:
-                self._board.post(self._key(worker, number), [_END, "the end"])
-            self._board.wait([self._key(worker, "done") for worker in self._workers])
+            self._send(total.watch(named_tensors), capacity)
         self._round += 1
         if self._memory.device.type == "cuda":
-            torch.cuda.ipc_collect()
+            torch.cuda.ipc_collect()  # the buffer, which nobody maps any more
         return total.hexdigest()
+
+    def _send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], capacity: int) -> None:
+        buffer, number = torch.empty(capacity, dtype=torch.uint8, device=self._memory.device), 0
+        for worker in self._workers:
+            self._board.post(self._key(worker, "buffer"), self._memory.share(buffer))
+        for first, bucket in filled(named_tensors, buffer):
+            for piece in bucket.split(capacity):
+                if piece.data_ptr() != buffer.data_ptr():  # of a tensor larger than the buffer
+                    piece = buffer[: len(piece)].copy_(piece)
+                self._hand_over(number, len(piece), first)
+                number += 1
+        for worker in self._workers:
+            self._board.post(self._key(worker, number), [_END, "the end"])
+        for worker in self._workers:
+            self._board.take(self._key(worker, "done"))
 
     def _hand_over(self, number: int, size: int, first: str) -> None:
         self._memory.settle()
