@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -58,9 +58,14 @@ class Board:
     def take(self, key: str) -> Any:
         """As `read`, for a message that nobody else reads: it is removed."""
         message = self.read(key)
-        with _reached(key):
-            self._store.delete_key(key)
+        self.remove([key])
         return message
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Forget messages that all have read."""
+        for key in keys:
+            with _reached(key):
+                self._store.delete_key(key)
 
     def wait(self, keys: Sequence[str]) -> None:
         """Until there is a message at each of these keys. Raises as `read`."""

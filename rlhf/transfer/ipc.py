@@ -48,12 +48,11 @@ class Memory(Protocol):
 
 
 class CudaMemory:
-    """The current GPU."""
+    """A GPU; unless it says which, the current one."""
 
-    def __init__(self) -> None:
-        index = torch.cuda.current_device()
-        self.device = torch.device("cuda", index)
-        self.uuid = str(torch.cuda.get_device_properties(index).uuid)
+    def __init__(self, device: torch.device | None = None):
+        self.device = device or torch.device("cuda", torch.cuda.current_device())
+        self.uuid = str(torch.cuda.get_device_properties(self.device).uuid)
 
     def share(self, buffer: torch.Tensor) -> Any:
         # Each call counts as one reader, who counts back when it lets its own storage go (torch's CudaIPCTypes).

@@ -43,49 +43,48 @@ class NcclGroup:
         TransferFailed: not all ranks came within the session's timeout.
     """
 
-    def __init__(self, session: TransferSession, rank: int, join: Callable[..., Communicator] | None = None):
+    def __init__(
+        self,
+        session: TransferSession,
+        rank: int,
+        device: torch.device,
+        join: Callable[..., Communicator] | None = None,
+        capacity: int = BUCKET_BYTES,
+    ):
         """
         Args:
-            join: makes the communicator (`join_nccl`, unless a test has none).
+            device: where the weights come from, or go to.
+            join: makes the communicator; None: `join_nccl`.
+            capacity: of a bucket, in bytes; the same at all ends.
         """
-        self._session, self._rank = session, rank
+        self._session, self._device, self._capacity = session, device, capacity
         self._board = Board(session, rank)
-        self._communicator = (join or join_nccl)(session, rank, self._board)
+        self._communicator = (join or join_nccl)(session, rank, self._board, device)
         self._round = 0
+        self._read: list[str] = []
 
-    def send(
-        self,
-        named_tensors: Iterable[tuple[str, torch.Tensor]],
-        half: Half,
-        device: torch.device,
-        capacity: int = BUCKET_BYTES,
-    ) -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half) -> str:
         """Broadcast the tensors, on the current stream, after what it still has to do. Returns their fingerprint."""
         total = Fingerprint(half)
         with self._whole_round():
-            buffer, number = torch.empty(capacity, dtype=torch.uint8, device=device), 0
+            buffer, number = torch.empty(self._capacity, dtype=torch.uint8, device=self._device), 0
             for first, bucket in filled(total.watch(named_tensors), buffer):
                 self._board.post(self._key(number), [bucket.numel(), first])
-                self._broadcast(
-                    bucket.to(device), first
-                )  # offloaded weights, if too large for the buffer, are still on the host
+                # Offloaded weights that are too large for the buffer are still on the host.
+                self._broadcast(bucket.to(self._device), first)
                 number += 1
             self._board.post(self._key(number), [_END, "the end"])
+        self._board.remove(self._read)  # all ends have finished the round before
+        self._read = [f"{self._round - 1}/{place}" for place in range(number + 1)]
         return total.hexdigest()
 
-    def receive(
-        self,
-        specs: Sequence[WeightSpec],
-        load: Callable[[list[tuple[str, torch.Tensor]]], Any],
-        device: torch.device,
-        capacity: int = BUCKET_BYTES,
-    ) -> None:
+    def receive(self, specs: Sequence[WeightSpec], load: Callable[[list[tuple[str, torch.Tensor]]], Any]) -> None:
         """Give the announced tensors to `load`, one bucket at a time, as views of a buffer of their own."""
         with self._whole_round():
-            buckets = plan(specs, capacity)
+            buckets = plan(specs, self._capacity)
             for number, bucket in enumerate(buckets):
                 self._expect(number, bucket.size)
-                buffer = torch.empty(bucket.size, dtype=torch.uint8, device=device)
+                buffer = torch.empty(bucket.size, dtype=torch.uint8, device=self._device)
                 self._broadcast(buffer, bucket.parts[0][0].name)
                 load(bucket.unpack(buffer))
             self._expect(len(buckets), _END)
@@ -134,7 +133,7 @@ class NcclSender:
     """The trainer's end (rank 0)."""
 
     def __init__(self, session: TransferSession):
-        self._group = NcclGroup(session, rank=0)
+        self._group = NcclGroup(session, 0, torch.device("cuda", torch.cuda.current_device()))
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
         """Broadcast the tensors from the current device. Returns their fingerprint when the last one has left.
@@ -142,7 +141,7 @@ class NcclSender:
         Raises:
             TransferFailed: a worker was lost, failed, expected something else, or was too slow for the session's timeout.
         """
-        return self._group.send(named_tensors, half, torch.device("cuda", torch.cuda.current_device()))
+        return self._group.send(named_tensors, half)
 
     def close(self) -> None:
         """Leave the group."""
@@ -152,13 +151,12 @@ class NcclSender:
 class _PyNccl:
     """vLLM's communicator, always on the caller's own stream."""
 
-    def __init__(self, session: TransferSession, rank: int, unique_id: bytes):
+    def __init__(self, session: TransferSession, rank: int, unique_id: bytes, device: torch.device):
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
         from vllm.utils.nccl import unpinned_nccl_env
 
-        device = torch.device("cuda", torch.cuda.current_device())
         # Its first collective asks vLLM for a stream, which makes a new one current for good: a trainer would go on training there.
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(device)
         try:
             with unpinned_nccl_env():
                 self._nccl = PyNcclCommunicator.from_unique_id_bytes(unique_id, rank, session.world_size, device)
@@ -166,7 +164,7 @@ class _PyNccl:
             torch.cuda.set_stream(stream)
 
     def broadcast(self, bucket: torch.Tensor) -> Callable[[], bool]:
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(bucket.device)
         self._nccl.broadcast(bucket, src=0, stream=stream)
         return stream.record_event().query
 
@@ -174,8 +172,8 @@ class _PyNccl:
         self._nccl.destroy()
 
 
-def join_nccl(session: TransferSession, rank: int, board: Board) -> Communicator:
-    """Meet all other ranks, then make the communicator, on the current GPU.
+def join_nccl(session: TransferSession, rank: int, board: Board, device: torch.device) -> Communicator:
+    """Meet all other ranks, then make the communicator on this GPU.
 
     vLLM would exchange NCCL's id as a pickle, and wait for 300 s at the most, however long a large model takes to load.
     """
@@ -186,4 +184,4 @@ def join_nccl(session: TransferSession, rank: int, board: Board) -> Communicator
     unique_id = bytes.fromhex(board.read("nccl-id"))
     board.post(f"here/{rank}", 1)
     board.wait([f"here/{other}" for other in range(session.world_size)])
-    return _PyNccl(session, rank, unique_id)
+    return _PyNccl(session, rank, unique_id, device)

@@ -23,7 +23,7 @@ from rlhf.transfer import gloo
 from rlhf.transfer.adapters import AdapterInbox
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.halves import checksum, halves
-from rlhf.transfer.ipc import IpcReader
+from rlhf.transfer.ipc import CudaMemory, IpcReader
 from rlhf.transfer.nccl import NcclGroup
 from rlhf.transfer.reload import Reload
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
@@ -172,12 +172,12 @@ class NcclReceiver(_Attesting):
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         self.shutdown()
         rank = init_info.rank_offset + self.parallel_config.rank
-        self._group = NcclGroup(TransferSession(**init_info.session), rank)
+        self._group = NcclGroup(TransferSession(**init_info.session), rank, self.device)
 
     def receive_weights(self, update_info: Announcement) -> None:
         if self._group is None:
             raise TransferFailed(_NOT_JOINED)
-        self._group.receive(update_info.specs(), self._watched.load_weights, self.device)
+        self._group.receive(update_info.specs(), self._watched.load_weights)
 
     def shutdown(self) -> None:
         if self._group is not None:
@@ -192,7 +192,7 @@ class IpcReceiver(_Attesting):
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         rank = init_info.rank_offset + self.parallel_config.rank
-        self._reader = IpcReader(TransferSession(**init_info.session), rank)
+        self._reader = IpcReader(TransferSession(**init_info.session), rank, CudaMemory(self.device))
 
     def receive_weights(self, update_info: Announcement) -> None:
         if self._reader is None:

@@ -48,7 +48,7 @@ class Wire:
         self.bucket = torch.empty(0)
         self.aborted: list[int] = []
 
-    def join(self, session: TransferSession, rank: int, board: Board) -> Communicator:
+    def join(self, session: TransferSession, rank: int, board: Board, device: torch.device) -> Communicator:
         return Communicator(self, rank)
 
 
@@ -79,19 +79,19 @@ class Communicator:
 def receive_by_nccl(
     session: TransferSession, wire: Wire, rank: int, specs: list[WeightSpec], rounds: int
 ) -> list[Named]:
-    group = NcclGroup(session, rank, wire.join)
+    group = NcclGroup(session, rank, CPU, wire.join, CAPACITY)
     taken: list[Named] = []
     for _ in range(rounds):
         taken.append([])
-        group.receive(specs, taken[-1].extend, CPU, CAPACITY)
+        group.receive(specs, taken[-1].extend)
     return taken
 
 
 def test_nccl_brings_every_tensor_in_each_round(threads: ThreadPoolExecutor) -> None:
     session, wire, sent = session_of("nccl", 2), Wire(3), weights()
     ends = [threads.submit(receive_by_nccl, session, wire, rank, specs_of(sent), 2) for rank in (1, 2)]
-    group = NcclGroup(session, 0, wire.join)
-    marks = [group.send(named, "policy", CPU, CAPACITY) for named in (sent, [(n, t * 2) for n, t in sent])]
+    group = NcclGroup(session, 0, CPU, wire.join, CAPACITY)
+    marks = [group.send(named, "policy") for named in (sent, [(n, t * 2) for n, t in sent])]
     for end in ends:
         assert [fingerprint(taken) for taken in end.result(timeout=30)] == marks
     assert marks[0] == fingerprint(sent) != marks[1]
@@ -102,7 +102,7 @@ def test_nccl_ends_that_differ_say_so(threads: ThreadPoolExecutor) -> None:
     session, wire, sent = session_of("nccl", 1), Wire(2), weights()
     end = threads.submit(receive_by_nccl, session, wire, 1, specs_of(sent)[:-1], 1)
     with pytest.raises(TransferFailed, match="another end of the weight transfer gave up"):
-        NcclGroup(session, 0, wire.join).send(sent, "policy", CPU, CAPACITY)
+        NcclGroup(session, 0, CPU, wire.join, CAPACITY).send(sent, "policy")
     with pytest.raises(TransferFailed, match="differ in number, shape or dtype"):
         end.result(timeout=30)
     assert sorted(wire.aborted) == [0, 1]
@@ -115,20 +115,20 @@ def test_nccl_does_not_wait_for_a_worker_that_could_not_load(threads: ThreadPool
         raise ValueError("out of memory")
 
     def receive() -> None:
-        NcclGroup(session, 1, wire.join).receive(specs_of(sent), load, CPU, CAPACITY)
+        NcclGroup(session, 1, CPU, wire.join, CAPACITY).receive(specs_of(sent), load)
 
     end = threads.submit(receive)
     with pytest.raises(TransferFailed, match="gave up"):
-        NcclGroup(session, 0, wire.join).send(sent, "policy", CPU, CAPACITY)
+        NcclGroup(session, 0, CPU, wire.join, CAPACITY).send(sent, "policy")
     with pytest.raises(ValueError, match="out of memory"):
         end.result(timeout=30)
 
 
 def test_nccl_aborts_a_broadcast_that_does_not_end() -> None:
     session, wire = session_of("nccl", 1, timeout_s=1), Wire(2)
-    group = NcclGroup(session, 0, wire.join)  # nobody else comes
+    group = NcclGroup(session, 0, CPU, wire.join, CAPACITY)  # nobody else comes
     with pytest.raises(TransferFailed, match="broadcast did not end within 1 s"):
-        group.send(weights(), "policy", CPU, CAPACITY)
+        group.send(weights(), "policy")
     assert wire.aborted == [0]
 
 
