@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -149,13 +150,19 @@ def test_a_lost_receiver_ends_the_transfer(session: TransferSession, threads: Th
     sent = weights() * 50
     specs = [spec_of(*item) for item in sent]
 
+    everybody_is_there = threading.Event()
+
     def leave_early() -> None:
-        join(session, 1)  # and never takes part
+        group = join(session, 1)
+        everybody_is_there.wait(30)
+        del group  # it never takes part
 
     left = threads.submit(leave_early)
     stayed = threads.submit(take, session, 2, specs)
+    sender = GlooSender(session, CAPACITY)
+    everybody_is_there.set()
     with pytest.raises(TransferFailed, match="broke off"):
-        GlooSender(session, CAPACITY).send(sent)
+        sender.send(sent)
     left.result(timeout=30)
     with pytest.raises(TransferFailed):
         stayed.result(timeout=60)
