@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from rlhf.cluster import LocalRuntime
+from rlhf.cluster import LocalRuntime, fetch
 from rlhf.rollout import RolloutPool, Sampling, StaleWeights
 from rlhf.transfer import TransferFailed
 from tests.rollout.publishing import GAP, PROMPTS, Publisher, largest_gap, load_model, make_prompt, sample_all
@@ -76,6 +76,15 @@ def test_seeds_repeat_and_responses_differ(pool, run) -> None:
     assert tokens[0] == tokens[1]
     assert tokens[0] != tokens[2]
     assert len(set(tokens[0])) == len(tokens[0])
+
+
+def test_every_engine_answers_a_probe(pool, run, tiny_model) -> None:
+    probed = run(pool.probe(PROMPTS[0], [Sampling(2, 8, source="probe", ignore_eos=True)]))
+    assert list(probed) == [0, 1]
+    for answers in fetch([rollout.completions for rollout in probed.values()]):
+        assert [len(answer.token_ids) for answer in answers] == [8, 8]
+        assert largest_gap(load_model(tiny_model), PROMPTS[0], answers) < GAP
+    assert run(pool.probe(PROMPTS[0], [])) == {}
 
 
 def test_a_prompt_that_is_too_long_is_refused(pool, run) -> None:
