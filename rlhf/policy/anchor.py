@@ -36,10 +36,14 @@ class Anchor:
             self._memory = _copies(self._shards())
         self._fingerprint = self._take_fingerprint()
 
-    @torch.no_grad()
     def logprobs(self, experience: Experience) -> torch.Tensor:
         """fp32 [N] log-probs of the response tokens."""
-        return self.model(experience)[0]
+        return self.forward(experience)[0]
+
+    @torch.no_grad()
+    def forward(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `LogProbModel` gives, without gradient."""
+        return self.model(experience)
 
     @torch.no_grad()
     def follow(self, policy: Trainer, step: int) -> bool:
@@ -144,9 +148,9 @@ class SharedAnchor(Anchor):
         super().__init__(name, policy.engine.module, rule)
 
     @torch.no_grad()
-    def logprobs(self, experience: Experience) -> torch.Tensor:
+    def forward(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor | None]:
         with lora.adapter_in_use(self.model.causal_lm, self._adapter):
-            return self._policy.forward(experience)[0]
+            return self._policy.forward(experience)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return whole_weights(self.model.causal_lm, self._adapter)

@@ -112,10 +112,15 @@ def _worst(experience: Experience, logprobs: torch.Tensor, reference: torch.Tens
 
 @torch.no_grad()
 def kl_meters(experience: Experience, logprobs: torch.Tensor, reference: torch.Tensor) -> Meters:
-    """KL of the policy to the reference (nats) on the tokens that the policy itself wrote: elsewhere these are no estimates of it.
+    """KL(pi_T || ref_T) of the distribution that was sampled from (nats), on the tokens that the policy itself wrote: elsewhere these are
+    no estimates of it.
 
     Names: policy/kl (mean of log pi - log ref per token), policy/kl_k3 (the same by an estimator that is never negative) and
     policy/kl_response (sum over a response's tokens).
+
+    Args:
+        logprobs: of the weights that wrote the tokens, at the sampling temperature T, [N].
+        reference: of the reference, at T, [N].
     """
     mine = experience.by_policy
     ratio = (logprobs - reference)[mine]

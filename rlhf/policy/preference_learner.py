@@ -13,14 +13,14 @@ from rlhf.policy.meters import Meters, item_meters, merge
 from rlhf.training.engine import Trainer
 from rlhf.training.packing import Experience
 
-LogProbs = Callable[[Experience], torch.Tensor]
+LogProbs = Callable[[Experience], tuple[torch.Tensor, torch.Tensor]]
 
 
 class PreferenceLearner:
     """The policy's optimizer steps under a `Preference` objective.
 
     Args:
-        reference: fp32 [N] log-probs of the anchor, without gradient.
+        reference: fp32 [N] log-probs of the anchor, and those at the sampling temperature; without gradient.
     """
 
     def __init__(self, settings: Settings, objective: Preference, policy: Trainer, reference: LogProbs):
@@ -30,27 +30,36 @@ class PreferenceLearner:
     def learn(self, updates: Sequence[Update], moment: Moment) -> Meters:
         """Make the optimizer steps, as often as `loop.epochs_per_step`. Raises as `PolicyRank.learn`."""
         references: dict[tuple[int, int], torch.Tensor] = {}
+        tempered: torch.Tensor | None = None
         meters: list[Meters] = []
         for epoch in range(self.settings.loop.epochs_per_step):
             for number, update in enumerate(updates):
                 untouched = epoch == 0 and number == 0
                 for place, experience in enumerate(update.experiences):
                     if (number, place) not in references:
-                        references[number, place] = self.reference(experience)
+                        references[number, place], tempered = self.reference(experience)
                     reference = references[number, place]
                     equal = moment.equal and untouched and place == 0
-                    meters.append(self._accumulate(experience, reference, update.n_groups, untouched, equal))
+                    start = tempered if untouched else None
+                    meters.append(self._accumulate(experience, reference, update.n_groups, start, equal))
                 norm, rate = self.policy.step()
                 meters.append({"policy/grad_norm": (norm, 1.0), "policy/learning_rate": (rate, 1.0)})
         return merge(meters)
 
     def _accumulate(
-        self, experience: Experience, reference: torch.Tensor, n_groups: int, untouched: bool, equal: bool
+        self,
+        experience: Experience,
+        reference: torch.Tensor,
+        n_groups: int,
+        start: torch.Tensor | None,
+        equal: bool,
     ) -> Meters:
         """Forward and backward of one micro-batch.
 
         Args:
-            untouched: the policy's weights are still those that wrote the completions.
+            start: if the policy's weights are still those that wrote the completions: the anchor's log-probs at the sampling
+                temperature. What is measured of the policy that sampled (its KL, the engines' gap) is measured then alone; once an
+                update has moved it, the completions are no samples of it.
             equal: the policy's weights are still those of the reference.
         """
         logprobs, tempered = self.policy.forward(experience)
@@ -61,7 +70,6 @@ class PreferenceLearner:
         meters = item_meters(self.objective, experience, logprobs, reference)
         if len(losses):
             meters["policy/loss"] = (losses.sum().item(), float(len(experience.segments)))
-            meters |= kl_meters(experience, logprobs, reference)
-        if len(losses) and untouched:
-            meters |= gap_meters(experience, tempered)
+        if len(losses) and start is not None:
+            meters |= kl_meters(experience, tempered, start) | gap_meters(experience, tempered)
         return meters

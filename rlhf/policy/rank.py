@@ -120,7 +120,7 @@ class PolicyRank:
     def _learner(self, path: str) -> PreferenceLearner | GradientLearner:
         objective = self.algorithm.objective
         if isinstance(objective, Preference):
-            return PreferenceLearner(self.settings, objective, self.policy, self.reference.logprobs)
+            return PreferenceLearner(self.settings, objective, self.policy, self.reference.forward)
         critic = None if objective.critic is None else self._critic(path, objective.critic)
         return GradientLearner(self.settings, objective, self.policy, self.reference.logprobs, critic)
 
@@ -181,11 +181,13 @@ class PolicyRank:
     def measure(self, batches: Sequence[Sequence[Assignment]]) -> Meters:
         """KL of the policy to the model the run started from, on given completions (`kl_meters`); nothing is learned."""
         completions = _fetch_completions(batches)
+        # Where `LogProbModel` puts the log-probs at the sampling temperature.
+        tempered = 0 if isinstance(self.algorithm.objective, PolicyGradient) else 1
         meters = []
         for batch in batches:
             experience = self._pack(batch, completions)
-            logprobs, _ = self.policy.forward(experience)
-            start = self.start.logprobs(experience)  # also of an idle one: under ZeRO-3 both forwards are collective
+            logprobs = self.policy.forward(experience)[tempered]
+            start = self.start.forward(experience)[tempered]  # also of an idle one: under ZeRO-3 both are collective
             meters.append(kl_meters(experience, logprobs, start) if batch else {})
         return merge(meters)
 
