@@ -101,6 +101,9 @@ class RewardModel:
     """A module with the tokenizer and the format of its input."""
 
     def __init__(self, module: torch.nn.Module, tokenizer, description: Description, device: str = "cpu"):
+        from rlhf.training.attention import avoid_plans_per_shape  # transformers, which who has a module has imported
+
+        avoid_plans_per_shape()
         tokenizer.padding_side = "right"
         self.module, self.tokenizer, self.description, self.device = module.to(device), tokenizer, description, device
         self._stored: dict[str, torch.dtype] = {}  # of weights that have been widened

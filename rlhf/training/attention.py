@@ -172,4 +172,10 @@ def fused(
     return torch.cat(outputs, dim=2)
 
 
+def avoid_plans_per_shape() -> None:
+    """Keep scaled_dot_product_attention in this process from cuDNN. torch 2.13 prefers it on Hopper and later, where it makes a plan for
+    every exact shape (tens to hundreds of milliseconds), and batches here are ragged."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 AttentionInterface.register(NAME, packed_attention)

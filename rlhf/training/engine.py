@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rlhf.config.policy import PolicySettings
+from rlhf.training.attention import avoid_plans_per_shape
 from rlhf.training.masters import masters, set_masters
 from rlhf.training.resting import Resting
 from rlhf.training.weights import local_shard
@@ -80,6 +81,7 @@ class Trainer:
     def __init__(
         self, model: nn.Module, settings: PolicySettings, total_updates: int, groups: list[dict[str, Any]] | None = None
     ):
+        avoid_plans_per_shape()  # encoders that are fine-tuned attend to padded batches
         model.register_state_dict_post_hook(_only_what_learns)
         optimizer = torch.optim.AdamW(
             groups or [parameter for parameter in model.parameters() if parameter.requires_grad],

@@ -74,7 +74,9 @@ def test_a_rank_holds_one_micro_batch_and_learns_as_if_it_held_all(
 
     monkeypatch.setattr(rank_module, "pack", counting_pack)
     monkeypatch.setattr(rank_module, "fetch", counting_fetch)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     lazily = run(learn())
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "it plans for every exact shape"
     assert fetched == [7]
     assert max(most) == 2
     most.clear()

@@ -91,6 +91,12 @@ def test_an_architecture_without_a_classifier_gets_a_head(tiny_model, monkeypatc
     assert model.run(model.module, [Example("", "ab"), Example("", "b")]).shape == (2, 4)
 
 
+def test_padded_batches_keep_from_cudnn_which_plans_for_every_exact_shape(encoder):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    new_model(encoder, Description("classifier", "response", 64), 1)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_new_head_has_parts_of_its_own(encoder):
     model = new_model(encoder, Description("classifier", "response", 64), 1)
     module = CumulativeLogits(model.module, torch.tensor([-1.0, 0.5, 2.0]))
