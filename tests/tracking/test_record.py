@@ -16,6 +16,7 @@ import yaml
 from rlhf.config import Settings, UserError
 from rlhf.tracking import Record, jsonl
 from rlhf.tracking.manifest import git_state, sha256
+from rlhf.tracking.record import recorded_dtype
 
 
 def test_a_new_folder_describes_the_run(folder: Path, settings: Callable[..., Settings]) -> None:
@@ -28,6 +29,16 @@ def test_a_new_folder_describes_the_run(folder: Path, settings: Callable[..., Se
     assert manifest["versions"]["torch"] and manifest["versions"]["vllm"]
     assert manifest["host"]["cpus"] >= 1 and manifest["host"]["processor"]
     assert manifest["command"] and manifest["started"]
+
+
+def test_a_run_remembers_what_it_computes_in(folder: Path, settings: Callable[..., Settings]) -> None:
+    assert recorded_dtype(str(folder)) is None
+    record = Record(settings(folder, policy={"dtype": "fp32"}), resume=False)
+    record.computes("fp32", "an old processor")
+    assert recorded_dtype(str(folder)) == "fp32"
+    assert json.loads((folder / "manifest.json").read_text())["dtype"] == "fp32: an old processor"
+    Record(settings(folder, policy={"dtype": "fp32"}), resume=True).computes("fp32", "as before the run was resumed")
+    assert json.loads((folder / "manifest.json").read_text())["resumed"][0]["dtype"].endswith("resumed")
 
 
 def test_asset_names_are_hashed_as_the_files_they_stand_for(
