@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,3 +33,13 @@ def mean_byte(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
     """A reward that hardly ever ties: the mean byte of the response, over 255."""
     text = response.encode()
     return sum(text) / max(len(text), 1) / 255
+
+
+def coin(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
+    """Right or wrong by chance: half of the pairs of responses get equal rewards."""
+    return float(zlib.crc32(response.encode()) & 1)
+
+
+def constant(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
+    """A reward that tells nothing apart."""
+    return 1.0

@@ -23,9 +23,15 @@ from rlhf.types import Feedback, Rollout, TrainingItem
 
 @dataclass(frozen=True)
 class Dropped:
-    """This prompt gives no training item."""
+    """This prompt gives no training item.
 
-    reason: Literal["too_few_scores", "identical", "tie"]
+    Attributes:
+        reason: counted as dropped/REASON. A user's builder may have reasons of its own.
+        detail: more of it, for a person.
+    """
+
+    reason: str
+    detail: str = ""
 
 
 Items = tuple[TrainingItem, ...]

@@ -10,6 +10,15 @@ from rlhf.config.base import Section
 class LoopSettings(Section):
     steps: int = Field(100, ge=1, description="Steps of the online loop: sample, judge, learn, publish.")
     prompts_per_step: int = Field(64, ge=1, description="Prompts drawn in each step.")
+    refill: int = Field(
+        0,
+        ge=0,
+        description="Dynamic sampling: prompts that teach nothing (ties, identical responses, a group of equal rewards) are replaced in "
+        "the same step until `prompts_per_step` teach something, by at most so many times `prompts_per_step` further prompts. 0: none is.",
+    )
+    max_empty_steps: int = Field(
+        5, ge=1, description="So many steps in a row in which no prompt taught anything end the run."
+    )
     updates_per_step: int = Field(1, ge=1, description="Optimizer steps that one step's prompts are divided over.")
     epochs_per_step: int = Field(1, ge=1, description="Times that each step's data is learned from.")
     eval_every: int = Field(

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rlhf.config.algorithm import Gradient, IpoMd, NashEma, NashMd, OwnAlgorithm, Ppo, Raft, Selm
+from rlhf.config.algorithm import (
+    Gradient,
+    IpoMd,
+    NashEma,
+    NashMd,
+    OwnAlgorithm,
+    Ppo,
+    Raft,
+    ReinforcePlusPlus,
+    Selm,
+)
 from rlhf.config.base import Section
 from rlhf.config.settings import Settings
 
@@ -117,7 +127,7 @@ def method_problems(settings: Settings) -> Iterator[str]:
     """All findings about the method's own fields; none for a user's own algorithm."""
     if isinstance(settings.algorithm, OwnAlgorithm):
         return
-    for rule in (_unused, _robust, _kl, _correction, _critic, _distribution, _judges):
+    for rule in (_unused, _robust, _kl, _correction, _critic, _distribution, _judges, _refill):
         yield from rule(settings)
 
 
@@ -245,3 +255,27 @@ def _judges(settings: Settings) -> Iterator[str]:
             "one prompt, and there is one. Set `algorithm.samples_per_prompt` to 2 or more, or choose a `reward.kind` "
             "that scores"
         )
+
+
+def _refill(settings: Settings) -> Iterator[str]:
+    """Where every prompt teaches something, none is to be replaced."""
+    algorithm = settings.algorithm
+    if not settings.loop.refill:
+        return
+    if isinstance(algorithm, Ppo | ReinforcePlusPlus | Raft | NashMd | NashEma):
+        yield (
+            f"`loop.refill` replaces prompts that teach nothing, and with {algorithm.name} every prompt with a reward teaches something. "
+            "Set `loop.refill: 0`, or choose a method that compares the responses to a prompt"
+        )
+    elif isinstance(algorithm, Gradient):
+        pull = algorithm.kl_placement != "none" and algorithm.kl_coef > 0
+        others = {
+            "`algorithm.kl_placement: none`": pull,
+            "`algorithm.entropy_coef: 0`": algorithm.entropy_coef > 0,
+            "`algorithm.whiten: false`": algorithm.whiten,
+        }
+        if remedies := [remedy for remedy, counts in others.items() if counts]:
+            yield (
+                "`loop.refill` replaces groups of equal rewards, which have no gradient only if nothing but their own rewards counts: no "
+                f"KL, no entropy bonus, no whitening over all groups. Set {' and '.join(remedies)}, or `loop.refill: 0`"
+            )

@@ -157,7 +157,8 @@ class RewardSettings(SourceSettings):
         0.5,
         ge=0,
         le=1,
-        description="A step in which more than this fraction of the outcomes failed or timed out stops the run.",
+        description="A step in which more than this fraction of the outcomes failed or timed out, or in which the builder of your own "
+        "algorithm failed for more of the prompts, stops the run.",
     )
     canaries: str | None = Field(
         None,

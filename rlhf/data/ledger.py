@@ -39,23 +39,28 @@ class Ledger:
         """Passes over the prompts so far."""
         return self._drawn / len(self._prompts)
 
+    @property
+    def available(self) -> int:
+        """Prompts that are not out."""
+        return len(self._prompts) - len(self._open)
+
     def lease(self, count: int) -> list[Prompt]:
-        """The next `count` prompts, all different.
+        """The next `count` prompts, all different from one another and from those that are out.
 
         Raises:
-            LedgerError: more prompts than there are, or one is still out.
+            LedgerError: there are not so many.
         """
-        if count > len(self._prompts):
-            raise LedgerError(f"{count} prompts per step, but there are only {len(self._prompts)} prompts")
+        if count > self.available:
+            raise LedgerError(
+                f"{count} prompts are wanted, but there are only {len(self._prompts)}, of which {len(self._open)} are out"
+            )
         leased: dict[str, Prompt] = {}
         while len(leased) < count:
             prompt = self._at(self._drawn)
             self._drawn += 1
-            if prompt.id in leased:  # the border of two epochs can bring one back too early
+            if prompt.id in leased or prompt.id in self._open:  # the border of two epochs can bring one back too early
                 self.settled["repeated"] += 1
                 continue
-            if prompt.id in self._open:
-                raise LedgerError(f"prompt {prompt.id} was leased twice")
             leased[prompt.id] = prompt
         self._open |= leased.keys()
         return list(leased.values())

@@ -51,6 +51,9 @@ def rollout_metrics(judged: Sequence[Judged]) -> dict[str, float]:
         }
     if len(rewards):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
+    values = [{value for _, value in scored(one.feedback)} for one in judged if len(scored(one.feedback)) > 1]
+    if values:
+        metrics["reward/tied"] = float(np.mean([len(some) == 1 for some in values]))
     metrics |= measured(judged)
     if len(by_source) > 1:
         metrics |= {f"reward/{source}": float(np.mean(values)) for source, values in by_source.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,23 +15,22 @@ from dataclasses import dataclass
 from rlhf.algorithms import Algorithm
 from rlhf.algorithms.anchors import equals_policy
 from rlhf.algorithms.builders import Dropped
+from rlhf.algorithms.building import build, teaches
 from rlhf.cluster import together
 from rlhf.config import Settings
 from rlhf.data.ledger import Ledger
+from rlhf.loop.batch import Batch, Refill
 from rlhf.loop.clock import Clock
 from rlhf.loop.judged import Judged, rollout_metrics
 from rlhf.loop.probe import probe_samplings
+from rlhf.loop.progress import Progress, require_builder, require_rewards
 from rlhf.policy import Moment, PolicyGroup
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.record import Record
-from rlhf.types import Assignment, Failed, Feedback, Half, Invalid, Prompt, Rollout, TimedOut
-
-
-class RewardsFailing(RuntimeError):
-    """Too many responses of a step got no verdict."""
+from rlhf.types import Assignment, Feedback, Half, Invalid, Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,7 @@ class OnlineLoop:
         """
         self.settings, self.algorithm, self.roles, self.ledger, self.record = settings, algorithm, roles, ledger, record
         self.shaping = shaping
+        self.progress = Progress(settings.loop.max_empty_steps)
         self._full_length = full_length
         self._version = 0
 
@@ -77,37 +76,48 @@ class OnlineLoop:
         """Step number `step` (1-based). After it, all engines hold weight version `step`.
 
         Raises:
-            RewardsFailing: more than `reward.max_failed_fraction` of the responses got no verdict.
+            RewardsFailing: more than `reward.max_failed_fraction` of the responses got no verdict, or none has a reward.
+            BuilderFailing: the algorithm's builder failed for more than this part of the prompts.
             CanaryAlarm: the judge has changed since the start.
             InvariantBroken: an engine does not compute what the policy computes (and see `PolicyGroup.learn`).
         """
         clock = Clock()
         prompts = self.ledger.lease(self.settings.loop.prompts_per_step)
-        judged, probes = await together(
-            self.sample_and_judge(prompts, self._samplings(step), clock, self.algorithm), self._probe(prompts[0], step)
-        )
-        self._require_verdicts(judged)
-        canaries = await self.roles.rewards.check(step)
-        learned = self._shape(judged)
-        assignments, dropped = self._build(step, learned)
-        metrics = rollout_metrics(judged) | self.shaping.metrics([one.feedback for one in learned]) | canaries
+        (batch, refill), probes = await together(self._collect(step, prompts, clock), self._probe(prompts[0], step))
+        metrics = rollout_metrics(batch.judged) | self.shaping.metrics([one.feedback for one in batch.learned])
+        metrics |= await self.roles.rewards.check(step)
         async with self.policy_turn(publish=False):
             metrics |= await self.roles.policy.check_engines(probes)
-            if assignments:
+            if batch.assignments:
                 moment = Moment(step, equal=equals_policy(self.algorithm.reference, step))
-                metrics |= await self.roles.policy.learn(assignments, moment)
+                metrics |= await self.roles.policy.learn(batch.assignments, moment)
             changed = await self.roles.policy.follow(step)
         clock.lap("time/train")
         await self.publish(version=step)
         if self.algorithm.mixes and (changed["partner"] or self._weights_lost()):
             await self.publish(version=step, half="partner")
         clock.lap("time/sync")
-        self._settle(assignments, dropped)
-        metrics |= clock.laps() | {"loop/epoch": self.ledger.epoch, "loop/prompts_trained": float(len(assignments))}
-        metrics |= {f"dropped/{reason}": float(n) for reason, n in Counter(dropped.values()).items()}
+        self._settle(batch)
+        metrics |= clock.laps() | batch.metrics() | refill.metrics() | {"loop/epoch": self.ledger.epoch}
         metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step"]
-        self.record.step(step, metrics)
-        return judged
+        self.record.step(step, metrics, self.progress.after(batch, refill.size if refill.extra else 0))
+        return batch.judged
+
+    async def _collect(self, step: int, prompts: Sequence[Prompt], clock: Clock) -> tuple[Batch, Refill]:
+        """Sample and judge prompts, and further ones until enough teach something or no more may be asked for (`loop.refill`)."""
+        batch, samplings = Batch(), self._samplings(step)
+        refill = Refill(len(prompts), self.settings.loop.refill * len(prompts))
+        while prompts:
+            judged = await self.sample_and_judge(prompts, samplings, clock, self.algorithm)
+            batch.judged += judged
+            if self.algorithm.judged:
+                require_rewards(step, batch.judged, self.settings.reward)
+            learned = self._shape(judged)
+            batch.learned += learned
+            self._build(step, learned, batch)
+            require_builder(step, batch, self.algorithm.name, self.settings.reward.max_failed_fraction)
+            prompts = self.ledger.lease(refill.next(batch.taught, self.ledger.available))
+        return batch, refill
 
     async def sample_and_judge(
         self, prompts: Sequence[Prompt], samplings: Sequence[Sampling], clock: Clock, algorithm: Algorithm | None = None
@@ -189,37 +199,36 @@ class OnlineLoop:
         return await rollouts.probe(prompt, probe_samplings(self.settings, self.algorithm, rollouts.engines, step))
 
     def _shape(self, judged: Sequence[Judged]) -> list[Judged]:
-        """The same responses with the rewards to learn from."""
+        """The same responses with the rewards to learn from. Each response once: the transforms may remember it."""
         rollouts = [one.rollout for one in judged]
         shaped = self.shaping.shape(rollouts, [one.feedback for one in judged])
         return [Judged(rollout, feedback) for rollout, feedback in zip(rollouts, shaped, strict=True)]
 
-    def _build(self, step: int, judged: Sequence[Judged]) -> tuple[list[Assignment], dict[str, str]]:
-        """Assignments to learn from, and prompt id -> reason for the prompts that teach nothing."""
-        assignments, dropped = [], {}
+    def _build(self, step: int, judged: Sequence[Judged], batch: Batch) -> None:
+        """Put each prompt among those to learn from, or among those that are dropped. Groups without a gradient are learned from all the
+        same, for a loss is a mean over them too, unless others can take their places; and these may be more than there are places."""
         for one in judged:
-            rng = random.Random(f"{self.settings.run.seed}/{step}/{one.rollout.prompt.id}")
-            built = self.algorithm.build(one.rollout, one.feedback, rng)
-            if isinstance(built, Dropped):
-                dropped[one.rollout.prompt.id] = built.reason
-            else:
-                assignments.append(Assignment(one.rollout, built))
-        return assignments, dropped
-
-    def _settle(self, assignments: Sequence[Assignment], dropped: dict[str, str]) -> None:
-        for assignment in assignments:
-            self.ledger.settle(assignment.rollout.prompt.id, "trained")
-        for prompt_id, reason in dropped.items():
-            self.ledger.settle(prompt_id, reason)
-
-    def _require_verdicts(self, judged: Sequence[Judged]) -> None:
-        outcomes = [outcome for one in judged for outcome in one.feedback.outcomes]
-        broken = [outcome for outcome in outcomes if isinstance(outcome, Failed | TimedOut)]
-        if len(broken) > self.settings.reward.max_failed_fraction * len(outcomes):
-            raise RewardsFailing(
-                f"{len(broken)} of {len(outcomes)} responses got no verdict; the first: {broken[0]}. Nothing was learned from this "
-                "step. Mend the reward (reward.path), or allow more failures with reward.max_failed_fraction."
+            prompt = one.rollout.prompt.id
+            built = build(
+                self.algorithm, one.rollout, one.feedback, random.Random(f"{self.settings.run.seed}/{step}/{prompt}")
             )
+            idle = not isinstance(built, Dropped) and not teaches(self.algorithm.objective, built)
+            if idle and self.settings.loop.refill:
+                built, idle = Dropped("equal_rewards"), False
+            elif batch.taught == self.settings.loop.prompts_per_step and not isinstance(built, Dropped):
+                built = Dropped("surplus")
+            if isinstance(built, Dropped):
+                batch.dropped[prompt] = built
+            else:
+                batch.assignments.append(Assignment(one.rollout, built))
+                batch.idle += idle
+
+    def _settle(self, batch: Batch) -> None:
+        """Each leased prompt ends once, trained or dropped."""
+        for assignment in batch.assignments:
+            self.ledger.settle(assignment.rollout.prompt.id, "trained")
+        for prompt_id, dropped in batch.dropped.items():
+            self.ledger.settle(prompt_id, dropped.reason)
 
 
 async def _unjudged(rollout: Rollout) -> Feedback:

@@ -116,6 +116,8 @@ class Training:
                 await self._evaluate(0, "before")
             for step in range(start + 1, settings.loop.steps + 1):
                 await self._step(step)
+            if start == 0 and not self.full_length:  # a trial of the machines need not learn
+                self.loop.progress.require_any()
             await self._evaluate(settings.loop.steps, "after")
             async with self.loop.policy_turn(publish=False):
                 await roles.policy.check_anchors()
@@ -130,6 +132,7 @@ class Training:
         every = settings.checkpoint.every
         if every and (step % every == 0 or step == settings.loop.steps):
             await self._save(step)
+        self.loop.progress.require()
         if settings.loop.eval_every and step % settings.loop.eval_every == 0 and step < settings.loop.steps:
             await self._evaluate(step, None)
 

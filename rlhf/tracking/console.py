@@ -47,13 +47,23 @@ def step_text(line: Line, steps: int) -> str:
     split = " ".join(f"{phase} {share:.0%}" for phase, share in time_split(line).items() if share >= 0.005)
     parts = [
         f"step {line['step']}/{steps}",
-        f"reward {_number(line, 'reward/mean', '+.3f')}",
+        f"reward {_reward(line)}",
         f"kl {_number(line, 'policy/kl', '.4f')}",
         f"loss {_number(line, 'policy/loss', '.4f')}",
         f"{_number(line, 'throughput/tokens_per_s', '.0f')} tokens/s",
         f"{_number(line, 'time/step', '.1f')} s" + (f" ({split})" if split else ""),
     ]
+    parts += [f"{what} {count}" for what, count in left_out(line).items()]
     return "  ".join(parts + [f"! {warning}" for warning in line.get("warnings", ())])
+
+
+def left_out(line: Line) -> dict[str, int]:
+    """What a step could not learn from, or was cut: how many responses are invalid, failed, timed out or truncated, and how many
+    prompts were dropped. Only what there is."""
+    counts = {name: line.get(f"reward/{name}") or 0 for name in ("invalid", "failed", "timed_out")}
+    counts["dropped"] = sum(value or 0 for name, value in line.items() if name.startswith("dropped/"))
+    counts["truncated"] = (line.get("rollout/truncated") or 0) * (line.get("rollout/responses") or 0)
+    return {name.replace("_", " "): round(count) for name, count in counts.items() if round(count)}
 
 
 def supervised_text(line: Line, steps: int) -> str:
@@ -71,7 +81,7 @@ def supervised_text(line: Line, steps: int) -> str:
 def evaluation_text(line: Line) -> str:
     """A held-out evaluation in one line of plain text."""
     return (
-        f"held-out, after step {line['step']}:  reward {_number(line, 'reward/mean', '+.3f')}  "
+        f"held-out, after step {line['step']}:  reward {_reward(line)}  "
         f"kl {_number(line, 'policy/kl', '.4f')}  length {_number(line, 'rollout/length', '.1f')}"
     )
 
@@ -156,16 +166,18 @@ class LiveConsole:
             return Panel(Group(self._progress, body), title=self._title)
         line = self._last
         table = Table.grid(padding=(0, 3))
-        start = "" if self._first_reward is None else f"  (first step {self._first_reward:+.3f})"
-        table.add_row("reward", _number(line, "reward/mean", "+.3f") + start, "KL", _number(line, "policy/kl", ".4f"))
+        start = "" if self._first_reward is None else f"  (first step {_signed(self._first_reward)})"
+        table.add_row("reward", _reward(line) + start, "KL", _number(line, "policy/kl", ".4f"))
         table.add_row(
             "tokens/s",
             _number(line, "throughput/tokens_per_s", ".0f"),
             "step",
             f"{_number(line, 'time/step', '.1f')} s, this one for {time.monotonic() - self._since:.0f} s",
         )
+        if left := left_out(line):
+            table.add_row("without", ", ".join(f"{what} {count}" for what, count in left.items()))
         if self._evaluation is not None:
-            held_out = f"{_number(self._evaluation, 'reward/mean', '+.3f')} after step {self._evaluation['step']}"
+            held_out = f"{_reward(self._evaluation)} after step {self._evaluation['step']}"
             table.add_row("held-out reward", held_out)
         return Panel(Group(self._progress, table, split_bar(line)), title=self._title)
 
@@ -178,6 +190,16 @@ def split_bar(line: Line) -> Text:
         bar.append("█" * round(share * BAR_WIDTH), style=colour)
         legend.append(f"■ {phase} {share:.0%}  ", style=colour)
     return Text("\n").join([bar, legend])
+
+
+def _reward(line: Line) -> str:
+    value = line.get("reward/mean")
+    return "-" if value is None else _signed(value)
+
+
+def _signed(value: float) -> str:
+    """Three decimals, or three significant digits where these would show little or nothing of it."""
+    return format(value, "+.3f" if value == 0 or abs(value) >= 0.1 else "+.3g")
 
 
 def _number(line: Line, name: str, form: str) -> str:

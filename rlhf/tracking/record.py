@@ -85,9 +85,9 @@ class Record:
             "wandb", lambda: Wandb(settings, self.folder, self.run_id) if settings.tracking.wandb != "off" else None
         )
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a training step (1-based)."""
-        line = _line(step, metrics)
+    def step(self, step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
+        """Record the metrics of a training step (1-based), and what a person should be told of it."""
+        line = _line(step, metrics, warnings)
         self._append("metrics", line)
         self._tell("step", line)
 
@@ -211,10 +211,10 @@ def recorded_dtype(folder: str) -> Any:
     return yamls.parse(path.read_text(encoding="utf-8"))["policy"]["dtype"] if path.is_file() else None
 
 
-def _line(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+def _line(step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> dict[str, Any]:
     """One line of a metrics file. JSON has no NaN: such a value becomes null, and `warnings` says so."""
     values: dict[str, float | None] = {}
-    warnings = []
+    warnings = list(warnings)
     for name, value in metrics.items():
         try:
             number = float(value)

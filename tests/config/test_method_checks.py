@@ -29,6 +29,15 @@ CASES = [
         ["`algorithm.labels` is sampled"],
         ["algorithm.label_smoothing=0"],
     ),
+    ("ppo", ["loop.refill=1"], ["every prompt with a reward teaches something"], ["loop.refill=0"]),
+    ("raft", ["loop.refill=1"], ["`loop.refill: 0`"], ["loop.refill=0"]),
+    ("grpo", ["loop.refill=1"], ["Set `algorithm.kl_placement: none`, or"], ["algorithm.kl_placement=none"]),
+    (
+        "reinforce_pp_baseline",
+        ["loop.refill=1", "algorithm.entropy_coef=0.1"],
+        ["`algorithm.kl_placement: none` and `algorithm.entropy_coef: 0` and `algorithm.whiten: false`"],
+        ["algorithm.kl_placement=none", "algorithm.entropy_coef=0", "algorithm.whiten=false"],
+    ),
     ("selm", ["algorithm.loss=robust"], ["`algorithm.label_smoothing`"], ["algorithm.label_smoothing=0.1"]),
     (
         "online_dpo",

@@ -61,14 +61,30 @@ def test_an_epoch_holds_every_prompt_once_in_an_order_of_its_own() -> None:
 
 def test_misuse_is_an_error() -> None:
     ledger = Ledger(prompts(3), 0, False)
-    with pytest.raises(LedgerError, match="only 3 prompts"):
+    with pytest.raises(LedgerError, match="4 prompts are wanted, but there are only 3"):
         ledger.lease(4)
     with pytest.raises(LedgerError, match="not leased"):
         ledger.settle("p0", "trained")
     leased = ledger.lease(2)
     with pytest.raises(LedgerError, match="still out"):
         ledger.state()
-    with pytest.raises(LedgerError, match="leased twice"):
-        ledger.lease(3)
+    assert ledger.available == 1
+    with pytest.raises(LedgerError, match="2 are out"):
+        ledger.lease(2)
     ledger.settle(leased[0].id, "tie")
     assert ledger.settled["tie"] == 1
+
+
+def test_what_is_out_does_not_come_back_with_the_next_epoch() -> None:
+    """A step that leases in rounds over the border of two epochs: each prompt once, and one that was passed over is counted."""
+    ledger = Ledger(prompts(4), 0, False)
+    draw(ledger, 2)
+    out = [prompt.id for prompt in ledger.lease(2)] + [prompt.id for prompt in ledger.lease(2)]
+    assert out == ["p2", "p3", "p0", "p1"] and ledger.available == 0
+    for prompt_id in out[:3]:
+        ledger.settle(prompt_id, "trained")
+    assert [prompt.id for prompt in ledger.lease(3)] == ["p2", "p3", "p0"]
+    assert ledger.settled["repeated"] == 0
+    ledger.settle("p2", "trained")
+    assert [prompt.id for prompt in ledger.lease(1)] == ["p2"], "p1 was still out"
+    assert ledger.settled["repeated"] == 1

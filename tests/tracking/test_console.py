@@ -51,6 +51,35 @@ def test_a_step_in_one_line() -> None:
     assert "! policy/kl is nan" in step_text({"step": 1, "warnings": ["policy/kl is nan"]}, 10)
 
 
+def test_what_was_not_learned_from_is_shown_where_there_is_any() -> None:
+    some = {
+        "reward/invalid": 3.0,
+        "reward/failed": 0.0,
+        "reward/timed_out": 1.0,
+        "dropped/tie": 4.0,
+        "dropped/identical": 1.0,
+        "rollout/truncated": 0.25,
+        "rollout/responses": 32.0,
+    }
+    assert step_text(LINE | some, 10).endswith("  invalid 3  timed out 1  dropped 5  truncated 8")
+    assert step_text(LINE | dict.fromkeys(some, 0.0), 10) == step_text(LINE, 10)
+
+
+@pytest.mark.parametrize(
+    ("reward", "shown"),
+    [
+        (0.0, "+0.000"),
+        (-12.34567, "-12.346"),
+        (0.1, "+0.100"),
+        (0.01234, "+0.0123"),
+        (-0.00042, "-0.00042"),
+        (3e-7, "+3e-07"),
+    ],
+)
+def test_a_small_reward_keeps_its_digits(reward: float, shown: str) -> None:
+    assert f"reward {shown}  " in step_text(LINE | {"reward/mean": reward}, 10)
+
+
 def test_the_bar_is_as_long_as_the_shares() -> None:
     bar = split_bar(LINE)
     assert bar.plain.splitlines()[0].count("█") == pytest.approx(48, abs=2)
@@ -75,10 +104,20 @@ def test_the_live_picture_shows_the_run() -> None:
     live = LiveConsole(10, "runs/[demo]", Console(file=screen, force_terminal=True, width=100))
     live.evaluation({"step": 0, "reward/mean": -0.5})
     live.step(LINE | {"step": 1, "reward/mean": 0.25})
-    live.step(LINE | {"warnings": ["policy/loss is nan"]})
+    live.step(LINE | {"warnings": ["policy/loss is nan"], "dropped/tie": 2})
     live.close()
     text = screen.getvalue()
-    for part in ("runs/[demo]", "3/10", "+1.250", "first step +0.250", "0.0125", "321", "generate 40%", "loss is nan"):
+    for part in (
+        "runs/[demo]",
+        "3/10",
+        "+1.250",
+        "first step +0.250",
+        "0.0125",
+        "321",
+        "generate 40%",
+        "loss is nan",
+        "dropped 2",
+    ):
         assert part in text
     assert "held-out reward" in text
 

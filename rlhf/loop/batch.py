@@ -1,0 +1,84 @@
+"""What a step learns from, and how many prompts it asks for to get there. Pure: owns no task and no ledger.
+
+With `loop.refill`, prompts that teach nothing are replaced by further ones until the step has as many as it wants to learn from
+(dynamic sampling; Yu et al. 2025, DAPO), or has asked for all that it may.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rlhf.algorithms.builders import Dropped
+from rlhf.loop.judged import Judged
+from rlhf.types import Assignment
+
+
+@dataclass
+class Batch:
+    """The prompts of a step so far, in the order in which they were leased.
+
+    Attributes:
+        judged: all that was sampled, with what the judges said.
+        learned: the same with the rewards to learn from.
+        assignments: what is learned from.
+        dropped: prompt id -> why it teaches nothing; each prompt is here or in `assignments`.
+        idle: how many of the assignments have no gradient (a group of equal rewards).
+    """
+
+    judged: list[Judged] = field(default_factory=list)
+    learned: list[Judged] = field(default_factory=list)
+    assignments: list[Assignment] = field(default_factory=list)
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    idle: int = 0
+
+    @property
+    def taught(self) -> int:
+        """Prompts that teach something."""
+        return len(self.assignments) - self.idle
+
+    def reasons(self) -> Counter[str]:
+        """Why prompts teach nothing -> how many."""
+        idle = Counter({"equal_rewards": self.idle} if self.idle else {})
+        return Counter(one.reason for one in self.dropped.values()) + idle
+
+    def metrics(self) -> dict[str, float]:
+        """How many prompts were learned from, and how many were not, by reason."""
+        dropped = Counter(one.reason for one in self.dropped.values())
+        trained = {"loop/prompts_trained": float(len(self.assignments))}
+        return trained | {f"dropped/{reason}": float(count) for reason, count in dropped.items()}
+
+
+@dataclass
+class Refill:
+    """How many further prompts a step leases, round by round. A round lasts as long as its longest response, so it asks for as many as
+    should fill the batch, going by the share of prompts that taught something so far, and never for more than the batch has places.
+
+    Attributes:
+        size: prompts that the step wants to learn from, and has leased at first.
+        extra: further ones that it may ask for in place of those that teach nothing.
+        asked: how many it has asked for, in `rounds` rounds.
+    """
+
+    size: int
+    extra: int
+    asked: int = 0
+    rounds: int = 0
+
+    def next(self, taught: int, available: int) -> int:
+        """How many prompts to lease now; 0: the step has what it can get.
+
+        Args:
+            taught: prompts so far that teach something.
+            available: prompts of the data set that this step has not leased.
+        """
+        likely = math.ceil((self.size - taught) * (self.size + self.asked) / max(taught, 1))
+        wanted = max(0, min(likely, self.size, self.extra - self.asked, available))
+        if wanted:
+            self.asked, self.rounds = self.asked + wanted, self.rounds + 1
+        return wanted
+
+    def metrics(self) -> dict[str, float]:
+        """What was asked for; empty if nothing could be."""
+        return {"refill/prompts": float(self.asked), "refill/rounds": float(self.rounds)} if self.extra else {}
