@@ -44,11 +44,12 @@ def bare_model(model: str, texts: Sequence[str], threads: int, orders: Any) -> N
     since it would have to know all texts before the first."""
     import torch
 
-    from rlhf.reward.models import Example, load_model
+    from rlhf.reward.models import load_model
+    from rlhf.reward.reading import Example
 
     torch.set_num_threads(threads)
     loaded = load_model(model)
-    ids = loaded.encode([Example("", text) for text in texts])
+    ids = loaded.ids([Example((), text) for text in texts])
     module, luck = loaded.module.eval(), random.Random(0)
 
     @torch.inference_mode()
@@ -239,9 +240,10 @@ def main() -> None:
 
 
 def known_scores(model: str, texts: Sequence[str]) -> list[float]:
-    from rlhf.reward.models import Example, load_model
+    from rlhf.reward.models import load_model
+    from rlhf.reward.reading import Example
 
-    return load_model(model).score([Example("", text) for text in texts]).tolist()
+    return load_model(model).score([Example((), text) for text in texts]).tolist()
 
 
 def report(

@@ -23,9 +23,11 @@ from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.data.rendering import control_tokens
 from rlhf.preflight.shapes import ModelShape, model_shape
+from rlhf.reward.folders import check_reward_model
 from rlhf.reward.functions import COMPARE, SCORE, load_function
 from rlhf.reward.judges.ensemble import read_common_set
 from rlhf.reward.judges.llm_judge import check_llm_judge
+from rlhf.reward.reading import Conversation
 from rlhf.reward.serving.canaries import load_canaries
 from rlhf.reward.shaping import Shaping
 from rlhf.reward.verifiers.verifier import check_prompts
@@ -78,7 +80,7 @@ def read_inputs(settings: Settings) -> Inputs:
             check_prompts(source.path, prompts, settings.data.prompts)
             check_prompts(source.path, held_out, settings.data.eval_prompts or "")
     Shaping.start(settings, prompts, held_out[: settings.loop.eval_limit])
-    return Inputs(path, config.model_type, shape, prompts, held_out, _reward(settings))
+    return Inputs(path, config.model_type, shape, prompts, held_out, _reward(settings, [*prompts, *held_out]))
 
 
 def open_model(settings: Settings | SftSettings, path: str) -> tuple[Any, Any]:
@@ -158,18 +160,19 @@ def _check_critic(settings: Settings, policy: Any) -> None:
     check_folder(Path(path), classifier, critic, "`algorithm.critic_model`")
 
 
-def _reward(settings: Settings) -> str:
+def _reward(settings: Settings, prompts: Sequence[Prompt]) -> str:
     if settings.reward.common_set is not None:
         read_common_set(resolve(settings.reward.common_set))
     if settings.reward.canaries is not None:
         load_canaries(resolve(settings.reward.canaries))
-    judges = [_source(place, source) for place, source in settings.reward.sources()]
+    conversations = [prompt.conversation for prompt in prompts]
+    judges = [_source(place, source, conversations) for place, source in settings.reward.sources()]
     words = judges[0] if len(judges) == 1 else f"{settings.reward.combine} of {', '.join(judges)}"
     transforms = ", ".join(transform.name for transform in settings.reward.transforms)
     return f"{words}, then {transforms}" if transforms else words
 
 
-def _source(place: str, source: SourceSettings) -> str:
+def _source(place: str, source: SourceSettings, conversations: Sequence[Conversation]) -> str:
     """A judge in words, opened as far as that takes no time."""
     if source.kind == "verifier":
         return f"the verifier {source.path}"
@@ -188,4 +191,5 @@ def _source(place: str, source: SourceSettings) -> str:
             f"`{place}.path`: there is no {what} in `{folder}` (no config.json). Train one with `rlhf reward train`, or give the "
             "folder of a transformers sequence classifier"
         )
+    check_reward_model(source, folder, f"`{place}.path`", conversations)
     return f"the {what} in {folder}"

@@ -3,7 +3,8 @@
 A reward function is `def reward(prompt: str, response: str, payload: Mapping) -> float`, or the same with `async
 def`. It may return None for "this response has no reward", and raise for "I could not judge it". A pairwise one is `def
 judge(prompt: str, a: str, b: str, payload: Mapping) -> float`, the probability that response a is better than b. A function whose
-second parameter is named `responses` (or `pairs`) gets all of a prompt's at once, and returns a list.
+second parameter is named `responses` (or `pairs`) gets all of a prompt's at once, and returns a list. One whose first parameter is named
+`messages` gets the whole conversation there, a list of {"role", "content"}, instead of the last turn's text.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import Any
 
 from rlhf.config.user_code import import_users_module
 from rlhf.reward.errors import RewardError
+from rlhf.types import Prompt
 
 SCORE = ("prompt", "response", "payload")
 COMPARE = ("prompt", "a", "b", "payload")
 AT_ONCE = {SCORE: "responses", COMPARE: "pairs"}
 """Name of the second parameter of a function that gets all responses, or all pairs of them, in one list."""
+MESSAGES = "messages"
+"""Name of the first parameter of a function that gets the whole conversation."""
 
 
 def takes_all(function: Callable[..., Any]) -> bool:
@@ -29,6 +33,13 @@ def takes_all(function: Callable[..., Any]) -> bool:
     signature = _signature(function)
     names = () if signature is None else list(signature.parameters)
     return names[1:2] in ([name] for name in AT_ONCE.values())
+
+
+def asked_with(function: Callable[..., Any], prompt: Prompt) -> str | list[dict[str, str]]:
+    """What the function gets as its first argument: the last turn's text, or all turns."""
+    if next(iter(inspect.signature(function).parameters), None) == MESSAGES:
+        return [turn._asdict() for turn in prompt.conversation]
+    return prompt.text
 
 
 def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..., Any]:

@@ -37,13 +37,18 @@ class EncoderWithHead(torch.nn.Module):
 class Classifier(torch.nn.Module):
     """A transformers sequence classifier.
 
+    Where its head gives logits for every token (a causal model's does), those of the last one are taken here: transformers itself
+    looks for the last one that is no padding by its id, which a text may hold as well.
+
     Args:
         log_odds: of a classifier with two labels: the second's log-odds are its one output. Otherwise the logits are its outputs.
+        passed_over: the token id that the folder's configuration calls padding: transformers, given one text, looks for the last
+            token that is another one. None: there is none, so the last token counts, whatever it is.
     """
 
-    def __init__(self, model: torch.nn.Module, log_odds: bool = False):
+    def __init__(self, model: torch.nn.Module, log_odds: bool = False, passed_over: int | None = None):
         super().__init__()
-        self.model, self.log_odds = model, log_odds
+        self.model, self.log_odds, self.passed_over = model, log_odds, passed_over
 
     @property
     def head(self) -> torch.nn.Linear:
@@ -52,9 +57,24 @@ class Classifier(torch.nn.Module):
         return [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == width][-1]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[n, outputs], fp32."""
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        """[n, outputs], fp32, from right-padded ids and mask [n, n_tokens]."""
+        made: list[torch.Tensor] = []
+        hook = self.head.register_forward_hook(lambda head, args, output: made.append(output))
+        try:
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        finally:
+            hook.remove()
+        if made[-1].dim() == 3:
+            logits = made[-1][torch.arange(len(input_ids)), self._last(input_ids, attention_mask)]
+        logits = logits.float()
         return logits[:, 1:] - logits[:, :1] if self.log_odds else logits
+
+    def _last(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[n], position of the token that is read; 0 where a text holds none but what is passed over, as in transformers."""
+        counted = attention_mask.bool()
+        if self.passed_over is not None:
+            counted = counted & (input_ids != self.passed_over)
+        return (torch.arange(input_ids.shape[1], device=input_ids.device) * counted).argmax(1)
 
 
 class CumulativeLogits(torch.nn.Module):

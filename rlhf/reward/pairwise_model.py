@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from rlhf.reward.errors import RewardError
-from rlhf.reward.models import Comparison, Example, PromptOnly, RewardModel, Text, load_any_model
-from rlhf.reward.modules import Classifier, skew_symmetric_score, split_embedding
+from rlhf.reward.folders import check_compares, open_folder
+from rlhf.reward.models import RewardModel, load
+from rlhf.reward.modules import skew_symmetric_score, split_embedding
 from rlhf.reward.pairwise import pair_probabilities
-from rlhf.types import Failed
+from rlhf.reward.reading import Comparison, Conversation, Example, PromptOnly, Text, Tokens
 
 Responses = tuple[str, str]
 """Two responses; the question is whether the first is better."""
@@ -39,7 +38,7 @@ class Reading:
 
 
 class PairwiseModel(Protocol):
-    def read(self, prompt: str, comparisons: Sequence[Responses]) -> Reading:
+    def read(self, prompt: Conversation, comparisons: Sequence[Responses]) -> Reading:
         """What to read for these comparisons of responses to one prompt."""
         ...
 
@@ -58,24 +57,22 @@ class CrossEncoder:
     def __init__(self, model: RewardModel):
         self.model = model
 
-    def read(self, prompt: str, comparisons: Sequence[Responses]) -> Reading:
-        """A text that the model cannot read whole is a failure: cut short, it would lose response B."""
+    def read(self, prompt: Conversation, comparisons: Sequence[Responses]) -> Reading:
         if self.model.description.input == "response":
-            prompt = ""  # as in training
-        ids = self.model.encode([Comparison(prompt, *pair) for pair in comparisons], whole=True)
-        limit = self.model.description.max_tokens
+            prompt = ()  # as in training
+        read = self.model.encode([Comparison(prompt, *pair) for pair in comparisons])
 
         def answers(rows: Sequence[Any]) -> list[Any]:
             found = iter(rows)
-            return [self._probability(next(found)) if len(row) <= limit else _too_long(row, limit) for row in ids]
+            return [self._probability(next(found)) if isinstance(one, Tokens) else one for one in read]
 
-        return Reading([row for row in ids if len(row) <= limit], answers)
+        return Reading([one.ids for one in read if isinstance(one, Tokens)], answers)
 
     def _probability(self, row: Any) -> Any:
         return pair_probabilities(row[0], self.model.description.temperature) if isinstance(row, np.ndarray) else row
 
     def outputs(self, ids: Sequence[list[int]]) -> np.ndarray:
-        return self.model.run_tokens(self.model.module, ids, at_once=len(ids))
+        return self.model.outputs(ids)
 
     def fingerprint(self) -> str:
         return self.model.fingerprint()
@@ -87,7 +84,7 @@ class GeneralPreferenceModel:
     def __init__(self, model: RewardModel):
         self.model = model
 
-    def read(self, prompt: str, comparisons: Sequence[Responses]) -> Reading:
+    def read(self, prompt: Conversation, comparisons: Sequence[Responses]) -> Reading:
         texts: dict[Text, int] = {}
         for pair in comparisons:
             for response in pair:
@@ -95,11 +92,15 @@ class GeneralPreferenceModel:
         if self.gated:
             texts[PromptOnly(prompt)] = len(texts)
 
-        def answers(rows: Sequence[Any]) -> list[Any]:
-            places = [tuple(texts[Example(prompt, response)] for response in pair) for pair in comparisons]
-            return [self._answer(rows, *pair) for pair in places]
+        read = self.model.encode(list(texts))
 
-        return Reading(self.model.encode(list(texts)) if texts else [], answers)
+        def answers(rows: Sequence[Any]) -> list[Any]:
+            found = iter(rows)
+            whole = [next(found) if isinstance(one, Tokens) else one for one in read]
+            places = [tuple(texts[Example(prompt, response)] for response in pair) for pair in comparisons]
+            return [self._answer(whole, *pair) for pair in places]
+
+        return Reading([one.ids for one in read if isinstance(one, Tokens)], answers)
 
     @property
     def gated(self) -> bool:
@@ -127,7 +128,7 @@ class GeneralPreferenceModel:
         return skew_symmetric_score(embeddings[pairs[:, 0]], embeddings[pairs[:, 1]], gate).numpy()
 
     def outputs(self, ids: Sequence[list[int]]) -> np.ndarray:
-        return self.model.run_tokens(self.model.module, ids, at_once=len(ids))
+        return self.model.outputs(ids)
 
     def fingerprint(self) -> str:
         return self.model.fingerprint()
@@ -139,20 +140,7 @@ def load_pairwise_model(path: str, device: str = "cpu") -> PairwiseModel:
     Raises:
         RewardError: no model there, or one that scores single responses.
     """
-    model = load_any_model(path, device)
-    task = model.description.task
-    if task == "gpm":
-        return GeneralPreferenceModel(model)
-    labels = model.module.model.config.num_labels if isinstance(model.module, Classifier) else 0
-    if task != "cross_encoder" and (model.description.input is not None or labels != 1):
-        what = f"a classifier with {labels} labels" if labels > 1 else "a reward model, which scores one response"
-        raise RewardError(
-            f"{Path(path)} holds {what}. A pairwise model is a general preference model or a cross-encoder, a sequence classifier "
-            "with one label that reads two responses (docs/reward_models.md). Set `reward.kind: model`, or name another "
-            "folder in `reward.path`."
-        )
-    return CrossEncoder(model)
-
-
-def _too_long(ids: list[int], limit: int) -> Failed:
-    return Failed(f"prompt and both responses are {len(ids)} tokens, and the pairwise model reads {limit}")
+    folder = open_folder(path)
+    check_compares(folder)
+    model = load(folder, device)
+    return GeneralPreferenceModel(model) if model.description.task == "gpm" else CrossEncoder(model)

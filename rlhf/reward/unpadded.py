@@ -30,7 +30,7 @@ def without_padding(model: RewardModel) -> bool:
     if model.device != "cpu":
         return False
     body = model.module.encoder if isinstance(model.module, EncoderWithHead) else model.module.model.base_model
-    batch = model.batch(_sample(len(model.tokenizer), model.tokenizer.pad_token_id))
+    batch = model.batch(_sample(model.rows, model.padding))
     before = body.config._attn_implementation
     hooks = []
     with torch.inference_mode():

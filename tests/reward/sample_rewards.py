@@ -29,6 +29,22 @@ def sees(prompt, response, payload):
     return float(prompt == "Say it." and payload["n"] == 3)
 
 
+def hears(messages, response, payload):
+    """The number of turns, if they arrive as {role, content}; the last one's length behind the point."""
+    assert all(set(message) == {"role", "content"} for message in messages)
+    return len(messages) + len(messages[-1]["content"]) / 100
+
+
+def hears_all(messages, responses, payload):
+    """The same for all responses at once."""
+    return [hears(messages, response, payload) for response in responses]
+
+
+async def compares_turns(messages, a, b, payload):
+    """1 if all turns arrive."""
+    return float(hears(messages, a, payload) == hears(messages, b, payload) == 4.03)
+
+
 async def picky(prompt, a, b, payload):
     """The longer one wins with 0.9, and the first place is worth 0.05; `bad` cannot be compared, `odd` gives no probability."""
     if "bad" in (a, b):

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config.loader import UserError
-from rlhf.reward.models import Comparison, Example, PromptOnly
+from rlhf.reward.reading import Comparison, Example, PromptOnly, as_text
 from rlhf.reward.training.dataset import Pairs, PreferenceData, read_data
+from rlhf.types import Turn
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -39,7 +40,7 @@ def read(tmp_path: Path):
         (
             '{"text": "a", "rating": 1}',
             '{"text": "x", "rating": NaN}',
-            ":2, field `rating`: must be a finite number",
+            ":2: not JSON: NaN is no number",
         ),
         ('{"text": "a", "rating": 1}', '{"text": " ", "rating": 1}', ":2, field `text`: must be text"),
         (
@@ -99,25 +100,64 @@ def test_a_ranking_is_all_its_pairs(read):
     assert data.n_rows == 2 and [len(unit) for unit in data.units()] == [3, 2]
 
 
-def test_chats_are_read_as_their_last_two_turns(read):
-    """The form of many public preference sets; a `prompt` of its own wins."""
+def test_a_chat_is_its_last_turn_after_all_the_others(read):
+    """The form of many public preference sets, with or without a `prompt` beside it."""
     system, asked = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Recommend a film."}
     chosen, rejected = ({"role": "assistant", "content": text} for text in ("Alien.", "No."))
+    conversation = (Turn("system", "Be kind."), Turn("user", "Recommend a film."))
     rows = {"chosen": [system, asked, chosen], "rejected": [system, asked, rejected]}
-    data = read(rows, rows | {"prompt": "Which one?"})
-    assert data.input == "conversation"
-    assert data.examples == [
-        Example("Recommend a film.", "Alien."),
-        Example("Recommend a film.", "No."),
-        Example("Which one?", "Alien."),
-        Example("Which one?", "No."),
-    ]
-    ranked = read({"responses": [[asked, chosen], [asked, rejected]]})
-    assert ranked.examples == data.examples[:2]
+    expected = [Example(conversation, "Alien."), Example(conversation, "No.")]
+    assert read(rows).input == "conversation" and read(rows).examples == expected
+    for prompt in ("Recommend a film.", [system, asked]):
+        assert read(rows | {"prompt": prompt}).examples == expected
+    assert read({"prompt": [system, asked], "chosen": [chosen], "rejected": [rejected]}).examples == expected
+    assert read({"responses": [rows["chosen"], rows["rejected"]]}).examples == expected
+    assert read({"text": rows["chosen"], "rating": 1}).examples == expected[:1]
     with pytest.raises(UserError, match=":2, field `prompt`: give it in every row"):
         read(rows, {"chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match=":1, field `rejected`: must be text"):
-        read(rows | {"rejected": [asked, {"role": "assistant", "content": ""}]})
+        read(rows | {"rejected": [system, asked, {"role": "assistant", "content": ""}]})
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"rejected": [{"role": "user", "content": "Another?"}, {"role": "assistant", "content": "b"}]}, "`rejected`"),
+        ({"prompt": "Another?"}, "`chosen`"),
+    ],
+)
+def test_texts_of_a_row_answer_one_conversation(read, changed, says):
+    """The conversation of the chosen response is not taken for that of the rejected one."""
+    row = {
+        name: [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": name}]
+        for name in ("chosen", "rejected")
+    }
+    with pytest.raises(UserError, match=f":1, field {says}: answers another conversation"):
+        read(row | changed)
+
+
+def test_turns_without_a_role_are_named(read):
+    chat = [{"content": "Which?"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(UserError, match=r":1, field `text\[0\]`: needs `role` and `content`"):
+        read({"text": chat, "rating": 1})
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+def test_few_prompts_leave_rows_to_learn_from(read, prompts):
+    """All rows of one prompt cannot be held out; two divisions are made of them, for the test and for validation."""
+    data = read(*({"prompt": f"p{i % prompts}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(20)))
+    rest, test = data.divide(0.2, np.random.default_rng(0))
+    fit, validation = rest.divide(0.1, np.random.default_rng(0))
+    assert min(fit.n_rows, validation.n_rows, test.n_rows) > 0
+    assert fit.n_rows + validation.n_rows + test.n_rows == 20
+    if prompts > 1:
+        assert not {e.prompt for e in rest.examples} & {e.prompt for e in test.examples}
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_both_parts_have_rows(read, fraction):
+    data = read(*({"text": str(i), "rating": i} for i in range(20)))
+    assert [part.n_rows for part in data.divide(fraction, np.random.default_rng(0))] in ([19, 1], [1, 19])
 
 
 def test_margins_and_probabilities_reach_the_labels(read):
@@ -149,7 +189,7 @@ def test_pairs_from_ratings_respect_the_margin(read):
 def test_of_many_ratings_pairs_are_drawn():
     n = 12_000
     ratings = np.random.default_rng(0).normal(size=(n, 1))
-    data = PreferenceData([Example("", str(i)) for i in range(n)], np.arange(n), "response", ratings, ("r",), (1.0,))
+    data = PreferenceData([Example((), str(i)) for i in range(n)], np.arange(n), "response", ratings, ("r",), (1.0,))
     pairs = data.pairs(0.5, 300, np.random.default_rng(1))
     assert len(pairs) == 300 and (data.overall[pairs[:, 0]] - data.overall[pairs[:, 1]] > 0.5).all()
 
@@ -164,7 +204,7 @@ def test_rows_of_one_prompt_stay_together(read):
 @given(st.lists(st.integers(2, 5), min_size=2, max_size=8), st.integers(0, 100))
 def test_dividing_rankings_loses_and_splits_nothing(sizes: list[int], seed: int):
     """Every pair of a ranking is in one part, with the same texts as before."""
-    examples = [Example("", f"{row}.{place}") for row, size in enumerate(sizes) for place in range(size)]
+    examples = [Example((), f"{row}.{place}") for row, size in enumerate(sizes) for place in range(size)]
     numbers = np.repeat(np.arange(len(sizes)), sizes)
     index = [(a, b) for a, b in combinations(range(len(examples)), 2) if numbers[a] == numbers[b]]
     margins = np.arange(len(index), dtype=float)
@@ -206,7 +246,7 @@ def test_comparisons_are_read_in_both_orders(read):
         {"prompt": "q", "chosen": "c", "rejected": "d"},
     )
     compared = data.as_comparisons(data.drawn_pairs(0.0, 10, np.random.default_rng(0)))
-    assert compared.examples[:2] == [Comparison("p", "a", "b"), Comparison("p", "b", "a")]
+    assert compared.examples[:2] == [Comparison(as_text("p"), "a", "b"), Comparison(as_text("p"), "b", "a")]
     labels = compared.labels(compared.units())
     assert labels.pairs.tolist() == [[0, 1], [2, 3]] and labels.probabilities.tolist() == pytest.approx([0.9, 1])
 
@@ -214,7 +254,7 @@ def test_comparisons_are_read_in_both_orders(read):
 def test_a_gate_reads_each_prompt_once(read):
     data = read({"prompt": "p", "responses": ["a", "b", "c"]}, {"prompt": "q", "responses": ["d", "e"]}).with_prompts()
     assert [len(unit) for unit in data.units()] == [4, 3]
-    assert data.examples[3] == PromptOnly("p") and data.examples[6] == PromptOnly("q")
+    assert data.examples[3] == PromptOnly(as_text("p")) and data.examples[6] == PromptOnly(as_text("q"))
     units = data.units()[::-1]
     batch, labels = np.concatenate(units), data.labels(units)
     for (a, b), prompt in zip(labels.pairs.tolist(), labels.prompts.tolist(), strict=True):

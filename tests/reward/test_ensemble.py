@@ -17,7 +17,8 @@ from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.reward import RewardSettings
 from rlhf.reward.judges.ensemble import combine, read_common_set
-from rlhf.reward.models import Example, load_model
+from rlhf.reward.models import load_model
+from rlhf.reward.reading import Example
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Feedback, Invalid, Rollout, Score, TimedOut
 
@@ -151,7 +152,7 @@ def test_models_judge_in_an_ensemble_as_they_do_alone(run, tiny_settings, make_t
     member = {"name": "model", "kind": "model", "path": str(classifier)}
     settings = tiny_settings(reward=several(members=[member, LENGTH]))
     feedback, fingerprint = judged(run, settings, make_text_rollout(["good", "bad text"]))
-    alone = load_model(str(classifier)).score([Example("", "good"), Example("", "bad text")])
+    alone = load_model(str(classifier)).score([Example((), "good"), Example((), "bad text")])
     assert feedback.measures["model"] == pytest.approx(list(alone), abs=1e-5)
     assert [one.value for one in feedback.outcomes] == pytest.approx([(alone[0] + 4) / 2, (alone[1] + 8) / 2], abs=1e-5)
     assert len(fingerprint) == 16

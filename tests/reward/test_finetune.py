@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from rlhf.reward.errors import RewardError
-from rlhf.reward.models import Description, EncoderWithHead, RewardModel, new_model
+from rlhf.reward.folders import Description
+from rlhf.reward.models import EncoderWithHead, RewardModel, new_model
 from rlhf.reward.training import finetune, train
 from rlhf.reward.training.dataset import PreferenceData, read_data
 from rlhf.reward.training.finetune import FullSettings, Preferences, fine_tune

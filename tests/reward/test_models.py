@@ -10,17 +10,12 @@ import torch
 
 from rlhf.cluster.precision import Bf16
 from rlhf.reward.errors import RewardError
-from rlhf.reward.models import (
-    COMPARISON,
-    Description,
-    Example,
-    load_any_model,
-    load_model,
-    new_model,
-)
+from rlhf.reward.folders import Description
+from rlhf.reward.models import load_any_model, load_model, new_model
 from rlhf.reward.modules import CumulativeLogits, EncoderWithHead, parts
 from rlhf.reward.pairwise import feedback, orders
 from rlhf.reward.pairwise_model import GeneralPreferenceModel, load_pairwise_model
+from rlhf.reward.reading import COMPARISON, Example, as_text
 from rlhf.types import Failed
 from tests.reward.test_pairwise import judged
 from tests.reward.training import fit, texts, write
@@ -56,7 +51,7 @@ def logits(folder: Path, text: str) -> np.ndarray:
 def test_a_fine_tuned_reward_is_a_sequence_classifier(base, rated, tmp_path, request):
     fit(request.getfixturevalue(base), rated, tmp_path / "model", *FULL)
     examples = ["aaab", "ababababbbba", "b"]
-    rewards = load_model(str(tmp_path / "model")).score([Example("", text) for text in examples])
+    rewards = load_model(str(tmp_path / "model")).score([Example((), text) for text in examples])
     assert rewards == pytest.approx([logits(tmp_path / "model", text)[0] for text in examples], abs=1e-5)
 
 
@@ -73,14 +68,14 @@ def test_half_precision_that_a_cpu_emulates_is_widened(classifier: Path, tmp_pat
     kept, widened = ({p.dtype for p in model.module.parameters()} for model in loaded)
     assert (kept, widened) == ({torch.bfloat16}, {torch.float32})
     assert loaded[0].fingerprint() == loaded[1].fingerprint()
-    texts = [Example("", "aaab"), Example("", "b")]
+    texts = [Example((), "aaab"), Example((), "b")]
     assert loaded[0].score(texts) == pytest.approx(loaded[1].score(texts), abs=0.02)
 
 
 def test_an_architecture_without_a_classifier_gets_a_head(tiny_model, monkeypatch):
-    from transformers.models.auto import modeling_auto
+    from transformers import AutoModelForSequenceClassification
 
-    monkeypatch.setattr(modeling_auto, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", {})
+    monkeypatch.setattr(AutoModelForSequenceClassification, "_model_mapping", {})
     model = new_model(tiny_model, Description("classifier", "response", 64), 4)
     assert isinstance(model.module, EncoderWithHead)
     assert (model.description.kind, model.description.pooling, model.description.layers) == (
@@ -88,7 +83,7 @@ def test_an_architecture_without_a_classifier_gets_a_head(tiny_model, monkeypatc
         "last",
         (2,),
     )
-    assert model.run(model.module, [Example("", "ab"), Example("", "b")]).shape == (2, 4)
+    assert model.run(model.module, [Example((), "ab"), Example((), "b")]).shape == (2, 4)
 
 
 def test_padded_batches_keep_from_cudnn_which_plans_for_every_exact_shape(encoder):
@@ -112,7 +107,7 @@ def test_a_trained_gpm_compares_by_its_embeddings(encoder, paired, tmp_path):
     model = load_pairwise_model(str(tmp_path / "model"))
     responses = ["aaaa", "bbbb", "abab"]
     asked = orders(responses)
-    reading = model.read("p1", [(responses[i], responses[j]) for i, j in asked])
+    reading = model.read(as_text("p1"), [(responses[i], responses[j]) for i, j in asked])
     assert len(reading.ids) == 3 + 1, "each response once, and the prompt"
     answers = dict(zip(asked, reading.answers(list(model.outputs(reading.ids))), strict=True))
     question = "<|user|>p1<|end|>"
@@ -140,7 +135,7 @@ def test_a_gpm_judges_in_a_server(encoder, paired, tmp_path, run, tiny_settings,
     settings = tiny_settings(reward={"kind": "pairwise_model", "path": str(tmp_path / "model"), "batch_size": 3})
     verdict = judged(run, settings, make_text_rollout(responses, prompt="p1"))
     assert sum(read) == 4
-    reading = model.read("p1", [("aaaa", "bbbb"), ("abab", "aabb")])
+    reading = model.read(as_text("p1"), [("aaaa", "bbbb"), ("abab", "aabb")])
     expected = reading.answers(list(OUTPUTS(model, reading.ids)))
     assert verdict.preferences[[0, 2], [1, 3]] == pytest.approx(np.array(expected), abs=1e-5)
     assert (verdict.preferences + verdict.preferences.T == 1).all()
@@ -150,7 +145,7 @@ def test_a_gpm_hands_on_failures(encoder, paired, tmp_path):
     fit(encoder, paired, tmp_path / "model", *FULL, "--objective", "gpm")
     model = load_pairwise_model(str(tmp_path / "model"))
     assert isinstance(model, GeneralPreferenceModel) and not model.gated
-    reading = model.read("p", [("a", "b"), ("b", "c"), ("c", "a")])
+    reading = model.read(as_text("p"), [("a", "b"), ("b", "c"), ("c", "a")])
     rows = list(model.outputs(reading.ids))
     rows[1] = Failed("broken")
     answers = reading.answers(rows)
@@ -162,7 +157,7 @@ def test_a_trained_cross_encoder_reads_both_responses(encoder, rated, tmp_path):
     report = fit(encoder, rated, tmp_path / "model", *FULL, "--objective", "cross-encoder", "--comparisons", "50")
     assert report["test"]["pairs"] <= 2000
     model = load_pairwise_model(str(tmp_path / "model"))
-    reading = model.read("a prompt", [("aab", "b")])
+    reading = model.read(as_text("a prompt"), [("aab", "b")])
     (answer,) = reading.answers(list(model.outputs(reading.ids)))
     temperature = load_any_model(str(tmp_path / "model")).description.temperature
     logit = logits(tmp_path / "model", COMPARISON.format(prompt="", a="aab", b="b"))[0]
@@ -179,14 +174,26 @@ def test_a_cross_encoder_never_loses_response_b(encoder, tmp_path, capsys):
     )
     assert report["test"]["pairs"] == 58 and report["texts_too_long"] in (0, 2, 4)
     assert ("left out" in capsys.readouterr().out) == (report["texts_too_long"] > 0)
-    with pytest.raises(RewardError, match=r"none of the .* pairs fits into --max-tokens 20"):
+    with pytest.raises(RewardError, match=r"none of the .* pairs fits into the 20 tokens"):
         fit(encoder, tmp_path / "d.jsonl", tmp_path / "other", *options, "--max-tokens", "20")
 
 
-def test_texts_that_are_cut_are_counted(encoder, rated, tmp_path, capsys):
-    report = fit(encoder, rated, tmp_path / "model", *FULL, "--max-tokens", "5")
-    assert report["texts_too_long"] == report["rows"]["fit"]
-    assert "training texts are longer than 5 tokens: cut" in capsys.readouterr().out
+def test_what_does_not_fit_is_counted(encoder, tmp_path, capsys):
+    """A response that is too long is left out, a prompt that is too long loses its beginning; a judge does the same."""
+    made = texts(80)
+    rows = [{"prompt": f"p{i}", "text": text, "rating": rating} for i, (text, rating) in enumerate(made)]
+    for number in range(40):
+        rows[number]["prompt"] *= 30
+    for number in range(0, 80, 4):
+        rows[number]["text"] *= 10
+    report = fit(encoder, write(tmp_path / "d.jsonl", rows), tmp_path / "model", *FULL, "--max-tokens", "60")
+    assert 0 < report["texts_too_long"] < 20 and report["rows"]["fit"] + report["rows"]["test"] < 60
+    assert 0 < report["prompts_cut"] < 40 and report["max_tokens"] == 60
+    said = capsys.readouterr().out
+    assert "training texts do not fit into 60 tokens: left out" in said
+    assert "training texts: the prompt loses its beginning to fit into 60 tokens" in said
+    with pytest.raises(RewardError, match=r"none of the .* training rows can be read: the response is .* --max-tokens"):
+        fit(encoder, tmp_path / "d.jsonl", tmp_path / "other", *FULL, "--max-tokens", "2")
 
 
 def test_several_objectives_make_one_reward(encoder, tmp_path):
@@ -198,7 +205,7 @@ def test_several_objectives_make_one_reward(encoder, tmp_path):
     assert all(report["test"]["objectives"][name]["pearson"] > 0.5 for name in "ab")
     model = load_model(str(tmp_path / "model"))
     assert (model.description.objectives, model.description.weights) == (("a", "b"), (2.0, -1.0))
-    (reward,) = model.score([Example("", "aaab")])
+    (reward,) = model.score([Example((), "aaab")])
     a, b = logits(tmp_path / "model", "aaab")
     assert reward == pytest.approx(2 * a - b, abs=1e-5)
 
@@ -210,7 +217,7 @@ def test_ordinal_ratings_give_levels_their_shares(encoder, rated, tmp_path):
     description = model.description
     assert len(description.thresholds) == len(description.levels) - 1
     assert (np.diff(description.thresholds) > 0).all()
-    rewards = model.score([Example("", text) for text, _ in texts(80)])
+    rewards = model.score([Example((), text) for text, _ in texts(80)])
     above = 1 / (1 + np.exp(-(rewards[:, None] - np.array(description.thresholds))))
     expected = description.levels[0] + (above * np.diff(description.levels)).sum(1)
     assert np.corrcoef(expected, [rating for _, rating in texts(80)])[0, 1] > 0.6

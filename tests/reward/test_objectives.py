@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.reward.models import Comparison, Example
 from rlhf.reward.modules import split_embedding
+from rlhf.reward.reading import Comparison, Example
 from rlhf.reward.training.dataset import Pairs, PreferenceData
 from rlhf.reward.training.objectives import (
     BradleyTerry,
@@ -144,7 +144,7 @@ def test_the_momentum_is_that_of_the_paper():
 def data_for(name: str) -> tuple[PreferenceData, torch.Tensor]:
     rng = np.random.default_rng(0)
     n = 24
-    examples = [Example("", str(i)) for i in range(n)]
+    examples = [Example((), str(i)) for i in range(n)]
     width = {"more": 2, "gpm": 4, "ordinal": 2}.get(name, 1)
     outputs = torch.tensor(rng.normal(size=(n, width)), dtype=torch.float32)
     if name == "ordinal":
@@ -156,7 +156,7 @@ def data_for(name: str) -> tuple[PreferenceData, torch.Tensor]:
         return (data.grouped(6, 0.5, 1) if name == "grouped" else data), outputs
     pairs = Pairs(np.arange(n).reshape(-1, 2), rng.random(n // 2), rng.random(n // 2))
     if name == "cross-encoder":
-        examples = [Comparison("", str(i), str(j)) for i, j in zip(range(n), range(n), strict=True)]
+        examples = [Comparison((), str(i), str(j)) for i, j in zip(range(n), range(n), strict=True)]
     return PreferenceData(examples, np.repeat(np.arange(n // 2), 2), "response", comparisons=pairs), outputs
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from rlhf.cluster import LocalRuntime
 from rlhf.reward.errors import RewardError
 from rlhf.reward.functions import COMPARE, load_function, prefers_more_letter_a
-from rlhf.reward.models import COMPARISON
 from rlhf.reward.pairwise import feedback, orders
 from rlhf.reward.pairwise_model import load_pairwise_model
+from rlhf.reward.reading import COMPARISON
 from rlhf.reward.scoring import probability_of
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Feedback, Invalid, Rollout, Score, TimedOut
@@ -177,7 +177,7 @@ def test_a_text_that_the_model_cannot_read_whole_fails(run, tiny_settings, make_
     settings = tiny_settings(reward={"kind": "pairwise_model", "path": str(classifier)})
     verdict = judged(run, settings, make_text_rollout(["good", "bad", "x" * 100]))
     assert isinstance(verdict.outcomes[0], Score) and isinstance(verdict.outcomes[1], Score)
-    assert "the pairwise model reads 128" in verdict.outcomes[2].reason
+    assert "the reward model reads 128" in verdict.outcomes[2].reason
 
 
 def test_a_model_that_scores_is_refused(tmp_path, classifier, encoder) -> None:

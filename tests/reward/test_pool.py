@@ -18,7 +18,8 @@ from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import Bf16
 from rlhf.reward.errors import NoServerLeft, RewardError
 from rlhf.reward.judges.judge import _device
-from rlhf.reward.models import Example, load_model
+from rlhf.reward.models import load_model
+from rlhf.reward.reading import Example
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.types import Failed, Invalid, Score, TimedOut
 from tests.reward import sample_rewards
@@ -72,7 +73,7 @@ def test_a_classifier_scores_as_it_does_alone(run, tiny_settings, make_text_roll
     settings = tiny_settings(reward={"kind": "model", "path": str(classifier), "batch_size": 3})
     (outcomes,) = judged(run, settings, make_text_rollout(texts))
     model = load_model(str(classifier))
-    alone = [model.score([Example("", text)])[0] for text in texts]
+    alone = [model.score([Example((), text)])[0] for text in texts]
     assert [outcome.value for outcome in outcomes] == pytest.approx(alone, abs=1e-5)
     assert np.std(alone) > 0
 
@@ -301,7 +302,7 @@ def test_ray_serves_a_model_and_reports_a_bad_path_in_its_own_words(
         return outcomes, str(caught.value), pool.infos[0].fingerprint, await pool.fingerprints()
 
     outcomes, message, before, after = run(scenario())
-    alone = load_model(str(classifier)).score([Example("", "good"), Example("", "bad")])
+    alone = load_model(str(classifier)).score([Example((), "good"), Example((), "bad")])
     assert [outcome.value for outcome in outcomes] == pytest.approx(list(alone), abs=1e-5)
     assert message.startswith("there is no model in the folder no/such/folder")
     assert list(after.values()) == [before]

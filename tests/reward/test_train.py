@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf.reward.errors import RewardError
-from rlhf.reward.models import Example, load_model
+from rlhf.reward.models import load_model
+from rlhf.reward.reading import Example
 from rlhf.reward.training import train
 from rlhf.reward.training.heads import fit_logistic, fit_ridge
 from tests.reward.training import cyclic_pairs, fit, texts, write
@@ -38,7 +39,7 @@ def test_ridge_learns_ratings_and_serves_what_it_learned(encoder, rated, tmp_pat
     assert report["test"]["pair_accuracy"] > 0.9 and report["test"]["pearson"] > 0.9
     assert 0 <= report["test"]["ece"] < 0.15
     model = load_model(str(tmp_path / "model"))
-    low, high = model.score([Example("", "bbbbbbbbbbba"), Example("", "aaaaaaaaabaa")])
+    low, high = model.score([Example((), "bbbbbbbbbbba"), Example((), "aaaaaaaaabaa")])
     assert low < 4 < 8 < high
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 
-from rlhf.reward.models import Description, Example, RewardModel, load_any_model, new_model
+from rlhf.reward.folders import Description
+from rlhf.reward.models import RewardModel, load_any_model, new_model
 from rlhf.reward.modules import Classifier
+from rlhf.reward.reading import Example
 from rlhf.reward.unpadded import without_padding
 from tests.reward.conftest import SIZES
 
@@ -36,7 +38,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def scores(model: RewardModel) -> np.ndarray:
-    return model.score([Example("", text) for text in TEXTS])
+    return model.score([Example((), text) for text in TEXTS])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_pooled_states_do_not_change(layers: str, encoder: Path, tmp_path: Path)
     assert without_padding(model)
     read.clear()
     np.testing.assert_allclose(scores(model), before, rtol=1e-4, atol=1e-5)
-    assert read == [sum(max(1, len(ids)) for ids in model.encode([Example("", text) for text in TEXTS]))]
+    assert read == [sum(max(1, len(ids)) for ids in model.ids([Example((), text) for text in TEXTS]))]
 
 
 def count_tokens(body: torch.nn.Module) -> list[int]:

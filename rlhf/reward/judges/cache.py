@@ -54,7 +54,7 @@ class CachedJudge:
         self._judge.close()
 
     def _key(self, prompt: Prompt, texts: Texts) -> bytes:
-        content = [self._fingerprint, prompt.text, dict(prompt.payload), texts]
+        content = [self._fingerprint, prompt.text, prompt.conversation, dict(prompt.payload), texts]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
 

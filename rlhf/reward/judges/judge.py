@@ -20,10 +20,11 @@ from rlhf.config.reward_checks import CACHED
 from rlhf.config.user_code import ends_the_run, shown, told
 from rlhf.data.assets import resolve
 from rlhf.reward.errors import RewardError
-from rlhf.reward.functions import COMPARE, SCORE, load_function, takes_all
+from rlhf.reward.functions import COMPARE, SCORE, asked_with, load_function, takes_all
 from rlhf.reward.judges.batching import Batcher, Limits
 from rlhf.reward.judges.cache import CachedJudge
 from rlhf.reward.judges.remote import RemoteJudge
+from rlhf.reward.reading import Example, Tokens
 from rlhf.reward.scoring import failure
 from rlhf.types import Failed, Prompt, TimedOut
 
@@ -190,7 +191,7 @@ class FunctionJudge:
     async def _call(self, prompt: Prompt, asked: Sequence[Any]) -> Any:
         """The function's value, a list where it judges all at once; or its failure. Of what the function raises, only a CancelledError
         comes out, for it may be a true one."""
-        arguments = (prompt.text, *asked, prompt.payload)
+        arguments = (asked_with(self._function, prompt), *asked, prompt.payload)
         if inspect.iscoroutinefunction(self._function):
             value = self._function(*arguments)
         else:
@@ -237,25 +238,17 @@ class ModelJudge:
     def __init__(self, source: SourceSettings, reward: RewardSettings, workplace: Workplace, device: str):
         from rlhf.reward.models import load_model
 
-        self._model = load_model(resolve(source.path), device)
-        trained_on = self._model.description.input
-        if trained_on not in (None, source.input):
-            raise RewardError(
-                f"`reward.input` is {source.input}, but the reward model {source.path} was trained on the {trained_on}."
-                f" Set `reward.input: {trained_on}`."
-            )
-        if trained_on is None:
-            self._model.read(source.input)
+        self._model = load_model(resolve(source.path), device, source.input)
         self._batcher = _make_batcher(self._work, reward, self._model)
         self._workplace = workplace
         workplace.hold(self._model.module)
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
-        from rlhf.reward.models import Example
-
         # Here and not in the batch's thread, so that the next batch is read while the model works on this one.
-        ids = self._model.encode([Example(prompt.text, *texts) for texts in items])
-        return await _batched(self._batcher, ids, deadline_s)
+        read = self._model.encode([Example(prompt.conversation, *texts) for texts in items])
+        fitting = [one.ids for one in read if isinstance(one, Tokens)]
+        values = iter(await _batched(self._batcher, fitting, deadline_s))
+        return [next(values) if isinstance(one, Tokens) else one for one in read]
 
     async def _work(self, ids: list[list[int]]) -> Sequence[float]:
         return list(await self._workplace.run_model(self._model.score_batch, ids))
@@ -279,7 +272,7 @@ class PairwiseModelJudge:
         workplace.hold(self._model.model.module)
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
-        reading = self._model.read(prompt.text, items)
+        reading = self._model.read(prompt.conversation, items)
         return reading.answers(await _batched(self._batcher, reading.ids, deadline_s))
 
     async def _work(self, ids: list[list[int]]) -> Sequence[Any]:

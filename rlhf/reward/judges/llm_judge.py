@@ -7,8 +7,9 @@ asked is the business of `pairwise`. The model is a folder (`llm_judge_engine`) 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from rlhf.config.reward import SourceSettings
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.llm_judge_endpoint import Endpoint
 from rlhf.reward.judges.llm_judge_engine import open_model, start_engine
+from rlhf.reward.reading import transcript
 from rlhf.types import Failed, Prompt, TimedOut
 
 PLACES = ("{prompt}", "{a}", "{b}")
@@ -69,12 +71,24 @@ class Question:
         texts = dict(zip(PLACES, (prompt, a, b), strict=True))
         return "".join(texts.get(part, part) for part in self._parts)
 
+    def cut(self, prompt: str, a: str, b: str, fits: Callable[[str], bool]) -> str:
+        """The question about the longest end of the prompt with which it fits; about no prompt, if even that does not fit."""
+        whole = self.about(prompt, a, b)
+        if fits(whole):
+            return whole
+        lost = bisect.bisect_left(range(len(prompt)), True, key=lambda place: fits(self.about(prompt[place:], a, b)))
+        return self.about(prompt[lost:], a, b)
+
 
 class Answerer(Protocol):
     """Whoever answers the question."""
 
     async def first_wins(self, question: str, deadline_s: float) -> float | Failed | TimedOut:
         """Probability of A against B."""
+        ...
+
+    def fits(self, question: str) -> bool:
+        """Whether the question is not too long to be asked, as far as that is known."""
         ...
 
     def fingerprint(self) -> str | None: ...
@@ -89,7 +103,8 @@ class LlmJudge:
         self._question, self._answerer = question, answerer
 
     async def judge(self, prompt: Prompt, items: Sequence[tuple[str, ...]], deadline_s: float) -> list[Any]:
-        questions = [self._question.about(prompt.text, a, b) for a, b in items]
+        asked, fits = transcript(prompt.conversation), self._answerer.fits
+        questions = [self._question.cut(asked, a, b, fits) for a, b in items]
         return await asyncio.gather(*(self._answerer.first_wins(question, deadline_s) for question in questions))
 
     def fingerprint(self) -> str | None:

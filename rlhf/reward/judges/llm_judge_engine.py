@@ -128,14 +128,17 @@ class Engine:
 
     async def first_wins(self, question: str, deadline_s: float) -> float | Failed | TimedOut:
         ids = self._reader.tokens(self._reader.text(question))
-        if len(ids) >= self._longest:
+        if len(ids) >= self._longest:  # without any of its prompt
             return Failed(
-                f"question, prompt and both responses are {len(ids)} tokens, and the judge reads {self._longest - 1}"
+                f"the question and both responses are {len(ids)} tokens, and the judge reads {self._longest - 1}"
             )
         try:
             return await asyncio.wait_for(self._ask(ids), deadline_s)
         except asyncio.TimeoutError:
             return TimedOut(deadline_s)
+
+    def fits(self, question: str) -> bool:
+        return len(self._reader.tokens(self._reader.text(question))) < self._longest
 
     async def _ask(self, ids: list[int]) -> float | Failed:
         from vllm.v1.engine.exceptions import EngineDeadError

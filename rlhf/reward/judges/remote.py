@@ -16,7 +16,7 @@ import numpy as np
 from rlhf.config.reward import SourceSettings
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.asking import Asker
-from rlhf.reward.judges.wire import TOKEN, feedback_from_json
+from rlhf.reward.judges.wire import TOKEN, feedback_from_json, prompt_to_json
 from rlhf.reward.scoring import Measured
 from rlhf.types import Failed, Feedback, Prompt, Score, TimedOut
 
@@ -82,7 +82,7 @@ class RemoteJudge:
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
         """Scores; or, for pairs, P(first beats second) with both orders already averaged by the service."""
         responses = list(dict.fromkeys(text for texts in items for text in texts))
-        question = {"prompt": prompt.text, "payload": dict(prompt.payload), "responses": responses}
+        question = {**prompt_to_json(prompt), "payload": dict(prompt.payload), "responses": responses}
         reply = await self._asker.ask("POST", "/judge", question, deadline_s)
         if isinstance(reply, Failed | TimedOut):
             return [reply] * len(items)

@@ -1,5 +1,6 @@
 """What crosses the network between a reward service (`http`) and those who ask it (`remote`), as JSON values. Pure functions.
 
+A prompt is a text, or, if it is more than one turn of the user's, its messages.
 An outcome is an object whose `outcome` names its kind: `score` (with `value`), `invalid` or `failed` (with `reason`), `timed_out`
 (with `seconds`, and `who` of several judges). JSON has no NaN, so a number that is none is null.
 """
@@ -12,10 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.types import Failed, Feedback, Invalid, Outcome, Score, TimedOut
+from rlhf.reward.reading import as_text
+from rlhf.types import Failed, Feedback, Invalid, Outcome, Prompt, Score, TimedOut
 
 TOKEN = "RLHF_REWARD_TOKEN"
 """The environment variable that holds the token, on both sides."""
+
+
+def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
+    """The fields of a question that say what the responses answer: `prompt` or `messages`."""
+    if prompt.conversation == as_text(prompt.text):
+        return {"prompt": prompt.text}
+    return {"messages": [turn._asdict() for turn in prompt.conversation]}
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Owns what a request may be (token, size, fields) and which answer means what. One bad request harms nobody else's: it is refused
 before any server sees it. Does not know who judges. `rlhf reward serve` runs it; `remote` is its client.
 
-    POST /judge   {"prompt", "responses": [...], "payload": {...}}  ->  outcomes, preferences, measures, fingerprint
+    POST /judge   {"prompt" or "messages", "responses": [...], "payload": {...}}  ->  outcomes, preferences, measures, fingerprint
     GET  /health  200 while a server answers, else 503
     GET  /info    kind, compares, fingerprint, servers, version
 """
@@ -24,7 +24,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from rlhf import __version__
@@ -36,7 +36,7 @@ from rlhf.reward.errors import Busy, NoServerLeft
 from rlhf.reward.judges.wire import TOKEN, feedback_to_json
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.serving.server import freeze_heap
-from rlhf.types import Prompt, content_id
+from rlhf.types import Prompt, Turn, content_id
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_RESPONSES = 1024
@@ -46,14 +46,37 @@ KEEP_ALIVE_S = 75
 """How long an idle connection stays open: longer than askers pause, who else may ask on one that is being closed."""
 
 
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: str = Field(min_length=1)
+    content: str
+
+
 class Question(BaseModel):
     """The body of POST /judge."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = ""
+    messages: list[Message] = []
     responses: list[str] = Field(min_length=1, max_length=MAX_RESPONSES)
     payload: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Question:
+        if self.prompt and self.messages:
+            raise ValueError("has `prompt` and `messages`; give one of them")
+        return self
+
+    def as_prompt(self) -> Prompt:
+        """Without tokens."""
+        if not self.messages:
+            return Prompt(content_id(self.prompt), (), self.prompt, self.payload)
+        turns = tuple(Turn(message.role, message.content) for message in self.messages)
+        return Prompt(content_id(turns), (), turns[-1].content, self.payload, conversation=turns)
 
 
 def make_app(pool: RewardPool, settings: Settings, token: str) -> FastAPI:
@@ -66,8 +89,7 @@ def make_app(pool: RewardPool, settings: Settings, token: str) -> FastAPI:
     async def judge(request: Request) -> JSONResponse:
         # Taken for JSON whatever its header says: curl's says that it is a form.
         question = Question.model_validate_json(await request.body())
-        prompt = Prompt(content_id(question.prompt), (), question.prompt, question.payload)
-        feedback = await pool.judge_texts(prompt, question.responses)
+        feedback = await pool.judge_texts(question.as_prompt(), question.responses)
         return JSONResponse({"fingerprint": fingerprint, **feedback_to_json(feedback)})
 
     # Without FastAPI's work on parameters: there are none, and it takes time.
@@ -155,6 +177,8 @@ def _in_words(finding: dict[str, Any]) -> str:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in finding["loc"]).lstrip(".")
     if finding["type"] == "json_invalid":
         return "the body is not valid JSON"
+    if finding["type"] == "value_error":
+        return f"the body {finding['ctx']['error']}"
     return f"`{place}`: {finding['msg']}" if place else f"the body must be a JSON object: {finding['msg']}"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlhf.reward.errors import RewardError
-from rlhf.reward.models import Description
+from rlhf.reward.folders import NO_LIMIT, Description
 from rlhf.reward.training import objectives
 from rlhf.reward.training.dataset import PreferenceData
 from rlhf.reward.training.objectives import Objective
@@ -184,7 +184,7 @@ def choose(args: argparse.Namespace, fit: PreferenceData, ready_made: bool) -> C
         ready_made: the base is a classifier already.
     """
     name = _name(args, fit, ready_made)
-    plain = Description("classifier", fit.input, args.max_tokens)
+    plain = Description("classifier", fit.input, args.max_tokens or NO_LIMIT)
 
     def grouped(data: PreferenceData, rng: np.random.Generator) -> PreferenceData:
         return data.grouped(GROUP, args.margin, args.seed)

@@ -8,7 +8,7 @@ models. The fields of a row:
     responses                    a ranking, best first: all its pairs
     prompt                       in all rows or in none
 
-A text may also be a chat, a list of {role, content}: its last turn is the text, the turn before it the prompt.
+A prompt may be a chat, a list of {role, content}. So may a text: its last turn is the text, those before it are the prompt.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlhf.reward.errors import RewardError
-from rlhf.reward.models import Comparison, Example, Input, PromptOnly, Text
+from rlhf.reward.reading import Comparison, Conversation, Example, Input, PromptOnly, Text
 from rlhf.reward.training.objectives import Labels
 from rlhf.reward.training.rows import Row, read_preferences
 
@@ -82,6 +83,11 @@ class PreferenceData:
     def n_rows(self) -> int:
         return int(self.row[-1]) + 1 if len(self.row) else 0
 
+    @property
+    def n_prompts(self) -> int:
+        """Different prompts; 0 for rows without."""
+        return len({example.prompt for example in self.examples} - {()})
+
     @cached_property
     def overall(self) -> np.ndarray:
         """[n_examples], the weighted sum of each text's ratings; NaN where one is missing: no pair is made of that text."""
@@ -107,11 +113,13 @@ class PreferenceData:
         )
 
     def divide(self, fraction: float, rng: np.random.Generator) -> tuple[PreferenceData, PreferenceData]:
-        """The rest, and about `fraction` of the rows. Rows with the same prompt stay together."""
+        """The rest, and about `fraction` of the rows, at least one each. Rows with the same prompt stay together, unless all have it."""
         first = [self.examples[i] for i in np.unique(self.row, return_index=True)[1]]
-        keys = [example.prompt if self.input == "conversation" else str(i) for i, example in enumerate(first)]
+        whole_prompts = self.n_prompts > 1
+        keys: list[Any] = [example.prompt if whole_prompts else str(i) for i, example in enumerate(first)]
         names = sorted(set(keys))
-        taken = {names[i] for i in rng.permutation(len(names))[: max(1, round(fraction * len(names)))]}
+        count = min(max(1, round(fraction * len(names))), len(names) - 1)
+        taken = {names[i] for i in rng.permutation(len(names))[:count]}
         mask = np.array([key in taken for key in keys])
         return self.rows(np.flatnonzero(~mask)), self.rows(np.flatnonzero(mask))
 
@@ -238,7 +246,7 @@ def read_data(path: str) -> PreferenceData:
     for row, prompt in zip(rows, given, strict=True):
         if (prompt is None) != (given[0] is None):
             raise row.error("prompt", "give it in every row or in none.")
-    prompts = [prompt or "" for prompt in given]
+    prompts = [prompt or () for prompt in given]
     what: Input = "response" if given[0] is None else "conversation"
     if kind == "rated":
         return _rated(rows, prompts, what)
@@ -255,7 +263,7 @@ def _kind(row: Row) -> str:
     )
 
 
-def _rated(rows: list[Row], prompts: list[str], what: Input) -> PreferenceData:
+def _rated(rows: list[Row], prompts: list[Conversation], what: Input) -> PreferenceData:
     examples: list[Text] = [Example(prompt, row.text("text")) for row, prompt in zip(rows, prompts, strict=True)]
     several = rows[0].has("ratings")
     given = [_ratings(row) if several else {"rating": row.number("rating")} for row in rows]
@@ -275,7 +283,7 @@ def _ratings(row: Row) -> dict[str, float]:
     return ratings
 
 
-def _compared(rows: list[Row], prompts: list[str], what: Input, kind: str) -> PreferenceData:
+def _compared(rows: list[Row], prompts: list[Conversation], what: Input, kind: str) -> PreferenceData:
     examples: list[Text] = []
     numbers: list[int] = []
     pairs: list[tuple[int, int, float, float]] = []

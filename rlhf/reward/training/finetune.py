@@ -215,10 +215,10 @@ async def _fine_tune(
     held_out: PreferenceData | None,
 ) -> float:
     group, device = settings.group, model.device
-    examples = Preferences(data, model.encode(data.examples), objective)
+    examples = Preferences(data, model.ids(data.examples), objective)
     largest = max(len(unit) for unit in examples.units(0))
     course = Course(examples, max(1, settings.batch_size // largest), settings.epochs, settings.seed, like_lengths=True)
-    measured = None if held_out is None else Preferences(held_out, model.encode(held_out.examples), objective)
+    measured = None if held_out is None else Preferences(held_out, model.ids(held_out.examples), objective)
     journal = Journal(folder, course.updates, group.resume)
     identity = {"data or objective": examples.fingerprint(), "seed": settings.seed, "batch size": settings.batch_size}
     saving = Saving(Checkpoints(str(folder), keep=1), group.checkpoint_every, group.resume, identity)

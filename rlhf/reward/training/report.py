@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.reward.models import PromptOnly, RewardModel, Text
+from rlhf.reward.models import RewardModel
 from rlhf.reward.pairwise import pair_probabilities
 from rlhf.reward.pairwise_model import GeneralPreferenceModel
+from rlhf.reward.reading import PromptOnly, Tokens
 from rlhf.reward.training.dataset import Pairs, PreferenceData, both_orders
 from rlhf.reward.training.reliability import (
     Bin,
@@ -22,6 +23,7 @@ from rlhf.reward.training.reliability import (
     rank_correlation,
     reliability_bins,
 )
+from rlhf.types import Failed
 
 
 def pair_logits(model: RewardModel, data: PreferenceData, pairs: np.ndarray) -> np.ndarray:
@@ -51,17 +53,16 @@ def pair_logits(model: RewardModel, data: PreferenceData, pairs: np.ndarray) -> 
     return gpm.scores(outputs, places.reshape(-1, 2), prompts)[:, None]
 
 
-def too_long(model: RewardModel, texts: Sequence[Text]) -> np.ndarray:
-    """Which texts the model cannot read to their end, bool [n]."""
-    lengths = np.array([len(ids) for ids in model.encode(texts, whole=True)], dtype=int)
-    return lengths > model.description.max_tokens
+def unreadable(read: Sequence[Tokens | Failed]) -> np.ndarray:
+    """Which texts the model cannot read, because their responses alone are too long, bool [n]."""
+    return np.array([isinstance(one, Failed) for one in read], dtype=bool)
 
 
 def readable(model: RewardModel, data: PreferenceData, pairs: Pairs) -> Pairs:
-    """The pairs that a cross-encoder can read whole: cut short, it would lose response B. All pairs for other models."""
+    """The pairs that a cross-encoder can read. All pairs for other models, which read one text at a time."""
     if model.description.task != "cross_encoder":
         return pairs
-    return pairs.only(~too_long(model, [both_orders(data, *pair)[0] for pair in pairs.index]))
+    return pairs.only(~unreadable(model.encode([both_orders(data, *pair)[0] for pair in pairs.index])))
 
 
 def probabilities_of(logits: np.ndarray, temperature: float) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import Any
 
 from rlhf.data.rows import read_rows
 from rlhf.reward.errors import RewardError
+from rlhf.reward.reading import Conversation, as_text
+from rlhf.types import Turn
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,39 @@ class Row:
             raise self.error(name, f"must be text that is not empty, not {value!r:.60}.")
         return value
 
-    def prompt(self) -> str | None:
-        """What the row's texts answer: its `prompt`, or the turn before the last one of a chat.
-
-        As in the loop, a reward model does not read earlier turns.
-        """
+    def prompt(self) -> Conversation | None:
+        """What the row's texts answer: its `prompt`, a text or a chat; or the turns before the last one of its chats."""
+        given = None
         if self.has("prompt"):
-            return self.text("prompt")
+            value = self.fields["prompt"]
+            given = self._turns("prompt", value) if _is_chat(value) else as_text(self.text("prompt"))
+        found = given
+        for name, answer in self._answers():
+            if not _is_chat(answer) or len(answer) < 2:
+                continue
+            turns = self._turns(name, answer[:-1])
+            # A prompt as text may be the last turn of what the chat holds whole.
+            alike = found is None or turns == found or (found == given and as_text(turns[-1].content) == found)
+            if not alike:
+                raise self.error(
+                    name,
+                    "answers another conversation than the row's prompt or its other texts. Give one row for each.",
+                )
+            found = turns
+        return found
+
+    def _answers(self) -> list[tuple[str, Any]]:
+        """The row's texts with the names of their fields."""
         responses = self.fields.get("responses")
-        answers = [responses[0]] if isinstance(responses, list) and responses else []
-        answers += [self.fields.get(name) for name in ("text", "chosen")]
-        chat = next((answer for answer in answers if _is_chat(answer) and len(answer) > 1), None)
-        return None if chat is None else self.as_text("prompt", chat[-2]["content"])
+        listed = responses if isinstance(responses, list) else []
+        named = [(f"responses[{place}]", one) for place, one in enumerate(listed)]
+        return named + [(name, self.fields.get(name)) for name in ("text", "chosen", "rejected")]
+
+    def _turns(self, name: str, chat: list[dict[str, Any]]) -> Conversation:
+        for place, message in enumerate(chat):
+            if not isinstance(message.get("role"), str) or not isinstance(message["content"], str):
+                raise self.error(f"{name}[{place}]", "needs `role` and `content`, both text.")
+        return tuple(Turn(message["role"], message["content"]) for message in chat)
 
     def number(self, name: str) -> float:
         return self.as_number(name, self.field(name))

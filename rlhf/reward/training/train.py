@@ -21,15 +21,18 @@ import torch
 
 from rlhf.data.assets import resolve
 from rlhf.reward.errors import RewardError
-from rlhf.reward.models import DESCRIPTION, RewardModel, is_classifier, new_model, read_base
+from rlhf.reward.folders import DESCRIPTION, is_classifier, read_base
+from rlhf.reward.models import BASE, RewardModel, new_model
 from rlhf.reward.modules import CumulativeLogits
+from rlhf.reward.reading import Tokens
 from rlhf.reward.training import choices
 from rlhf.reward.training.dataset import Pairs, PreferenceData, read_data
 from rlhf.reward.training.group import Group, read_group, training_folder
 from rlhf.reward.training.group import add_arguments as add_group_arguments
 from rlhf.reward.training.heads import LinearHead, fit_logistic, fit_ridge
 from rlhf.reward.training.reliability import Bin, draw_reliability, fit_temperature
-from rlhf.reward.training.report import measure, pair_logits, readable, too_long
+from rlhf.reward.training.report import measure, pair_logits, readable, unreadable
+from rlhf.types import Failed
 
 REPORT = "reward_report.json"
 DIAGRAM = "reliability.png"
@@ -69,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="fraction of the training rows that choose strength and temperature",
     )
-    parser.add_argument("--max-tokens", type=int, default=256, help="texts are cut here")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        help="of a longer text the prompt loses its beginning; a longer response is left out (default: what the model reads)",
+    )
     parser.add_argument("--epochs", type=int, default=1, help="of --method full")
     parser.add_argument(
         "--learning-rate", type=float, default=2e-4, help="peak, of --method full; a large model wants 1e-5"
@@ -103,6 +110,10 @@ def main(args: argparse.Namespace) -> int:
     choice = choices.choose(args, fit, _ready_made(args))
     limit = TEST_COMPARISONS if choice.name == "cross-encoder" else TEST_PAIRS
     model = _new_model(args, choice)
+    lost: dict[str, int] = {}
+    if choice.name != "cross-encoder":  # that one reads two responses at once: its pairs are looked at
+        fit, lost = _readable_rows(model, fit, "training")
+        validation, test = (_readable_rows(model, *part)[0] for part in ((validation, "validation"), (test, "test")))
     validation_pairs = _pairs(model, validation, args, min(limit, TRAIN_PAIRS), rng, "validation")
     test_pairs = _pairs(model, test, args, limit, rng, "test")
     if args.method == "full":
@@ -114,7 +125,9 @@ def main(args: argparse.Namespace) -> int:
     figures, bins = measure(model, test, test_pairs)
     report = {
         "method": args.method,
+        **lost,
         **details,
+        "max_tokens": model.description.max_tokens,
         "units": "rating" if choice.in_rating_units else "log-odds of winning a pair, arbitrary zero",
         "pair_probability": "sigmoid(preference / temperature), the mean of both orders; temperature fitted on the validation rows",
         "temperature": temperature,
@@ -156,16 +169,34 @@ def _pairs(
     fitting = readable(model, data, pairs)
     if not len(fitting.index):
         raise RewardError(
-            f"none of the {len(pairs.index)} {part} pairs fits into --max-tokens {args.max_tokens} (or into the model's "
-            f"{model.description.max_tokens}): a cross-encoder reads both responses, and must not lose one. Raise it, or choose "
-            "another --objective."
+            f"none of the {len(pairs.index)} {part} pairs fits into the {model.description.max_tokens} tokens that the model reads "
+            "(--max-tokens, or its own): a cross-encoder reads both responses, and must not lose one. Raise it, or choose another "
+            "--objective."
         )
     return fitting
 
 
+def _readable_rows(model: RewardModel, data: PreferenceData, part: str) -> tuple[PreferenceData, dict[str, int]]:
+    """The rows that the model can read as a judge would; how many texts it cannot, and how many prompts lose their beginning."""
+    read = model.encode(data.examples)
+    out, cut = unreadable(read), sum(isinstance(one, Tokens) and one.cut > 0 for one in read)
+    limit = model.description.max_tokens
+    if out.any():
+        print(f"{out.sum()} of {len(read)} {part} texts do not fit into {limit} tokens: left out", flush=True)
+    if cut:
+        print(
+            f"{cut} of {len(read)} {part} texts: the prompt loses its beginning to fit into {limit} tokens", flush=True
+        )
+    kept = data.rows(np.setdiff1d(data.row, data.row[out]))
+    if not kept.n_rows:
+        why = next(one.reason for one in read if isinstance(one, Failed))
+        raise RewardError(f"none of the {data.n_rows} {part} rows can be read: {why}. Raise --max-tokens.")
+    return kept, {"texts_too_long": int(out.sum()), "prompts_cut": int(cut)}
+
+
 def _ready_made(args: argparse.Namespace) -> bool:
     """Whether the base is a classifier already, so that its head has a scale of its own."""
-    return args.method == "full" and is_classifier(read_base(Path(resolve(args.model)))[0])
+    return args.method == "full" and is_classifier(read_base(Path(resolve(args.model)), BASE)[0])
 
 
 def _new_model(args: argparse.Namespace, choice: choices.Choice) -> RewardModel:
@@ -220,7 +251,7 @@ def _train_full(
     if choice.thresholds is not None:
         model.module = CumulativeLogits(scorer, torch.tensor(choice.thresholds)).to(model.device)
     settings = FullSettings(new_head, args.epochs, args.learning_rate, args.batch_size, args.seed, group)
-    data, cut = _prepared(model, choice, fit, args, rng, "training")
+    data, lost = _prepared(model, choice, fit, args, rng, "training")
     held_out = None
     if group.eval_every:
         held_out, _ = _prepared(model, choice, validation, args, np.random.default_rng(args.seed), "validation")
@@ -229,7 +260,7 @@ def _train_full(
         "objective": choice.name,
         "epochs": args.epochs,
         "final_loss": loss,
-        "texts_too_long": cut,
+        **lost,
     }
     if isinstance(model.module, CumulativeLogits):
         thresholds = tuple(model.module.thresholds().tolist())
@@ -247,21 +278,12 @@ def _prepared(
     args: argparse.Namespace,
     rng: np.random.Generator,
     part: str,
-) -> tuple[PreferenceData, int]:
-    """The rows as the objective needs them, and how many texts are too long: cut, but left out if the model compares two in one text."""
+) -> tuple[PreferenceData, dict[str, int]]:
+    """The rows as the objective needs them; for a model that reads two responses in one text, those that it can read, and what is lost."""
     if choice.name not in choices.NEEDS_RATINGS:
         _pairs(model, data, args, LOOKED_AT, np.random.default_rng(args.seed), part)
     made = choice.prepare(data, rng)
-    cut = too_long(model, made.examples)
-    if choice.name == "cross-encoder":
-        made = made.rows(np.setdiff1d(made.row, made.row[cut]))
-    if cut.any():
-        done = "left out" if choice.name == "cross-encoder" else "cut"
-        print(
-            f"{cut.sum()} of {len(cut)} {part} texts are longer than {model.description.max_tokens} tokens: {done}",
-            flush=True,
-        )
-    return made, int(cut.sum())
+    return _readable_rows(model, made, part) if choice.name == "cross-encoder" else (made, {})
 
 
 def _temperature(model: RewardModel, data: PreferenceData, pairs: Pairs) -> float:
