@@ -229,6 +229,14 @@ def test_ipc_ends_that_differ_say_so(threads: ThreadPoolExecutor) -> None:
         worker.result(timeout=30)
 
 
+def test_waiting_for_what_never_comes_ends_in_words() -> None:
+    session = session_of("ipc", 1, timeout_s=0.2)
+    with pytest.raises(TransferFailed, match="rank 1 of 2 could not join the weight transfer"):
+        Board(session, 1)  # nobody holds the store
+    with pytest.raises(TransferFailed, match=r"broke off at \['worker/1'\]: nothing came within 0.2 s"):
+        Board(session, 0).read("worker/1")
+
+
 def test_what_is_put_into_the_store_is_never_executed() -> None:
     """Whoever reaches the port can write there; a pickle is not what the ends read."""
     import pickle
