@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlhf.cluster.network import free_port
 from rlhf.transfer import TransferFailed, TransferSession, WeightSpec
-from rlhf.transfer.buckets import Placement, plan, spec_bytes
+from rlhf.transfer.buckets import Placement, filled, plan, spec_bytes
 from rlhf.transfer.fingerprint import fingerprint
 from rlhf.transfer.gloo import GlooSender, join, receive
 
@@ -196,3 +196,14 @@ def test_the_sender_places_as_the_receiver_plans(sizes: list[int]) -> None:
     specs = [WeightSpec(str(i), "int8", (size,)) for i, size in enumerate(sizes)]
     planned = [(number, start) for number, bucket in enumerate(plan(specs, 200)) for _, start in bucket.parts]
     assert placed == planned
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+def test_the_buckets_that_leave_are_those_that_are_planned(sizes: list[int]) -> None:
+    sent = [(str(i), torch.full((size,), i, dtype=torch.int8)) for i, size in enumerate(sizes)]
+    planned = plan([spec_of(*item) for item in sent], 200)
+    left = [(first, bucket.clone()) for first, bucket in filled(iter(sent), torch.empty(200, dtype=torch.uint8))]
+    assert [(first, len(bucket)) for first, bucket in left] == [(b.parts[0][0].name, b.size) for b in planned]
+    arrived = [item for bucket, (_, data) in zip(planned, left, strict=True) for item in bucket.unpack(data)]
+    assert [name for name, _ in arrived] == [name for name, _ in sent]
+    assert all(torch.equal(got, tensor) for (_, got), (_, tensor) in zip(arrived, sent, strict=True))
