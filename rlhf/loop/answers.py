@@ -24,6 +24,7 @@ from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
 from rlhf.data.rendering import renderer
 from rlhf.loop.evaluation import evaluation_sampling, held_out
 from rlhf.loop.judged import Judged
+from rlhf.loop.progress import require_some_reward
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
@@ -176,7 +177,7 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
         json_path: file for the figures.
 
     Raises:
-        UserError: no held-out prompts, or a model that cannot be used.
+        UserError: no held-out prompts, a model that cannot be used, or no answer with a reward.
     """
     if settings.data.eval_prompts is None:
         raise UserError("data.eval_prompts: not set, so there are no held-out prompts to evaluate on")
@@ -241,7 +242,9 @@ async def _judged_answers(settings: Settings, model: str, prompts: Sequence[Prom
     async with engines_and_judges(settings) as (pool, rewards):
         rollouts = await asyncio.gather(*(pool.sample(prompt, [evaluation_sampling(settings)]) for prompt in prompts))
         feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
-        return held_out([Judged(r, f) for r, f in zip(rollouts, feedbacks, strict=True)], tokenizer)
+        judged = [Judged(r, f) for r, f in zip(rollouts, feedbacks, strict=True)]
+        require_some_reward(f"the held-out answers of {model}", judged, settings.reward)
+        return held_out(judged, tokenizer)
 
 
 @asynccontextmanager

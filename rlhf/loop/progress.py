@@ -59,13 +59,26 @@ def require_rewards(step: int, judged: Sequence[Judged], reward: RewardSettings)
             f"step {step}: {len(broken)} of {len(outcomes)} responses got no verdict; the first: {broken[0]}. Nothing was learned from "
             "this step. Correct the reward (reward.path), or allow more failures with reward.max_failed_fraction."
         )
-    if outcomes and not any(isinstance(outcome, Score) for outcome in outcomes):
-        reasons = Counter(_words(outcome) for outcome in outcomes)
-        shown = "; ".join(f"{count} x {words}" for words, count in reasons.most_common(3))
-        raise RewardsFailing(
-            f"step {step}: none of the {len(outcomes)} responses has a reward: {shown}. Nothing was learned from this step. "
-            f"{_remedy(outcomes, judged, reward)}"
-        )
+    require_some_reward(f"step {step}", judged, reward)
+
+
+def require_some_reward(whose: str, judged: Sequence[Judged], reward: RewardSettings) -> None:
+    """Make sure that not all was judged in vain.
+
+    Args:
+        whose: the responses', for the message.
+
+    Raises:
+        RewardsFailing: none of the responses has a reward.
+    """
+    outcomes = [outcome for one in judged for outcome in one.feedback.outcomes]
+    if not outcomes or any(isinstance(outcome, Score) for outcome in outcomes):
+        return
+    reasons = Counter(_words(outcome) for outcome in outcomes)
+    shown = "; ".join(f"{count} x {words}" for words, count in reasons.most_common(3))
+    raise RewardsFailing(
+        f"{whose}: none of the {len(outcomes)} responses has a reward: {shown}. {_remedy(outcomes, judged, reward)}"
+    )
 
 
 def require_builder(step: int, batch: Batch, name: str, most: float) -> None:

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.algorithms import Algorithm, Contrast, Preference, Source
+from rlhf.loop.clock import Clock
 from rlhf.loop.online import OnlineLoop
-from rlhf.loop.progress import BuilderFailing, NothingLearned, RewardsFailing
+from rlhf.loop.progress import BuilderFailing, NothingLearned, RewardsFailing, require_some_reward
 from rlhf.types import Failed, Invalid, Outcome, Rollout, Score, TimedOut, TrainingItem
 from tests.loop.fakes import make_loop
 from tests.loop.test_methods import train
@@ -168,6 +169,14 @@ def test_a_step_without_rewards_ends_the_run_before_it_learns(
         run(loop)
     assert str(failing.value).startswith("step 1: ") and all(word in str(failing.value) for word in words)
     assert not loop.roles.policy.learned and not loop.record.lines
+
+
+def test_an_evaluation_without_rewards_says_why() -> None:
+    """What `rlhf eval` asks before it compares: the win rate of nothing is nothing."""
+    loop = make_loop(outcomes(Invalid("the judge returned None")))
+    judged = asyncio.run(loop.sample_and_judge(loop.ledger.lease(3), loop._samplings(1), Clock()))
+    with pytest.raises(RewardsFailing, match="^the answers of m: none of the 6 responses has a reward: 6 x invalid"):
+        require_some_reward("the answers of m", judged, loop.settings.reward)
 
 
 def test_one_reward_is_enough_for_the_run_to_go_on() -> None:

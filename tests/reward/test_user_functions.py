@@ -148,6 +148,14 @@ def test_a_built_in_function_without_a_signature_is_no_crash() -> None:
     load_function("builtins:max")
 
 
+@IN_THREAD
+def test_a_model_that_raises_stop_iteration_is_not_waited_for(run: Any, inline: bool) -> None:
+    workplace = Workplace(inline)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        run(asyncio.wait_for(workplace.run(next, iter(())), 60))
+    workplace.close()
+
+
 # At import, and in an algorithm
 
 MODULE = """

@@ -53,13 +53,14 @@ class Workplace:
         self._free = asyncio.Lock()
 
     async def run(self, work: Callable[..., Any], *args: Any) -> Any:
-        """`work(*args)`. If the caller is cancelled, the thread is left to itself and the next work gets a new one."""
+        """`work(*args)`. If the caller is cancelled, the thread is left to itself and the next work gets a new one. A StopIteration
+        of the work comes as a RuntimeError, as it would from any coroutine."""
         if self._inline:
             return work(*args)
         async with self._free:
             self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="reward")
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+                return await asyncio.get_running_loop().run_in_executor(self._executor, _finished, work, args)
             except asyncio.CancelledError:
                 self.close()  # a thread cannot be interrupted
                 raise
@@ -101,6 +102,14 @@ class Workplace:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
+
+
+def _finished(work: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """`work(*args)`, without the one error that no future can hold: whoever waits for it would wait in vain."""
+    try:
+        return work(*args)
+    except StopIteration as error:
+        raise RuntimeError("the work raised StopIteration") from error
 
 
 class Judge(Protocol):
