@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +18,9 @@ from typing import Any
 import workload
 from online_dpo_vs_trl import CORES, HERE, child, spread
 
+from rlhf.cluster.precision import look
 from rlhf.data.assets import resolve
+from rlhf.tracking.manifest import processor
 
 SIDES = ("mixture", "plain", "cache", "no_cache")
 
@@ -100,7 +101,8 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     chosen = {name: value for name, value in vars(args).items() if name not in ("json", "model", "prompts")}
-    return {"cores": CORES, "machine": platform.machine(), "versions": versions} | chosen
+    machine = {"cores": CORES, "processor": processor(), "bf16": look(gpu=False).why}
+    return machine | {"versions": versions} | chosen
 
 
 if __name__ == "__main__":

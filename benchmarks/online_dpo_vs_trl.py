@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 import workload
 
+from rlhf.cluster.precision import look
 from rlhf.data.assets import resolve
+from rlhf.tracking.manifest import processor
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0))
@@ -191,7 +192,8 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
             continue
     return {
         "cores": CORES,
-        "machine": platform.machine(),
+        "processor": processor(),
+        "bf16": look(gpu=False).why,
         "amx": torch.cpu._is_amx_tile_supported(),
         "versions": versions,
         "rounds": args.rounds,

@@ -32,6 +32,7 @@ from rlhf.preflight.gpus import GpuKind
 from rlhf.preflight.memory import BYTES, activations, engine_memory, head, model_states
 from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.preflight.speed import Assumptions, Learners, Work, learn_s
+from rlhf.tracking.manifest import processor
 
 RANKS = 2
 PARTS = ("states", "activations", "cache", "learn")
@@ -57,7 +58,7 @@ def main() -> None:
         setting = {
             "cores": CORES,
             "python": platform.python_version(),
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(

@@ -26,8 +26,10 @@ from typing import Any
 
 import aiohttp
 
+from rlhf.cluster.precision import look
 from rlhf.data.assets import resolve
 from rlhf.reward.judges.asking import AGAIN, pause_s
+from rlhf.tracking.manifest import processor
 
 TOKEN = "benchmark"
 MANY = 64
@@ -275,6 +277,8 @@ def report(
             "cores": len(os.sched_getaffinity(0)),
             "model_threads": args.threads,
             "python": platform.python_version(),
+            "processor": processor(),
+            "bf16": look(gpu=False).why,
         }
         rates = {name: {"rounds": values, "median": statistics.median(values)} for name, values in measured.items()}
         content = {
