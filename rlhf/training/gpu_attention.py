@@ -4,9 +4,9 @@ Designed, not yet run on a GPU. On a CPU, tests hold `flex` (uncompiled) and `br
 to their meaning. Which form is taken is `attention.choose`'s decision. torch 2.11 and 2.13 differ in the arguments of `varlen_attn`
 only; `_varlen_arguments` knows.
 
-How `flex` avoids compiling for every ragged row: rows are padded to whole blocks, and the lengths are marked as dynamic before the
-first call, so that one kernel serves all lengths. A change of grad mode, window or soft cap compiles once more. A graph is always whole
-(`fullgraph`): torch would otherwise fall back, without a word, to a form that holds all scores.
+How `flex` avoids compiling for every ragged row: rows are padded to whole blocks; torch compiles for the first row's length, sees at the
+second that lengths differ, and compiles once more for all of them. Another grad mode, window or soft cap is another kernel. A graph
+is always whole (`fullgraph`): torch would otherwise fall back, without a word, to a form that holds all scores.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def flex(
         lambda: block_mask(segments, scores.window, device, causal=scores.causal),
     )
     missing = mask.seq_lengths[0] - total
-    inputs = [_of_any_length(F.pad(tensor, (0, 0, 0, missing)), 2) for tensor in (query, key, value)]
+    inputs = [F.pad(tensor, (0, 0, 0, missing)) for tensor in (query, key, value)]
     output = flex_kernel(device)(
         *inputs,
         score_mod=None if scores.softcap is None else _softcap(scores.softcap),
@@ -136,13 +136,6 @@ def _compiled(backend: Any) -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, fullgraph=True, backend=backend)
 
 
-def _of_any_length(tensor: torch.Tensor, *dimensions: int) -> torch.Tensor:
-    """The tensor, so marked that a kernel compiled for it serves other sizes of these dimensions too."""
-    for dimension in dimensions:
-        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-    return tensor
-
-
 @functools.cache
 def _softcap(cap: float) -> Callable[..., torch.Tensor]:
     """One function per cap, so that torch sees the same one at every call."""
@@ -168,7 +161,7 @@ def _ordered(chosen: np.ndarray, device: torch.device) -> tuple[torch.Tensor, to
     """bool [blocks, blocks] -> int32 ([1, 1, blocks] how many are chosen, [1, 1, blocks, blocks] which, first those)."""
     counts = torch.from_numpy(chosen.sum(1, dtype=np.int32))
     places = torch.from_numpy(np.argsort(~chosen, axis=1, kind="stable").astype(np.int32))
-    return _of_any_length(counts[None, None].to(device), 2), _of_any_length(places[None, None].to(device), 2, 3)
+    return counts[None, None].to(device), places[None, None].to(device)
 
 
 def _mask_mod(
@@ -178,7 +171,7 @@ def _mask_mod(
     sizes = [run.stop - run.start for run in runs]
 
     def per_token(values: list[int]) -> torch.Tensor:
-        return _of_any_length(torch.from_numpy(np.repeat(np.array(values, np.int32), sizes)).to(device), 0)
+        return torch.from_numpy(np.repeat(np.array(values, np.int32), sizes)).to(device)
 
     run, root = per_token(list(range(len(runs)))), per_token([one.root for one in runs])
     if not causal:
