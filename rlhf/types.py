@@ -25,10 +25,27 @@ DATASET_VERSION = -1
 
 
 class Turn(NamedTuple):
-    """One message of a conversation: who speaks (`system`, `user`, `assistant`, or what else a chat template knows), and what."""
+    """One message of a conversation: who speaks (`system`, `user`, `assistant`, or what else a chat template knows), and what.
+
+    Attributes:
+        more: the message's other fields (`tool_calls`, ...) as a JSON object, so that a turn can be hashed; empty if there are none.
+    """
 
     role: str
     content: str
+    more: str = ""
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Turn:
+        """A message as a turn; fields that are null are left out."""
+        more = {name: value for name, value in message.items() if name not in ("role", "content") and value is not None}
+        return cls(
+            message["role"], message["content"], json.dumps(more, sort_keys=True, ensure_ascii=False) if more else ""
+        )
+
+    def message(self) -> dict[str, Any]:
+        """As a chat template, and everybody else, wants it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class SourceSettings(Section):
     )
     input: Literal["response", "conversation"] = Field(
         "response",
-        description="What a reward model reads: the response alone, or prompt and response.",
+        description="What a reward model reads: the response alone, or all turns of the prompt and the response.",
     )
 
     @property
@@ -100,7 +100,8 @@ class RewardSettings(SourceSettings):
     )
     common_set: str | None = Field(
         None,
-        description="File of rows with `response`, with or without `prompt`, that every member scores at the start; its scores are then "
+        description="File of rows with `response`, with or without `prompt` (text) or `messages`, "
+        "that every member scores at the start; its scores are then "
         "brought to mean 0 and standard deviation 1 on it. Other fields are the payload.",
     )
     transforms: list[Transform] = Field(
@@ -162,7 +163,8 @@ class RewardSettings(SourceSettings):
     )
     canaries: str | None = Field(
         None,
-        description="File of pairs that the judge must tell apart: `good`, `bad`, with or without `prompt`; other fields are the "
+        description="File of pairs that the judge must tell apart: `good`, `bad`, with or without `prompt` (text) or "
+        "`messages`; other fields are the "
         "payload. Every server judges them at the start and now and then.",
     )
     canaries_every: int = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from rlhf.config.data import DataSettings
@@ -80,8 +81,29 @@ def make_prompt(where: str, row: dict[str, Any], conversations: Renderer, pairs:
         text=messages[-1]["content"],
         payload=payload,
         pair=tokenise_pair(where, pair, whole, conversations) if pairs else None,
-        conversation=tuple(Turn(turn["role"], turn["content"]) for turn in whole),
+        conversation=tuple(Turn.of(turn) for turn in whole),
     )
+
+
+def text_prompt(where: str, row: dict[str, Any], others: Collection[str]) -> Prompt:
+    """What a row of texts to judge says of their prompt, without tokens: its `prompt` (text), its `messages`, or nothing.
+
+    Args:
+        others: fields of the row that are no payload.
+
+    Raises:
+        DataError: it has both, or one that cannot be used.
+    """
+    payload = {name: value for name, value in row.items() if name not in ("prompt", "messages", *others)}
+    if "messages" in row:
+        if "prompt" in row:
+            raise DataError(f"{where}: has `prompt` and `messages`. Remove one.")
+        turns = tuple(map(Turn.of, read_turns(where, "messages", row["messages"], "a list of {role, content}")))
+        return Prompt(identity(where, row), (), turns[-1].content, payload, conversation=turns)
+    prompt = row.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: field `prompt` must be a text. A chat belongs in the field `messages`.")
+    return Prompt(identity(where, row), (), prompt, payload)
 
 
 def _excess(prompt: Prompt, max_prompt_tokens: int, pair_tokens: int | None) -> str | None:

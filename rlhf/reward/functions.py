@@ -38,7 +38,7 @@ def takes_all(function: Callable[..., Any]) -> bool:
 def asked_with(function: Callable[..., Any], prompt: Prompt) -> str | list[dict[str, str]]:
     """What the function gets as its first argument: the last turn's text, or all turns."""
     if next(iter(inspect.signature(function).parameters), None) == MESSAGES:
-        return [turn._asdict() for turn in prompt.conversation]
+        return [turn.message() for turn in prompt.conversation]
     return prompt.text
 
 

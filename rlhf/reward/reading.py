@@ -6,6 +6,7 @@ beginning, and a response is never cut. Knows nothing of weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -69,7 +70,7 @@ def transcript(conversation: Conversation) -> str:
     """A conversation for a reader without a chat template: a lone user's turn as it is; of several, each under its role's name."""
     if _alone(conversation):
         return "".join(turn.content for turn in conversation)
-    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in conversation)
+    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}{_calls(turn)}" for turn in conversation)
 
 
 class Reader:
@@ -126,7 +127,7 @@ class Reader:
 
     def _rendered(self, turns: Conversation) -> str | Failed:
         try:
-            return render(self._tokenizer, [turn._asdict() for turn in turns], "the reward model")
+            return render(self._tokenizer, [turn.message() for turn in turns], "the reward model")
         except DataError as error:
             roles = ", ".join(turn.role for turn in turns)
             why = str(error.__cause__)
@@ -162,6 +163,12 @@ class Reader:
         (others,) = self._tokenise([other], special)
         pairs = zip(ids, others, strict=False)
         return next((place for place, (one, two) in enumerate(pairs) if one != two), min(len(ids), len(others)))
+
+
+def _calls(turn: Turn) -> str:
+    """The calls of tools that a turn makes, as JSON."""
+    calls = turn.message().get("tool_calls")
+    return f" {json.dumps(calls, ensure_ascii=False)}" if calls else ""
 
 
 def _alone(conversation: Conversation) -> bool:

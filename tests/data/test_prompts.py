@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config.data import DataSettings
 from rlhf.data.prompts import DataError, load_prompts, load_tokenizer
-from rlhf.types import Prompt
+from rlhf.types import Prompt, Turn
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,10 @@ def test_a_prompt_holds_its_whole_conversation(tmp_path: Path, tokenizer: Any) -
         {"role": "user", "content": "ok"},
     ]
     single, several = load(tmp_path, tokenizer, {"prompt": "hello"}, {"messages": chat})
-    assert single.conversation == (("user", "hello"),) == Prompt("p", (1,), "hello").conversation
-    assert several.conversation == (("user", "hi"), ("assistant", "yo"), ("user", "ok"))
+    assert single.conversation == (Turn("user", "hello"),) == Prompt("p", (1,), "hello").conversation
+    assert several.conversation == (Turn("user", "hi"), Turn("assistant", "yo"), Turn("user", "ok"))
     (told,) = load(tmp_path, tokenizer, {"messages": chat}, system_prompt="Be brief.")
-    assert told.conversation == (("system", "Be brief."), *several.conversation)
+    assert told.conversation == (Turn("system", "Be brief."), *several.conversation)
 
 
 def test_ids_depend_on_content_alone(tmp_path: Path, tokenizer: Any) -> None:

@@ -28,6 +28,9 @@ def test_a_file_is_read(tmp_path):
     assert (first.where, first.good, first.bad, first.prompt.text) == (f"{path}:1", "g", "b", "Say it.")
     assert first.prompt.payload == {"answer": 4}
     assert (second.where, second.prompt.text, second.prompt.payload) == (f"{path}:3", "", {})
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say it."}]
+    (chat,) = load_canaries(write(tmp_path, {"good": "g", "bad": "b", "messages": turns}))
+    assert [turn.message() for turn in chat.prompt.conversation] == turns and chat.prompt.payload == {}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,9 @@ def test_a_file_is_read(tmp_path):
         (["{"], ":1: not JSON"),
         ([{"good": "g", "bad": "b"}, {"good": "g"}], ":2: a pair needs the texts `good` and `bad`"),
         ([[1]], ":1: a list, not an object with the texts `good`"),
-        ([{"good": "g", "bad": "b", "prompt": 3}], ":1: `prompt` must be text"),
+        ([{"good": "g", "bad": "b", "prompt": 3}], ":1: field `prompt` must be a text"),
+        ([{"good": "g", "bad": "b", "messages": []}], ":1: field `messages` must be a list"),
+        ([{"good": "g", "bad": "b", "messages": [], "prompt": ""}], ":1: has `prompt` and `messages`"),
         ([], "holds no pairs"),
     ],
 )

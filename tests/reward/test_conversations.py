@@ -14,12 +14,13 @@ from rlhf.reward.models import load_model
 from rlhf.reward.reading import Example, as_text
 from rlhf.reward.serving import http
 from rlhf.reward.serving.pool import RewardPool
-from rlhf.types import Failed, Feedback, Prompt, Score
+from rlhf.types import Failed, Feedback, Prompt, Score, Turn
 from tests.reward.services import TOKEN, reward_service
 from tests.reward.test_families import PROMPT
 from tests.reward.test_http import asked
 
 HERE = "tests.reward.sample_rewards"
+CALL = Turn("assistant", "", '{"tool_calls": [{"name": "find"}]}')
 CHAT = Prompt("p", (1,), PROMPT[-1].content, {"n": 3}, conversation=PROMPT)
 TEXTS = ["Alien.", "Up, perhaps."]
 
@@ -74,7 +75,7 @@ def test_a_function_may_ask_for_all_turns(kind, name, expected, run, tiny_settin
 
 def test_a_service_is_asked_with_messages_or_a_prompt(run, tiny_settings) -> None:
     settings = tiny_settings(reward={"path": f"{HERE}:hears"})
-    turns = [turn._asdict() for turn in PROMPT]
+    turns = [turn.message() for turn in PROMPT]
     questions = [
         {"messages": turns, "responses": ["a"]},
         {"prompt": "No.", "responses": ["a"]},
@@ -91,7 +92,7 @@ def test_a_service_is_asked_with_messages_or_a_prompt(run, tiny_settings) -> Non
 
 
 def test_what_is_asked_becomes_the_same_prompt() -> None:
-    for prompt in (CHAT, Prompt("p", (1,), "Hi"), Prompt("p", (1,), "x", conversation=(PROMPT[0],))):
+    for prompt in (CHAT, Prompt("p", (1,), "Hi"), Prompt("p", (1,), "x", conversation=(CALL, PROMPT[0]))):
         question = http.Question.model_validate({**prompt_to_json(prompt), "responses": ["a"]})
         assert question.as_prompt().conversation == prompt.conversation
         assert question.as_prompt().text == prompt.conversation[-1].content

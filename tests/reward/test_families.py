@@ -89,7 +89,7 @@ def one_by_one(folder: Path, texts: list[Example]) -> np.ndarray:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
     found = []
     for text in texts:
-        turns = [turn._asdict() for turn in (*text.prompt, Turn("assistant", text.response))]
+        turns = [turn.message() for turn in (*text.prompt, Turn("assistant", text.response))]
         ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
         with torch.no_grad():
             found.append(model(input_ids=ids).logits.item())

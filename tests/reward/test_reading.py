@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.reward.reading import Comparison, Example, Input, PromptOnly, Reader, Tokens, as_text, transcript
-from rlhf.types import Failed
+from rlhf.types import Failed, Turn
 from tests.reward.test_families import PROMPT, make_tokenizer
 
 TOKENIZER = make_tokenizer(bos_token="<bos>", cls_token="<cls>", sep_token="<sep>")
@@ -35,6 +35,25 @@ def test_all_turns_pass_through_the_template() -> None:
     assert text_of(read).startswith(text_of(alone)) and text_of(alone).endswith("No.<eos>")
     (response,) = reader(what="response").read([Example(PROMPT, "Alien.")])
     assert text_of(response) == "<cls>Alien.<sep>"
+
+
+def test_calls_of_tools_are_read_too() -> None:
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "find", "arguments": {"film": "sad"}}],
+        "id": None,
+    }
+    turns = (*PROMPT[:2], Turn.of(call), Turn("user", "And?"))
+    assert turns[2].message() == {name: value for name, value in call.items() if value is not None}
+    calling = make_tokenizer(bos_token="<bos>")
+    calling.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}[{{ m.tool_calls[0].name }}]{% endif %}{% endfor %}"
+    )
+    (read,) = reader(tokenizer=calling).read([Example(turns, "Alien.")])
+    assert text_of(read) == "Be kind.Which film?[find]And?Alien."
+    (plain,) = reader(tokenizer=PLAIN).read([Example(turns, "Alien.")])
+    assert 'Assistant:  [{"arguments": {"film": "sad"}, "name": "find"}]\n\nUser: And?' in text_of(plain)
 
 
 def test_without_a_template_turns_go_under_their_roles() -> None:

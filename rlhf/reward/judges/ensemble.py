@@ -27,7 +27,8 @@ import numpy as np
 from rlhf.config.reward import MemberSettings, RewardSettings
 from rlhf.config.transforms import REFERENCED
 from rlhf.data.assets import resolve
-from rlhf.data.rows import identity, read_rows
+from rlhf.data.prompts import text_prompt
+from rlhf.data.rows import read_rows
 from rlhf.reward.errors import RewardError
 from rlhf.reward.reference_scores import ReferenceScores, members_need_references, read_reference_scores
 from rlhf.reward.scoring import Measured, outcome_of
@@ -225,11 +226,7 @@ def read_common_set(path: str) -> list[tuple[Prompt, str]]:
 def _response(where: str, row: dict[str, Any]) -> tuple[Prompt, str]:
     if not isinstance(row.get("response"), str):
         raise RewardError(f"`reward.common_set`: {where}: needs an object with the text `response`")
-    prompt = row.get("prompt", "")
-    if not isinstance(prompt, str):
-        raise RewardError(f"`reward.common_set`: {where}: field `prompt` must be a text")
-    payload = {name: value for name, value in row.items() if name not in ("prompt", "response")}
-    return Prompt(identity(where, row), (), prompt, payload), row["response"]
+    return text_prompt(f"`reward.common_set`: {where}", row, ("response",)), row["response"]
 
 
 def _named(outcome: Invalid | Failed | TimedOut, name: str) -> Invalid | Failed | TimedOut:

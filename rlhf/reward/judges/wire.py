@@ -24,7 +24,7 @@ def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
     """The fields of a question that say what the responses answer: `prompt` or `messages`."""
     if prompt.conversation == as_text(prompt.text):
         return {"prompt": prompt.text}
-    return {"messages": [turn._asdict() for turn in prompt.conversation]}
+    return {"messages": [turn.message() for turn in prompt.conversation]}
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.reward import RewardSettings
-from rlhf.data.rows import identity, read_rows
+from rlhf.data.prompts import text_prompt
+from rlhf.data.rows import read_rows
 from rlhf.reward.errors import RewardError
 from rlhf.types import Failed, Feedback, Invalid, Outcome, Prompt, Score, TimedOut
 
@@ -50,13 +51,10 @@ def load_canaries(path: str) -> list[Canary]:
 
 
 def _canary(where: str, row: dict[str, Any]) -> Canary:
-    good, bad, prompt = row.get("good"), row.get("bad"), row.get("prompt", "")
+    good, bad = row.get("good"), row.get("bad")
     if not isinstance(good, str) or not isinstance(bad, str):
         raise RewardError(f"`reward.canaries`: {where}: a pair needs the texts `good` and `bad`")
-    if not isinstance(prompt, str):
-        raise RewardError(f"`reward.canaries`: {where}: `prompt` must be text")
-    payload = {name: value for name, value in row.items() if name not in ("good", "bad", "prompt")}
-    return Canary(where, Prompt(identity(where, row), (), prompt, payload), good, bad)
+    return Canary(where, text_prompt(f"`reward.canaries`: {where}", row, ("good", "bad")), good, bad)
 
 
 class Watch:

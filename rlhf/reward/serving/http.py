@@ -47,9 +47,9 @@ KEEP_ALIVE_S = 75
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation; a chat template may know further fields (`tool_calls`, ...)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True)
 
     role: str = Field(min_length=1)
     content: str
@@ -75,7 +75,7 @@ class Question(BaseModel):
         """Without tokens."""
         if not self.messages:
             return Prompt(content_id(self.prompt), (), self.prompt, self.payload)
-        turns = tuple(Turn(message.role, message.content) for message in self.messages)
+        turns = tuple(Turn.of(message.model_dump()) for message in self.messages)
         return Prompt(content_id(turns), (), turns[-1].content, self.payload, conversation=turns)
 
 

@@ -78,7 +78,10 @@ class Row:
         for place, message in enumerate(chat):
             if not isinstance(message.get("role"), str) or not isinstance(message["content"], str):
                 raise self.error(f"{name}[{place}]", "needs `role` and `content`, both text.")
-        return tuple(Turn(message["role"], message["content"]) for message in chat)
+        try:
+            return tuple(Turn.of(message) for message in chat)
+        except TypeError as error:
+            raise self.error(name, f"holds what JSON has no form for ({error}). Convert or remove it.") from None
 
     def number(self, name: str) -> float:
         return self.as_number(name, self.field(name))
