@@ -65,7 +65,9 @@ class Classifier(torch.nn.Module):
         finally:
             hook.remove()
         if made[-1].dim() == 3:
-            logits = made[-1][torch.arange(len(input_ids)), self._last(input_ids, attention_mask)]
+            logits = made[-1][
+                torch.arange(len(input_ids), device=input_ids.device), self._last(input_ids, attention_mask)
+            ]
         logits = logits.float()
         return logits[:, 1:] - logits[:, :1] if self.log_odds else logits
 

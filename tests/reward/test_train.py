@@ -49,6 +49,18 @@ def test_logistic_learns_pairs_with_prompts(encoder, paired, tmp_path):
     assert load_model(str(tmp_path / "model")).description.input == "conversation"
 
 
+@pytest.mark.parametrize("own_test", [False, True])
+def test_one_prompt_for_all_pairs(encoder, paired, tmp_path, own_test):
+    """Whole prompts cannot be held out then, neither for the test nor for validation: rows are."""
+    rows = [json.loads(line) | {"prompt": "Write a line."} for line in paired.read_text().splitlines()]
+    data = write(tmp_path / "one.jsonl", rows)
+    report = fit(
+        encoder, data, tmp_path / "model", "--method", "logistic", *(("--test", str(data)) if own_test else ())
+    )
+    assert min(report["rows"].values()) > 0
+    assert report["rows"]["fit"] + report["rows"]["validation"] == len(rows) - (not own_test) * report["rows"]["test"]
+
+
 def test_logistic_on_ratings(encoder, rated, tmp_path):
     assert fit(encoder, rated, tmp_path / "model", "--method", "logistic")["test"]["pair_accuracy"] > 0.9
 
