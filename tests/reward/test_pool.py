@@ -304,5 +304,5 @@ def test_ray_serves_a_model_and_reports_a_bad_path_in_its_own_words(
     outcomes, message, before, after = run(scenario())
     alone = load_model(str(classifier)).score([Example((), "good"), Example((), "bad")])
     assert [outcome.value for outcome in outcomes] == pytest.approx(list(alone), abs=1e-5)
-    assert message.startswith("there is no model in the folder no/such/folder")
+    assert message.startswith("`reward.path`: there is no model in the folder no/such/folder")
     assert list(after.values()) == [before]
