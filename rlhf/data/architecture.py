@@ -26,13 +26,24 @@ REMEDY = "Give a folder that holds the whole model as it was saved, or save it a
 
 
 def check_folder(folder: Path, model: type, config: Any, where: str, new: Collection[str] = ()) -> None:
-    """Compare a folder's weights with an architecture, from the headers of its files.
+    """Compare a folder's weights with an architecture, from the headers of its files; arguments and errors as `build_empty`'s."""
+    if hasattr(config, "quantization_config"):  # the names of quantized weights are the quantizer's
+        meta_tensors(folder, where)
+    else:
+        build_empty(folder, model, config, where, new)
+
+
+def build_empty(
+    folder: Path, model: type, config: Any, where: str, new: Collection[str] = (), **options: Any
+) -> torch.nn.Module:
+    """The model that a folder's weights make, on the meta device: every tensor has the shape and type it will have, and no memory.
 
     Args:
         model: transformers' class of the architecture, as `architecture_of` gives it.
         config: its configuration.
         where: what the folder was given for, at the head of every message: "`policy.model`".
         new: tensors, by the last parts of their names (`score.weight`), that may be missing because the caller starts them anew.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         WeightsError: files are missing, truncated or corrupt; tensors are missing, of another shape or not part of the model.
@@ -41,11 +52,11 @@ def check_folder(folder: Path, model: type, config: Any, where: str, new: Collec
         meta_tensors(folder, where),
         f"{where}: the weights in `{folder}` are not those of a {model.__name__}",
     )
-    if hasattr(config, "quantization_config"):
-        return  # the names of quantized weights are the quantizer's
     try:
-        with _quiet_transformers():
-            _, info = model.from_pretrained(None, state_dict=stored, device_map={"": "meta"}, config=config, **REPORTED)
+        with quiet_transformers():
+            built, info = model.from_pretrained(
+                None, state_dict=stored, device_map={"": "meta"}, config=config, **REPORTED, **options
+            )
     except RuntimeError as error:  # tensors that it wants to fuse do not go together
         refuse(_in_the_files_names(model, config, stored), what)
         raise WeightsError(f"{what}: {error}. {REMEDY}") from None
@@ -53,6 +64,7 @@ def check_folder(folder: Path, model: type, config: Any, where: str, new: Collec
     if found.wrong_shape:  # perhaps of a tensor that is fused of several in the file
         refuse(replace(_in_the_files_names(model, config, stored), unexpected=frozenset()), what)
     refuse(found, what)
+    return built
 
 
 def _in_the_files_names(model: type, config: Any, stored: Mapping[str, torch.Tensor]) -> Difference:
@@ -172,7 +184,7 @@ def _ends(name: str, last: str) -> bool:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Inside, transformers prints no report of what it loads: our own words say it."""
     from transformers.utils import logging as transformers_logging
 

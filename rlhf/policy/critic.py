@@ -6,6 +6,9 @@ own, beside the policy's in the same rank).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -16,6 +19,7 @@ from rlhf.training import lora
 from rlhf.training.loading import load_causal_lm, load_model
 from rlhf.training.model import DTYPES, ModelError
 from rlhf.training.packing import Experience
+from rlhf.training.weights import gathered
 
 
 class ValueHead(nn.Module):
@@ -53,7 +57,13 @@ class ValueModel(nn.Module):
         return self.head(output.last_hidden_state[0, experience.source])
 
 
-def load_critic(policy: str, reward_model: str | None, dtype: str, adapters: LoraSettings | None = None) -> ValueModel:
+def load_critic(
+    policy: str,
+    reward_model: str | None,
+    dtype: str,
+    adapters: LoraSettings | None = None,
+    sharding: Mapping[str, Any] | None = None,
+) -> ValueModel:
     """The value model as training starts.
 
     With a reward model (a transformers sequence classifier with one output), its body and its head. Without, the policy's body
@@ -65,15 +75,17 @@ def load_critic(policy: str, reward_model: str | None, dtype: str, adapters: Lor
         reward_model: folder or asset of the reward model, or None.
         adapters: freeze the body and give it adapters; they and the head learn. It shares nothing with the policy. A reward model's
             body stays in `dtype`.
+        sharding: DeepSpeed's configuration under ZeRO-3 (`engine.sharding`); then the call is collective.
 
     Raises:
+        WeightsError: a folder's weights are not those of its architecture, or not finite.
         ModelError: the reward model cannot be used as a critic of this policy.
         LoraError: its body cannot be adapted as the policy's is.
     """
     if reward_model is not None:
-        critic = _from_reward_model(policy, resolve(reward_model), dtype)
+        critic = _from_reward_model(policy, resolve(reward_model), dtype, sharding)
     else:
-        causal_lm = load_causal_lm(policy, dtype, "none" if adapters is None else adapters.quantize_base)
+        causal_lm = load_causal_lm(policy, dtype, "none" if adapters is None else adapters.quantize_base, sharding)
         hidden = causal_lm.get_output_embeddings().in_features
         critic = ValueModel(causal_lm.base_model, torch.randn(1, hidden, dtype=DTYPES[dtype]) / (hidden + 1))
     if adapters is not None:
@@ -81,7 +93,7 @@ def load_critic(policy: str, reward_model: str | None, dtype: str, adapters: Lor
     return critic
 
 
-def _from_reward_model(policy: str, path: str, dtype: str) -> ValueModel:
+def _from_reward_model(policy: str, path: str, dtype: str, sharding: Mapping[str, Any] | None) -> ValueModel:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -95,13 +107,14 @@ def _from_reward_model(policy: str, path: str, dtype: str) -> ValueModel:
         )
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         raise _unusable(path, "it is no sequence classifier")
-    model = load_model(AutoModelForSequenceClassification, path, dtype, "algorithm.critic_model")
+    model = load_model(AutoModelForSequenceClassification, path, dtype, "algorithm.critic_model", sharding)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise _unusable(path, "it has no linear head `score` with one output")
-    critic = ValueModel(model.base_model, head.weight)
-    if head.bias is not None:
-        critic.head.bias.data.copy_(head.bias.data)
+    with gathered(list(head.parameters())):
+        critic = ValueModel(model.base_model, head.weight)
+        if head.bias is not None:
+            critic.head.bias.data.copy_(head.bias.data)
     return critic
 
 

@@ -27,7 +27,7 @@ from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.policy.probe import Gaps, probe_gaps
 from rlhf.training import lora
-from rlhf.training.engine import Trainer, shard_frozen
+from rlhf.training.engine import Trainer, shard_frozen, sharding
 from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.model import (
     FORWARD_TOLERANCE,
@@ -74,7 +74,7 @@ class PolicyRank:
         join(Member(self.rank, settings.policy.ranks, host, port), settings.cluster)
         path = resolve(settings.policy.model)
         rules = self._rules()
-        model = self._model(path)
+        model = self._model(path, learn=True)
         if settings.policy.lora.rank:
             lora.add_adapters(
                 model.causal_lm,
@@ -103,10 +103,10 @@ class PolicyRank:
             rules["start"] = Fixed()
         return rules
 
-    def _model(self, path: str) -> LogProbModel:
+    def _model(self, path: str, *, learn: bool) -> LogProbModel:
         policy = self.settings.policy
         return LogProbModel(
-            load_causal_lm(path, policy.dtype, policy.lora.quantize_base),
+            load_causal_lm(path, policy.dtype, policy.lora.quantize_base, sharding(policy, learn=learn)),
             policy.logprob_chunk_tokens,
             self.settings.rollout.temperature or 1.0,
             tempered=isinstance(self.algorithm.objective, PolicyGradient),
@@ -115,7 +115,7 @@ class PolicyRank:
     def _anchor(self, name: str, path: str, rule: UpdateRule) -> Anchor:
         if self.settings.policy.lora.rank:
             return SharedAnchor(name, self.policy, rule)
-        return Anchor(name, shard_frozen(self._model(path), self.settings.policy, self.device), rule)
+        return Anchor(name, shard_frozen(self._model(path, learn=False), self.settings.policy, self.device), rule)
 
     def _learner(self, path: str) -> PreferenceLearner | GradientLearner:
         objective = self.algorithm.objective
@@ -126,7 +126,8 @@ class PolicyRank:
 
     def _critic(self, path: str, critic: Critic) -> Trainer:
         settings = self.settings.policy.model_copy(update={"learning_rate": critic.learning_rate})
-        model = load_critic(path, critic.model, settings.dtype, settings.lora if settings.lora.rank else None)
+        adapters = settings.lora if settings.lora.rank else None
+        model = load_critic(path, critic.model, settings.dtype, adapters, sharding(settings, learn=True))
         if settings.gradient_checkpointing:
             checkpoint_activations(model.body)
         return Trainer(model, settings, self.total_updates)

@@ -59,6 +59,7 @@ class Estimate:
 
     Attributes:
         judge: bytes of a reward server's models, where they share the rank's device in turns; else 0.
+        loading: bytes of a policy rank's device at the peak while it loads its models; nothing shares it yet.
         learning: bytes of a policy rank's device at the peak, everything that shares it included.
         generating: bytes of an engine's device at the peak, everything that shares it included.
         cache: tokens that one engine's key-value cache holds.
@@ -69,6 +70,7 @@ class Estimate:
     policy: PolicyMemory
     engine: EngineMemory
     judge: float
+    loading: float
     learning: float
     generating: float
     cache: int
@@ -117,21 +119,25 @@ def estimate(
     judging = shared_rewards(settings, debug=False)
     judge = judge if judging else 0.0
     learning = need.device * (1 + FRAGMENTATION) + CONTEXT + (CONTEXT + ASLEEP if shared else 0) + judging * CONTEXT
+    loading = need.loaded * (1 + FRAGMENTATION) + CONTEXT
     reserved = rollout.gpu_memory_utilization * gpu.memory
     others = engine.arriving + (need.resting * (1 + FRAGMENTATION) + need.publishing + CONTEXT if shared else 0)
     generating = reserved + others + CONTEXT
     generating += judging * (judge * (1 + FRAGMENTATION) + JUDGE_WORKING + CONTEXT)
     cache = engine.room(reserved - engine.weights - ENGINE_WORKING)
     length = settings.data.max_prompt_tokens + rollout.max_tokens
-    problems = tuple(_problems(settings, cluster, engine, learning, generating, cache // length))
+    problems = tuple(_problems(settings, cluster, engine, (loading, learning, generating), cache // length))
     time = _time(settings, shape, algorithm, cluster, engine, need, max(cache, length), judge)
-    return Estimate(need, engine, judge, learning, generating, cache, cache // length, time, problems)
+    return Estimate(need, engine, judge, loading, learning, generating, cache, cache // length, time, problems)
 
 
 def _problems(
-    settings: Settings, cluster: Cluster, engine: EngineMemory, learning: float, generating: float, sequences: int
+    settings: Settings, cluster: Cluster, engine: EngineMemory, peaks: tuple[float, float, float], sequences: int
 ) -> Iterator[str]:
-    memory = cluster.gpu.memory
+    """Why it does not fit, from the peaks of loading, learning and generating, and how many sequences an engine's cache holds."""
+    memory, (loading, learning, generating) = cluster.gpu.memory, peaks
+    if loading > memory:
+        yield f"while its models are loaded, a policy rank needs {_gb(loading)} of {_gb(memory)}"
     if learning > memory:
         yield f"a policy rank needs {_gb(learning)} of {_gb(memory)}"
     share = settings.rollout.gpu_memory_utilization

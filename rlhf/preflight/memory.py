@@ -31,7 +31,7 @@ ROWS = 64
 GATHER_ELEMENTS = 64 * 2**20
 
 
-ELSEWHERE = ("host", "publishing", "resting")
+ELSEWHERE = ("host", "publishing", "resting", "loading", "loading_host")
 """Fields of `PolicyMemory` that are not on the device in a learning step."""
 
 
@@ -47,6 +47,8 @@ class PolicyMemory:
         buckets: what DeepSpeed reduces gradients in, and what ZeRO-3 keeps gathered.
         publishing: beside what is resident, while weights leave for the engines; not at the same time as a step's.
         resting: what stays on the device while engines have it, where they share it.
+        loading: beside what is resident, while models are loaded: their tensors on the way to their shards.
+        loading_host: in host memory meanwhile; at ZeRO-3 on the first rank alone. Page cache is not counted.
     """
 
     policy: float
@@ -62,6 +64,8 @@ class PolicyMemory:
     host: float
     publishing: float
     resting: float
+    loading: float
+    loading_host: float
 
     def parts(self) -> dict[str, float]:
         """What lies on the device in a learning step, by name; what the method does not have is left out."""
@@ -69,8 +73,13 @@ class PolicyMemory:
 
     @property
     def device(self) -> float:
-        """The peak: of a learning step or, where that is more, of publishing."""
-        return max(sum(self.parts().values()), self.resident + self.publishing)
+        """The peak: of a learning step or, where that is more, of publishing or loading."""
+        return max(sum(self.parts().values()), self.resident + self.publishing, self.loaded)
+
+    @property
+    def loaded(self) -> float:
+        """The peak while models are loaded: the last one's tensors arrive when all else is there."""
+        return self.resident + self.loading
 
     @property
     def resident(self) -> float:
@@ -223,8 +232,25 @@ def policy_memory(
         + (0 if on_device else states.weights * trained + sum(copies) + start)
         + remembered * trained_parameters(shape, settings) * 4 / shards,
         publishing=publishing(shape, settings, gpu),
+        loading=loading(shape, settings),
+        loading_host=loading_host(shape, settings),
         resting=weights * trained + (kept if settings.zero_stage == 3 else 0),
     )
+
+
+def loading(shape: ModelShape, settings: PolicySettings) -> float:
+    """Bytes on a device of the tensors that are not shards yet (`rlhf.training.sharded`), or not in 4 bits yet."""
+    if settings.zero_stage == 3:
+        return min(max(GATHER_ELEMENTS, shape.largest), shape.parameters) * BYTES[settings.dtype]
+    return shape.largest * BYTES[settings.dtype] if settings.lora.quantize_base != "none" else 0
+
+
+def loading_host(shape: ModelShape, settings: PolicySettings) -> float:
+    """Bytes in host memory: at ZeRO-3 on the first rank, of a portion as it was read, as it is fused and when it is; else on every rank,
+    of a whole model."""
+    if settings.zero_stage == 3 or settings.lora.quantize_base != "none":
+        return 3 * loading(shape, settings)
+    return shape.parameters * BYTES[settings.dtype]
 
 
 def publishing(shape: ModelShape, settings: PolicySettings, gpu: bool = True) -> float:

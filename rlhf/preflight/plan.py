@@ -241,6 +241,9 @@ def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: st
     yield f"each policy rank: {_size(need.device)} ({words})"
     if need.host:
         yield f"kept in host memory by each policy rank: {_size(need.host)}"
+    if gpu:
+        reader = "the first policy rank" if settings.policy.zero_stage == 3 else "each policy rank"
+        yield f"in host memory of {reader} while models are loaded: {_size(need.loading_host)}"
     engine = engine_memory(inputs.shape, settings.rollout, settings.policy, algorithm.mixes, gpu)
     shown = f"weights {_size(engine.weights)}" + (" for two models" if algorithm.mixes else "")
     if gpu:

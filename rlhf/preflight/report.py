@@ -226,6 +226,7 @@ def _layout(settings: Settings, made: Estimate) -> Iterator[str]:
     yield f"a policy rank: {_gb(made.policy.device)} GB ({parts}); with what it shares its GPU with {_gb(made.learning)}"
     if made.policy.host:
         yield f"in host memory per rank: {_gb(made.policy.host)} GB"
+    yield _loading(settings, made)
     yield (
         f"an engine's GPU: weights {_gb(made.engine.weights)} GB, cache for {made.cache:,} tokens = {made.sequences:,} sequences of "
         f"full length; at most {_gb(made.generating)} GB in use"
@@ -244,6 +245,16 @@ def _layout(settings: Settings, made: Estimate) -> Iterator[str]:
         yield from (f"does not fit: {problem}" for problem in made.problems)
     else:
         yield "fits"
+
+
+def _loading(settings: Settings, made: Estimate) -> str:
+    """What loading takes, of the device and of hosts."""
+    host = made.policy.loading_host
+    if settings.policy.zero_stage == 3:
+        where = "on the first rank's host, which reads for all"
+    else:
+        where = f"per rank, {_gb(host * settings.policy.ranks)} over all {settings.policy.ranks}"
+    return f"while models are loaded: {_gb(made.loading)} GB of a rank's GPU; in host memory {_gb(host)} GB {where}"
 
 
 def _table(plan: Plan) -> Iterator[str]:

@@ -24,6 +24,7 @@ class ModelShape:
         heads: query heads of one layer.
         linear: weights of all linear layers between embedding and output projection: what a token is multiplied with,
             and what adapters and quantisation apply to.
+        largest: numbers in the largest tensor: the embedding, or a layer's fused experts.
         adapter_widths: name of a kind of those layers (`q_proj`) -> inputs plus outputs of all of that kind, which is the number of
             parameters of their adapters of rank 1.
     """
@@ -38,6 +39,7 @@ class ModelShape:
     feedforward: int
     heads: int
     linear: int
+    largest: int
     adapter_widths: Mapping[str, int]
 
 
@@ -109,5 +111,6 @@ def model_shape(config: Any) -> ModelShape:
         feedforward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         heads=heads,
         linear=sum(layer.weight.numel() for layer in inner.values()),
+        largest=max(parameter.numel() for parameter in model.parameters()),
         adapter_widths=dict(widths),
     )

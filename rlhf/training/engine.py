@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from rlhf.config.policy import PolicySettings
@@ -54,6 +55,23 @@ def deepspeed_config(settings: PolicySettings, learn: bool) -> dict[str, Any]:
     return config
 
 
+def sharding(settings: PolicySettings, *, learn: bool) -> dict[str, Any] | None:
+    """The configuration by which a model is sharded while it is loaded; None below stage 3, where every rank holds it whole."""
+    return deepspeed_config(settings, learn) if settings.zero_stage == 3 else None
+
+
+def _partition(model: nn.Module, settings: PolicySettings, config: dict[str, Any]) -> None:
+    """At stage 3, shard what is not sharded yet, one parameter after the other; DeepSpeed would first move all of them to the device."""
+    if settings.zero_stage < 3:
+        return
+    for parameter in model.parameters():
+        if settings.dtype == "bf16" and parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    for buffer in model.buffers():  # DeepSpeed leaves a sharded model's buffers where they are
+        buffer.data = buffer.data.to(get_accelerator().current_device_name())
+
+
 def learning_rate_factor(settings: PolicySettings, total_updates: int) -> Callable[[int], float]:
     """Learning rate as a fraction of the peak, as a function of the optimizer step (from 0)."""
 
@@ -88,11 +106,13 @@ class Trainer:
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             weight_decay=settings.weight_decay,
-            fused=settings.offload_optimizer == "none",
+            fused=True,  # an offloaded one too: torch's kernel for CPUs reads each number once, several times as fast as one by one
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, total_updates))
+        config = deepspeed_config(settings, learn=True)
+        _partition(model, settings, config)
         self.engine, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(settings, learn=True)
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
         )
         self.ranks = torch.distributed.get_world_size()
         self._resting = Resting()
@@ -222,5 +242,7 @@ def shard_frozen(model: nn.Module, settings: PolicySettings, device: torch.devic
     model.eval()
     if settings.zero_stage < 3:
         return model.to(device)
-    engine, _, _, _ = deepspeed.initialize(model=model, config=deepspeed_config(settings, learn=False))
+    config = deepspeed_config(settings, learn=False)
+    _partition(model, settings, config)
+    engine, _, _, _ = deepspeed.initialize(model=model, config=config)
     return engine

@@ -10,33 +10,40 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from rlhf.data.architecture import REPORTED, architecture_of, check_folder, check_loaded
+from rlhf.data.weight_files import WeightsError, weight_files
 from rlhf.training import attention
 from rlhf.training.cpu_products import use_fast_linear
 from rlhf.training.model import DTYPES, ModelError, disable_dropout
+from rlhf.training.sharded import differ, load_sharded
 
 GENERATION = "generation_config.json"
 
 
-def load_causal_lm(path: str, dtype: str, quantize: str = "none") -> nn.Module:
+def load_causal_lm(
+    path: str, dtype: str, quantize: str = "none", sharding: Mapping[str, Any] | None = None
+) -> nn.Module:
     """The transformers model at `path`, in `dtype`, with packed attention and no dropout.
 
     Args:
         quantize: "4bit" holds the linear layers but the output layer in 4 bits; then they cannot be trained.
+        sharding: DeepSpeed's configuration under ZeRO-3 (`engine.sharding`): the parameters are partitioned over the ranks. Collective.
 
     Raises:
         ModelError: not a causal language model of a kind this project can train, or 4 bits are not to be had here.
         WeightsError: its weights are not those of its architecture, or not finite.
     """
-    model = load_model(AutoModelForCausalLM, path, dtype, "policy.model", **_quantization(dtype, quantize))
+    options = _quantization(dtype, quantize)
+    model = load_model(AutoModelForCausalLM, path, dtype, "policy.model", sharding, **options)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ModelError(
             f"policy.model: {type(model).__name__} has no linear output projection; it cannot be trained here"
@@ -47,37 +54,58 @@ def load_causal_lm(path: str, dtype: str, quantize: str = "none") -> nn.Module:
 
 
 def load_model(
-    auto: type, path: str, dtype: str, where: str, *, new: Collection[str] = (), **options: Any
+    auto: type, path: str, dtype: str, where: str, sharding: Mapping[str, Any] | None = None, **options: Any
 ) -> nn.Module:
     """A model of one of transformers' auto classes, in `dtype`, with packed attention and no dropout.
 
     Args:
         where: the field that names the model, at the head of every message.
-        new: tensors, by the last parts of their names, that the caller starts anew, so that they may be missing.
+        sharding: as of `load_causal_lm`. Pickled weights are loaded whole by every rank, in its host memory.
         options: further arguments of `from_pretrained`.
 
     Raises:
         ModelError: there is no such model.
         WeightsError: its weights are not those of its architecture, or not finite.
     """
+    options |= {"dtype": DTYPES[dtype], "attn_implementation": attention.NAME}
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        architecture = architecture_of(auto, config)
-        if architecture is not None and Path(path).is_dir():
-            check_folder(Path(path), architecture, config, where, new)
-        model, info = auto.from_pretrained(
-            path, config=config, dtype=DTYPES[dtype], attn_implementation=attention.NAME, **REPORTED, **options
-        )
+        architecture, folder = architecture_of(auto, config), _safetensors(path, where)
+        if architecture is None or folder is None:
+            model = _load_whole(auto, config, path, where, options)
+        elif sharding is not None:
+            model = load_sharded(folder, architecture, config, where, sharding, **options)
+        else:
+            check_folder(folder, architecture, config, where)
+            model = _load_whole(auto, config, path, where, options)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{where}: cannot load {_noun(auto)} from {path!r}: {error}") from error
-    check_loaded(model, info, path, where, new)
+        failed = f"cannot load a causal language model from {path!r}"
+        if auto is not AutoModelForCausalLM:
+            failed = f"cannot load a sequence classifier from {path!r}"
+        raise ModelError(f"{where}: {failed}: {error}") from error
     disable_dropout(model)
     use_fast_linear(model.base_model)
     return model
 
 
-def _noun(auto: type) -> str:
-    return "a causal language model" if auto is AutoModelForCausalLM else "a sequence classifier"
+def _safetensors(path: str, where: str) -> Path | None:
+    """The folder with the model's safetensors files, fetched or found in the cache for a hub name; None if there are pickled ones only."""
+    if Path(path).is_dir():
+        return None if weight_files(Path(path), where) is None else Path(path)
+    folder = Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))
+    return folder if any(folder.glob("model*.safetensors")) else None
+
+
+def _load_whole(auto: type, config: Any, path: str, where: str, options: Mapping[str, Any]) -> nn.Module:
+    model, info = auto.from_pretrained(path, config=config, **REPORTED, **options)
+    check_loaded(model, info, path, where)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+        names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+        raise WeightsError(
+            f"{where}: the weights in `{path}`: {differ(names[id(embedding.weight)], names[id(head.weight)])}"
+        )
+    return model
 
 
 def _keep_packing(model: nn.Module) -> None:

@@ -93,6 +93,11 @@ def add_adapters(model: nn.Module, settings: LoraSettings, frozen: Sequence[str]
 
 def _refuse_other_layers(model: nn.Module, settings: LoraSettings) -> None:
     for name, layer in adapted_layers(model):
+        if hasattr(layer, "parameter_name"):  # peft's wrapper of a bare tensor
+            raise LoraError(
+                f"policy.lora.target_modules: {settings.target_modules} matches the experts {name}, which are one tensor and cannot be "
+                "adapted here. Name layers outside of them, such as [q_proj, k_proj, v_proj, o_proj]"
+            )
         if POLICY not in layer.lora_A or layer is model.get_output_embeddings():
             raise LoraError(
                 f"policy.lora.target_modules: {settings.target_modules} matches {name}, but only the linear layers between embedding and "

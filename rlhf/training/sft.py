@@ -17,6 +17,7 @@ from rlhf.config.policy import PolicySettings
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import Conversation
 from rlhf.training import lora
+from rlhf.training.engine import sharding
 from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.model import (
     FORWARD_TOLERANCE,
@@ -63,7 +64,8 @@ class NextToken(Learner):
 
     def build(self) -> nn.Module:
         settings = self.settings
-        causal_lm = load_causal_lm(resolve(settings.model), settings.dtype, settings.lora.quantize_base)
+        shards = sharding(settings, learn=True)
+        causal_lm = load_causal_lm(resolve(settings.model), settings.dtype, settings.lora.quantize_base, shards)
         model = LogProbModel(causal_lm, settings.logprob_chunk_tokens)
         if settings.lora.rank:
             lora.add_adapters(causal_lm, settings.lora)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rlhf.config import Settings, load, yamls
 from rlhf.config.policy import LoraSettings, PolicySettings
 from rlhf.data.assets import resolve
 from rlhf.preflight import memory
+from rlhf.preflight.estimate import Cluster, estimate
+from rlhf.preflight.gpus import GPUS
 from rlhf.preflight.memory import (
     PolicyMemory,
     activations,
@@ -268,3 +271,28 @@ def test_shapes_make_no_weights() -> None:
     before = torch.get_default_device()
     known_shape("llama-3.1-405b")
     assert torch.get_default_device() == before
+
+
+def test_loading_a_70b_model_fits_eight_gpus_of_80_gb() -> None:
+    shape, ranks = known_shape("llama-3.1-70b"), 8
+    settings = policy(zero_stage=3, ranks=ranks, offload_optimizer="cpu", gradient_checkpointing=True)
+    need = policy_memory(shape, settings, DPO)
+    whole = 2 * shape.parameters
+    assert shape.largest == 128256 * 8192, "the embedding"
+    assert need.loading == 2 * shape.largest
+    assert need.loaded == 2 * whole / ranks + need.loading, "shards of policy and reference, and a tensor on its way"
+    assert need.loaded < 40e9 < 80e9 < whole
+    assert need.loading_host == 3 * need.loading < 7e9, "on the first rank's host alone"
+    each = policy_memory(shape, settings.model_copy(update={"zero_stage": 2}), DPO)
+    assert each.loading_host == whole and each.loaded == 2 * whole, "below stage 3 every rank holds it all"
+
+
+def test_a_layout_that_does_not_fit_while_it_loads_is_refused() -> None:
+    """Little is trained and shards are small, but one tensor on its way is as large as the GPU."""
+    shape = replace(known_shape("llama-3.1-70b"), largest=int(30e9))
+    settings = tiny(
+        "policy.zero_stage=3", "policy.ranks=8", "policy.dtype=bf16", "policy.lora.rank=8", "rollout.engines=8"
+    )
+    settings = settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"device": "cuda"})})
+    made = estimate(settings, shape, make(settings), Cluster(3, 8, GPUS["h100-80gb"]))
+    assert any("while its models are loaded, a policy rank needs" in problem for problem in made.problems)

@@ -111,6 +111,15 @@ def test_other_micro_batches_learn_the_same(
     assert_same(got, whole[name])
 
 
+@pytest.mark.engine
+def test_a_model_that_is_sharded_from_the_start_learns_the_same(
+    whole: dict, steady: Path, data: PreferenceData, tmp_path: Path
+) -> None:
+    """The ranks are sent a model without weights and read them; nothing of that is left in the end."""
+    assert_same(learn(steady, data, "squared", tmp_path, zero_stage=3), whole["squared"])
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 class Borrowed:
     """The session's Ray cluster, which a training must not end."""
 
@@ -134,7 +143,7 @@ def test_two_ranks_learn_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The hardest of them: its next loss depends on the gradient of all ranks."""
-    monkeypatch.setattr(finetune, "_runtime", lambda group: Borrowed(scratch_runtime))
+    monkeypatch.setattr(finetune, "_runtime", lambda *_: Borrowed(scratch_runtime))
     assert_same(learn(steady, data, "more", tmp_path, ranks=2, zero_stage=1, micro_batch_tokens=30), whole["more"])
 
 

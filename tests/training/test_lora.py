@@ -9,7 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from rlhf.config.policy import LoraSettings
 from rlhf.training import lora
@@ -214,6 +221,22 @@ def test_some_layers_only(tiny_model: Path) -> None:
 def test_layers_that_cannot_be_adapted_are_refused(tiny_model: Path, target: str) -> None:
     with pytest.raises(lora.LoraError, match=f"policy.lora.target_modules: .*{target}"):
         adapted(str(tiny_model), LoraSettings(rank=2, target_modules=[target]))
+
+
+def test_experts_that_are_one_tensor_are_refused() -> None:
+    """peft would wrap them in another way, and neither their product nor their names would reach the files."""
+    sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    experts = dict(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, first_k_dense_replace=0)
+    config = Glm4MoeConfig(**sizes, **experts)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        lora.LoraError, match="policy.lora.target_modules: all-linear matches the experts model.layers.0.mlp.experts"
+    ):
+        lora.add_adapters(model, SETTINGS)
+    model = AutoModelForCausalLM.from_config(config)
+    lora.add_adapters(model, LoraSettings(rank=2, target_modules=["q_proj", "v_proj"]))
+    plain = AutoModelForCausalLM.from_config(config)
+    assert described_weights(model) == described_weights(plain)
 
 
 def test_four_bits_need_bitsandbytes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

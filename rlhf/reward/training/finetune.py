@@ -34,6 +34,9 @@ from rlhf.reward.training.group import Group
 from rlhf.reward.training.objectives import Labels, Objective
 from rlhf.tracking.jsonl import JsonLines, read
 from rlhf.training.checkpoints import Checkpoints
+from rlhf.training.engine import sharding
+from rlhf.training.model import DTYPES
+from rlhf.training.sharded import fill_sharded, set_aside
 from rlhf.training.supervised import Batch, Course, Saving, SupervisedGroup, train
 from rlhf.training.supervised_rank import Learner
 from rlhf.training.weights import in_host_memory, whole_weights
@@ -43,7 +46,7 @@ WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 ADAM_BETAS = (0.9, 0.999)
 HEAD_LEARNING_RATE = 1e-3  # a new head starts from noise and must move faster than the encoder
-WEIGHTS, OBJECTIVE = "weights.safetensors", "objective.pt"
+WEIGHTS, OBJECTIVE, START = "weights.safetensors", "objective.pt", "start.safetensors"
 METRICS = ("metrics.jsonl", "evaluations.jsonl")
 """Files of a training that are worth keeping with the model."""
 
@@ -107,14 +110,21 @@ class FineTuning(Learner):
 
     Args:
         model: with weights to start from, in host memory; it is trained in place.
+        start: file for these weights under ZeRO-3, in a folder that all ranks share, so that no rank is sent the whole model.
     """
 
-    def __init__(self, model: RewardModel, objective: Objective, settings: FullSettings):
+    def __init__(self, model: RewardModel, objective: Objective, settings: FullSettings, start: Path):
         self._model, self._objective, self._settings = model, objective, settings
         self._gradient: torch.Tensor | None = None
+        self._start = start if settings.group.zero_stage == 3 else None
+        if self._start is not None:
+            set_aside(model.module, self._start)
 
     def build(self) -> nn.Module:
         module, group = self._model.module, self._settings.group
+        if self._start is not None:
+            shards = sharding(_policy(self._settings, updates=1), learn=True)
+            fill_sharded(module, self._start, DTYPES[group.dtype], shards)
         if group.gradient_checkpointing:
             _transformer(module).gradient_checkpointing_enable({"use_reentrant": False})
         if group.dtype == "bf16":
@@ -223,11 +233,14 @@ async def _fine_tune(
     identity = {"data or objective": examples.fingerprint(), "seed": settings.seed, "batch size": settings.batch_size}
     saving = Saving(Checkpoints(str(folder), keep=1), group.checkpoint_every, group.resume, identity)
     model.module.to("cpu")
-    learner = FineTuning(copy.copy(model), objective, settings)
     cluster = _cluster(group, model)
     runtime = _runtime(group, cluster)
-    if runtime.local:  # an actor gets a copy in any case
-        learner = copy.deepcopy(learner)
+    # The ranks learn on a copy: at ZeRO-3 on one without weights, which they read; an actor gets one in any case.
+    start = copy.copy(model)
+    if runtime.local or group.zero_stage == 3:
+        start.module = copy.deepcopy(model.module)
+    own = copy.deepcopy(objective) if runtime.local else objective
+    learner = FineTuning(start, own, settings, folder.absolute() / START)
     try:
         runtime.reserve(Wishes(gpu=uses_gpu(cluster), ranks=group.ranks, engines=0, servers=0))
         team = await SupervisedGroup.start(
@@ -282,14 +295,14 @@ def _take_over(model: RewardModel, objective: Objective, folder: Path) -> None:
             parameter.copy_(weights[name])
     if objective.observes:
         objective.load_state_dict(torch.load(folder / OBJECTIVE, weights_only=True))
-    for name in (WEIGHTS, OBJECTIVE):
-        (folder / name).unlink()
+    for name in (WEIGHTS, OBJECTIVE, START):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _empty(folder: Path) -> None:
     """Make way for a new training: what an earlier one left goes, anything else is not ours to delete."""
     if folder.exists():
-        own = {*METRICS, WEIGHTS, OBJECTIVE, "checkpoints"}
+        own = {*METRICS, WEIGHTS, OBJECTIVE, START, "checkpoints"}
         others = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} - own
         if others:
             raise RewardError(
