@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf import __version__
 from rlhf.config import Settings, UserError, load, show
+from rlhf.config.method_checks import method_warnings
 
 Command = Callable[[argparse.Namespace], "int | None"]
 """Runs what was asked; returns an exit status other than 0 where the answer is no."""
@@ -226,6 +227,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     settings = load(args.config, args.overrides)
+    for warning in method_warnings(settings):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         from rlhf.preflight.plan import describe
 

@@ -205,7 +205,7 @@ class TrainingItem:
         members: indices into the rollout's completions; one for a policy-gradient method.
         coefficients: one per member; (+1, -1) is a chosen/rejected pair.
         target: for a contrast, the probability that it should be positive; for a policy-gradient method, the reward.
-        weight: factor on this item's loss; an item of weight 0 is never built.
+        weight: factor on this item's loss; 0 for a response whose reward counts in its group's baseline but which is not learned from.
         term: which term of a `Preference` objective the item belongs to.
     """
 
@@ -226,6 +226,10 @@ class Assignment:
     def members(self) -> tuple[int, ...]:
         """Completions that some item uses, ascending; the others are not forwarded."""
         return tuple(sorted({m for item in self.items for m in item.members}))
+
+    def learned(self) -> tuple[int, ...]:
+        """Completions whose tokens have a loss, ascending: what a mean over responses or tokens divides by."""
+        return tuple(sorted({m for item in self.items if item.weight for m in item.members}))
 
     def response_tokens(self) -> int:
         """Tokens of the used responses."""

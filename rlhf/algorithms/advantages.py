@@ -10,7 +10,9 @@ each response's prompt. R is a response's scalar reward; lr = log pi - log ref o
     A_t = sum_{s >= t} (gamma lam)^(s-t) (r_s + gamma V_{s+1} - V_s)        with one (GAE; Schulman et al. 2016)
     A_t <- (A_t - mean) / sqrt(var + 1e-8) over all tokens of the step      if whitened
 
-Rewards are clipped before any baseline: after it the clip would act on differences.
+Rewards are clipped before any baseline: after it the clip would act on differences. The value after the last token is 0, also of a
+response that was cut at the token limit: the judge has scored the text as it is, so the limit is the end of the episode. (Bootstrapping
+from a value there, as for a time limit in control, would answer for text that nobody judges.)
 """
 
 from __future__ import annotations
@@ -132,18 +134,21 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, response: torch.Tensor, gam
 
 
 def whiten(
-    parts: Sequence[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+    parts: Sequence[torch.Tensor],
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    learned: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """(x - mean) / sqrt(var + 1e-8), with mean and (biased) variance over all tokens of all parts and ranks.
+    """(x - mean) / sqrt(var + 1e-8), with mean and (biased) variance over all learned tokens of all parts and ranks.
 
     Args:
         parts: advantages of each micro-batch of this rank; may be none.
+        learned: which tokens of each part have a loss, bool; None: all.
         total: adds up a float64 tensor over the ranks. Every rank calls it once.
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    for part in parts:
-        wide = part.double()
-        sums += torch.stack([wide.new_tensor(len(part)), wide.sum(), wide.square().sum()]).cpu()
+    for number, part in enumerate(parts):
+        wide = (part if learned is None else part[learned[number]]).double()
+        sums += torch.stack([wide.new_tensor(len(wide)), wide.sum(), wide.square().sum()]).cpu()
     count, first, second = total(sums).tolist()
     mean = first / max(count, 1.0)
     deviation = (max(second / max(count, 1.0) - mean**2, 0.0) + 1e-8) ** 0.5

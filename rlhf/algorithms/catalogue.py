@@ -101,8 +101,11 @@ def _score(objective: Preference) -> str:
 def _link(term: Contrast) -> str:
     if term.link == "linear":
         return f"{term.scale:g} x {'(log pi - log ref)' if term.anchored else 'log pi'}"
-    strength = f"margin {term.margin:g}" if term.link == "hinge" else f"{term.scale:g}"
-    return f"{term.link}({strength})"
+    length = f", {term.length_coef:g} per token" if term.length_coef else ""
+    strength = f"{term.scale:g}"
+    if term.link == "hinge":
+        strength = f"margin {term.margin:g}" if term.scale == 1 else f"{strength}, margin {term.margin:g}"
+    return f"{term.link}({strength}{length})"
 
 
 def _anchor(algorithm: Algorithm) -> str:
@@ -133,7 +136,9 @@ def _estimator(objective: PolicyGradient) -> str:
         parts.append("whitened")
     if objective.kl_placement != "none":
         parts.append(f"{objective.kl_estimator} in {objective.kl_placement}")
-    if objective.clip_low is not None:
+    if objective.surrogate == "cispo":
+        parts.append("clipped weights")
+    elif objective.clip_low is not None:
         parts.append("clipped")
     if objective.correction != "none":
         parts.append(objective.correction)

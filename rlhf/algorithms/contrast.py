@@ -32,6 +32,7 @@ class Contrast:
         flip_rate: assumed rate of flipped labels, for the robust link.
         margin: of the hinge link, on the scaled contrast.
         anchored: False: the score is log pi alone, without a reference.
+        length_coef: added to z for each token that the chosen response is longer than the rejected one (R-DPO's alpha).
     """
 
     link: Link = "logistic"
@@ -41,6 +42,7 @@ class Contrast:
     flip_rate: float = 0.0
     margin: float = 1.0
     anchored: bool = True
+    length_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,5 +125,8 @@ def preference_loss(
     losses = logprobs.new_zeros(len(batch.target))
     for number, term in enumerate(objective.terms):
         contrast = batch.coefficients @ response_scores(term, batch, logprobs, reference)
+        if term.length_coef:
+            lengths = response_sums(torch.ones_like(reference), batch.response, batch.coefficients.shape[1], "sum")
+            contrast = contrast + term.length_coef / term.scale * (batch.coefficients @ lengths)
         losses = losses + torch.where(batch.term == number, link_loss(term, contrast, batch.target), 0.0)
     return batch.weight * losses

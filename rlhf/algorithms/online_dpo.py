@@ -4,7 +4,8 @@
 
 The responses y come from the current policy, a reward model or judge orders them, the reference is the fixed starting policy.
 p = 1 (hard or sampled labels), 1 - eps (label smoothing: conservative DPO), or P(y_w beats y_l) (soft labels), which is
-s((r_w - r_l) / T) where the feedback is a score. The robust loss (Chowdhury et al. 2024) is unbiased if labels are flipped at rate eps.
+s((r_w - r_l) / T) where the feedback is a score. The robust loss (Chowdhury et al. 2024) is unbiased if labels are flipped at rate eps; the
+hinge is max(0, 1 - beta h) instead (Liu et al. 2023, RSO: SLiC with a reference).
 
 Deviations: the paper samples 2 responses and lets a language model annotate them; here K responses are sampled and the pair is
 the best against the worst (or two at random, or every two) under any reward. Pairs with identical tokens are dropped, and so are ties under

@@ -8,8 +8,14 @@ mean over the response: GSPO), each token's loss is
       - entropy_coef H_t
 
 With dual clip, the loss of a negative advantage is at most dual_clip |A_t| (Ye et al. 2020). Without bounds the first line is
-the plain policy gradient: at pi = pi_old its gradient is -A_t grad log pi. w_t corrects for the engines computing slightly other
-log-probs than the trainer (`importance_correction`). All of pi, pi_old and ref are at the sampling temperature.
+the plain policy gradient: at pi = pi_old its gradient is -A_t grad log pi. CISPO (MiniMax 2025) has instead
+
+    -w_t sg[ clip(rho, 1 - clip_low, 1 + clip_high) ] A_t log pi
+
+whose gradient no bound makes zero: a token far from the old policy counts with the bound as its weight.
+
+w_t corrects for the engines computing slightly other log-probs than the trainer (`importance_correction`). All of pi, pi_old and ref are
+at the sampling temperature.
 
 A learner, and a test on a table, go through the same calls:
 
@@ -62,6 +68,7 @@ class PolicyGradient:
         critic: PPO's value model; None for the others.
         clip_low, clip_high: None: the ratio has no bound on that side.
         max_tokens: the constant of the aggregation `seq_mean_token_sum_norm`.
+        surrogate: which policy term (see the module).
     """
 
     baseline: Literal["none", "mean", "leave_one_out", "mean_std"] = "none"
@@ -87,6 +94,7 @@ class PolicyGradient:
     correction: Literal["none", "tis", "icepop", "sequence_mask"] = "none"
     correction_low: float = 0.5
     correction_high: float = 5.0
+    surrogate: Literal["clipped", "cispo"] = "clipped"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a KL that would hold nothing (see kl.py)."""
@@ -120,7 +128,7 @@ class TokenLoss:
     Attributes:
         loss: of each token, not yet aggregated.
         ratio: pi / pi_old (of the token, or of its response).
-        clipped: whether a bound on the ratio made the token's gradient zero.
+        clipped: whether a bound on the ratio made the token's gradient zero (CISPO: was its weight).
     """
 
     loss: torch.Tensor
@@ -186,12 +194,11 @@ def policy_loss(
     if objective.ratio == "sequence":
         log_ratio = _response_means(log_ratio, response)[response]
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    free, bounded = -ratio * advantages, -_clip(objective, ratio) * advantages
-    losses, clipped = torch.maximum(free, bounded), bounded > free
-    if objective.dual_clip is not None:
-        most = -objective.dual_clip * advantages
-        beyond = (advantages < 0) & (losses > most)
-        losses, clipped = torch.where(beyond, most, losses), clipped | beyond
+    if objective.surrogate == "cispo":
+        bound = _clip(objective, ratio).detach()
+        losses, clipped = -bound * advantages * logprobs, bound != ratio
+    else:
+        losses, clipped = _clipped_surrogate(objective, ratio, advantages)
     if weights is not None:
         losses = losses * weights
     if objective.kl_placement == "loss":
@@ -229,6 +236,19 @@ def aggregate(
         return _response_means(losses, response).sum() / n_responses
     divisor = objective.max_tokens if objective.aggregation == "seq_mean_token_sum_norm" else 1
     return losses.sum() / (n_responses * divisor)
+
+
+def _clipped_surrogate(
+    objective: PolicyGradient, ratio: torch.Tensor, advantages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first line of the module's loss, and where a bound made its gradient zero."""
+    free, bounded = -ratio * advantages, -_clip(objective, ratio) * advantages
+    losses, clipped = torch.maximum(free, bounded), bounded > free
+    if objective.dual_clip is not None:
+        most = -objective.dual_clip * advantages
+        beyond = (advantages < 0) & (losses > most)
+        losses, clipped = torch.where(beyond, most, losses), clipped | beyond
+    return losses, clipped
 
 
 def _clip(objective: PolicyGradient, ratio: torch.Tensor) -> torch.Tensor:

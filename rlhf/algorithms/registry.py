@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from rlhf.algorithms.algorithm import Algorithm
+from rlhf.algorithms.policy_gradient import PolicyGradient
+from rlhf.algorithms.truncated import without_truncated
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
 from rlhf.config.loader import UserError
@@ -31,4 +36,7 @@ def make(settings: Settings) -> Algorithm:
     algorithm = call_users("algorithm.name", path, declare, settings, AlgorithmError)
     if not isinstance(algorithm, Algorithm):
         raise AlgorithmError(f"`algorithm.name`: `{path}` returned {type(algorithm).__name__}, not an Algorithm")
+    if getattr(settings.algorithm, "mask_truncated", False):
+        baseline = isinstance(algorithm.objective, PolicyGradient)
+        algorithm = replace(algorithm, build=partial(without_truncated, build=algorithm.build, baseline=baseline))
     return algorithm

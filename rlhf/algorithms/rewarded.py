@@ -11,6 +11,7 @@ from rlhf.algorithms.anchors import update_rule
 from rlhf.algorithms.builders import Dropped, scored
 from rlhf.algorithms.policy_gradient import Critic, PolicyGradient
 from rlhf.config import Settings
+from rlhf.config.algorithm import correction_bounds
 from rlhf.types import Feedback, Rollout, TrainingItem
 
 
@@ -35,9 +36,11 @@ def rewarded(
     baseline: Literal["none", "mean", "leave_one_out", "mean_std"] = "none",
     critic: Critic | None = None,
     kl_before_baseline: bool = False,
+    surrogate: Literal["clipped", "cispo"] = "clipped",
 ) -> Algorithm:
     """The declaration that `settings.algorithm` describes: the policy writes K responses to each prompt, each learns its reward."""
     chosen = settings.algorithm
+    low, high = correction_bounds(chosen)
     return Algorithm(
         name=chosen.name,
         sources=(Source("policy", chosen.samples_per_prompt),),
@@ -56,14 +59,15 @@ def rewarded(
             kl_before_baseline=kl_before_baseline,
             clip_low=chosen.clip_low,
             clip_high=chosen.clip_high,
-            dual_clip=chosen.dual_clip,
+            dual_clip=getattr(chosen, "dual_clip", None),
             ratio=chosen.ratio,
             entropy_coef=chosen.entropy_coef,
             aggregation=chosen.aggregation,
             max_tokens=settings.rollout.max_tokens,
             correction=chosen.correction,
-            correction_low=chosen.correction_low,
-            correction_high=chosen.correction_high,
+            correction_low=low,
+            correction_high=high,
+            surrogate=surrogate,
         ),
         reference=update_rule(chosen),
     )

@@ -22,6 +22,12 @@ OWN = "module:function"
 class _Method(Section):
     # Declared here so that it comes first wherever a method's fields are listed.
     name: str = Field(description="Which method.")
+    mask_truncated: bool = Field(
+        False,
+        description="Learn nothing from a response that was cut at `rollout.max_tokens`: it is in no pair (a prompt left without one "
+        "counts in dropped/truncated); for a policy gradient its loss is 0 and it leaves the means, but its reward stays in its "
+        "group's baseline.",
+    )
 
 
 class _Sampled(_Method):
@@ -56,7 +62,8 @@ class _Labels(_Method):
     label_temperature: float = Field(
         1.0,
         gt=0,
-        description="Reward difference, in reward units, at which p is sigmoid(1) = 0.73. Unused with pairwise judges.",
+        description="Reward difference, in reward units, at which p is sigmoid(1) = 0.73. Unused with pairwise judges. The temperature "
+        "that was fitted to a reward model is not looked up: give it here to have that model's own probabilities.",
     )
 
 
@@ -80,10 +87,11 @@ class _DpoLoss(_Reduced):
     beta: float = Field(
         0.1, gt=0, description="Strength of the pull to the reference (inverse temperature of the log-ratio)."
     )
-    loss: Literal["logistic", "robust"] = Field(
+    loss: Literal["logistic", "robust", "hinge"] = Field(
         "logistic",
         description="logistic: DPO (conservative DPO with label smoothing); robust: unbiased under flips at rate "
-        "`label_smoothing`.",
+        "`label_smoothing`; hinge: max(0, 1 - beta h), which leaves a pair alone once it is 1 / beta nats apart (RSO, SLiC with a "
+        "reference).",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed probability that a label is flipped.")
 
@@ -92,6 +100,17 @@ class OnlineDpo(_DpoLoss, _Pairs):
     """Online DPO: pairs of the current policy's responses, logistic loss, fixed reference."""
 
     name: Literal["online_dpo"] = Field("online_dpo", description="Guo et al. 2024.")
+
+
+class Rdpo(_DpoLoss, _Pairs):
+    """R-DPO: online DPO with a price on length, so that a longer winner teaches less and a shorter one more."""
+
+    name: Literal["rdpo"] = Field(description="Park et al. 2024, online.")
+    length_coef: float = Field(
+        0.01,
+        ge=0,
+        description="Price of a token, in reward units (alpha): alpha (|y_w| - |y_l|) is added to beta h. 0 is online DPO.",
+    )
 
 
 class IterativeDpo(_DpoLoss, _Pairs):
@@ -189,6 +208,19 @@ class Slic(_Labels, _Sampled):
     )
 
 
+class Simpo(_Labels, _Sampled):
+    """SimPO on fresh pairs: mean log-probs per token, a margin, and no reference."""
+
+    name: Literal["simpo"] = Field(description="Meng et al. 2024, online.")
+    samples_per_prompt: int = Field(4, ge=2, description=_Sampled.model_fields["samples_per_prompt"].description)
+    pairing: Literal["best_vs_worst", "random", "all"] = Field(
+        "best_vs_worst", description=_Pairs.model_fields["pairing"].description
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description=_DpoLoss.model_fields["label_smoothing"].description)
+    beta: float = Field(2.0, gt=0, description="Factor on the difference of the mean log-probs.")
+    gamma: float = Field(1.0, ge=0, description="Margin by which that product is to exceed 0.")
+
+
 class Raft(_Sampled):
     """RAFT: the likelihood of the best of K fresh responses, and perhaps a pull to the reference."""
 
@@ -203,6 +235,10 @@ class Raft(_Sampled):
 
 
 # Policy-gradient methods
+
+CORRECTION_BOUNDS = {"none": (0.0, 5.0), "tis": (0.0, 5.0), "icepop": (0.5, 5.0), "sequence_mask": (0.95, 1.05)}
+"""Lowest and highest importance weight of each `correction`, where none is given. A response's geometric mean lies far closer to 1 than
+a token's weight: 5% off for a whole response is an engine that computes something else."""
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 
@@ -237,11 +273,6 @@ class Gradient(_Reference, _Kl, _Sampled):
     samples_per_prompt: int = Field(8, ge=1, description="Responses sampled per prompt (K).")
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio to the old policy is clipped at 1 - clip_low.")
     clip_high: float = Field(0.2, gt=0, description="... and at 1 + clip_high; a higher one is clip-higher.")
-    dual_clip: float | None = Field(
-        None,
-        gt=1,
-        description="Bound on the loss of a negative advantage, as a multiple of its size (3 is usual); null: none.",
-    )
     ratio: Literal["token", "sequence"] = Field(
         "token", description="Ratio of each token, or of the whole response (geometric mean: GSPO)."
     )
@@ -256,8 +287,15 @@ class Gradient(_Reference, _Kl, _Sampled):
         description="Importance weights for the gap between engine and trainer: clamped (truncated importance sampling), set to 0 "
         "outside the bounds (icepop), or whole responses left out whose mean ratio is outside (sequence_mask).",
     )
-    correction_low: float = Field(0.5, ge=0, description="Lower bound of the importance weight.")
-    correction_high: float = Field(5.0, gt=0, description="Upper bound of the importance weight.")
+    correction_low: float | None = Field(
+        None,
+        ge=0,
+        description="Lower bound of the importance weight, or of a response's mean ratio. null: tis 0 (a higher one raises small weights "
+        "to it), icepop 0.5, sequence_mask 0.95.",
+    )
+    correction_high: float | None = Field(
+        None, gt=0, description="Upper bound. null: tis and icepop 5, sequence_mask 1.05."
+    )
     reward_clip: float | None = Field(
         10.0, gt=0, description="Rewards are clipped to +- this, before any baseline; null: not."
     )
@@ -267,11 +305,27 @@ class Gradient(_Reference, _Kl, _Sampled):
     )
 
 
-class _Group(Gradient):
+def correction_bounds(algorithm: Gradient) -> tuple[float, float]:
+    """Lowest and highest importance weight: the fields', or the defaults of the correction."""
+    low, high = CORRECTION_BOUNDS[algorithm.correction]
+    if algorithm.correction_low is not None:
+        low = algorithm.correction_low
+    return low, high if algorithm.correction_high is None else algorithm.correction_high
+
+
+class _Clipped(Gradient):
+    dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="Bound on the loss of a negative advantage, as a multiple of its size (3 is usual); null: none.",
+    )
+
+
+class _Group(_Clipped):
     samples_per_prompt: int = Field(8, ge=2, description="Responses sampled per prompt (K): the group.")
 
 
-class Ppo(Gradient):
+class Ppo(_Clipped):
     """PPO: clipped policy gradient with a learned value baseline and generalised advantage estimation."""
 
     name: Literal["ppo"] = Field(description="Ziegler et al. 2019, Ouyang et al. 2022.")
@@ -292,7 +346,7 @@ class Ppo(Gradient):
     )
 
 
-class ReinforcePlusPlus(Gradient):
+class ReinforcePlusPlus(_Clipped):
     """REINFORCE++: returns to go with the token KL inside, whitened over the batch; no critic."""
 
     name: Literal["reinforce_pp"] = Field(description="Hu 2025.")
@@ -348,6 +402,20 @@ class DrGrpo(_Group):
     )
 
 
+class Cispo(Gradient):
+    """CISPO: GRPO's advantages with a clipped importance weight on the log-prob, so that no token's gradient is cut off; no KL."""
+
+    name: Literal["cispo"] = Field(description="MiniMax 2025 (M1).")
+    samples_per_prompt: int = Field(8, ge=2, description="Responses sampled per prompt (K): the group.")
+    clip_low: float | None = Field(  # type: ignore[assignment] - wider than its parent's
+        None, gt=0, lt=1, description="The ratio to the old policy, as a weight, is clipped at 1 - clip_low; null: not."
+    )
+    clip_high: float = Field(4.0, gt=0, description="... and at 1 + clip_high.")
+    kl_placement: Literal["reward", "loss", "none"] = Field(
+        "none", description=_Kl.model_fields["kl_placement"].description
+    )
+
+
 class _NashGradient(_Labels):
     tau: float = Field(
         0.008, gt=0, description="Strength of the regularisation towards the reference (the papers' tau)."
@@ -389,12 +457,14 @@ METHODS: dict[str, type[Section]] = {
     cls.model_fields["name"].annotation.__args__[0]: cls
     for cls in (
         OnlineDpo,
+        Rdpo,
         IterativeDpo,
         OnlineIpo,
         IpoMd,
         Selm,
         Xpo,
         Slic,
+        Simpo,
         Raft,
         Ppo,
         ReinforcePlusPlus,
@@ -402,6 +472,7 @@ METHODS: dict[str, type[Section]] = {
         Rloo,
         Grpo,
         DrGrpo,
+        Cispo,
         NashMd,
         NashEma,
     )

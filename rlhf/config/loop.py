@@ -20,7 +20,12 @@ class LoopSettings(Section):
         5, ge=1, description="So many steps in a row in which no prompt taught anything end the run."
     )
     updates_per_step: int = Field(1, ge=1, description="Optimizer steps that one step's prompts are divided over.")
-    epochs_per_step: int = Field(1, ge=1, description="Times that each step's data is learned from.")
+    epochs_per_step: int = Field(
+        1,
+        ge=1,
+        description="Times that each step's data is learned from. Every epoch goes through the same updates in the same order: which "
+        "prompts share one does not change.",
+    )
     eval_every: int = Field(
         0,
         ge=0,

@@ -14,11 +14,13 @@ from rlhf.config.algorithm import (
     IpoMd,
     NashEma,
     NashMd,
+    OnlineIpo,
     OwnAlgorithm,
     Ppo,
     Raft,
     ReinforcePlusPlus,
     Selm,
+    correction_bounds,
 )
 from rlhf.config.base import Section
 from rlhf.config.settings import Settings
@@ -127,8 +129,26 @@ def method_problems(settings: Settings) -> Iterator[str]:
     """All findings about the method's own fields; none for a user's own algorithm."""
     if isinstance(settings.algorithm, OwnAlgorithm):
         return
-    for rule in (_unused, _robust, _kl, _correction, _critic, _distribution, _judges, _refill):
+    for rule in (_unused, _robust, _kl, _correction, _critic, _unclipped, _distribution, _judges, _refill):
         yield from rule(settings)
+
+
+def method_warnings(settings: Settings) -> Iterator[str]:
+    """What may be meant, but costs the method a property that its page promises."""
+    algorithm, rollout = settings.algorithm, settings.rollout
+    if isinstance(algorithm, OnlineIpo | IpoMd):
+        off = [name for name, on in (("temperature", 1), ("top_p", 1), ("top_k", 0)) if getattr(rollout, name) != on]
+        if off:
+            yield (
+                f"`rollout.{off[0]}`: {algorithm.name} ends at the Nash equilibrium only if its pairs are drawn from the policy itself; at "
+                "temperature 0.9 it ends 0.005 from it in probability, at 0.7 0.018 (a game of three actions). Set "
+                f"`rollout.{off[0]}: {0 if off[0] == 'top_k' else 1}`"
+            )
+    if isinstance(algorithm, Raft) and algorithm.kl_weight and rollout.temperature != 1:
+        yield (
+            "`rollout.temperature`: the pull of `algorithm.kl_weight` has the gradient of the KL only on responses of the policy itself, "
+            "drawn at 1. Set `rollout.temperature: 1`"
+        )
 
 
 def used_responses(algorithm: Section) -> int:
@@ -167,6 +187,11 @@ def _unused(settings: Settings) -> Iterator[str]:
 
 def _robust(settings: Settings) -> Iterator[str]:
     algorithm = settings.algorithm
+    if getattr(algorithm, "loss", "") == "hinge" and algorithm.labels == "soft":
+        yield (
+            "`algorithm.loss`: hinge knows a winner and a loser, and nothing between, but `algorithm.labels` is soft. Set "
+            "`algorithm.labels` to hard or sampled, or `algorithm.loss: logistic`"
+        )
     if getattr(algorithm, "loss", "") != "robust":
         return
     if algorithm.labels != "hard":
@@ -207,10 +232,13 @@ def _kl(settings: Settings) -> Iterator[str]:
 
 def _correction(settings: Settings) -> Iterator[str]:
     algorithm = settings.algorithm
-    if getattr(algorithm, "correction", "none") != "none" and algorithm.correction_low >= algorithm.correction_high:
+    if getattr(algorithm, "correction", "none") == "none":
+        return
+    low, high = correction_bounds(algorithm)
+    if low >= high:
         yield (
-            f"`algorithm.correction_low`: the lower bound {algorithm.correction_low:g} is not below "
-            f"`algorithm.correction_high`, {algorithm.correction_high:g}. Lower the one or raise the other"
+            f"`algorithm.correction_low`: the lower bound {low:g} is not below `algorithm.correction_high`, {high:g}. Lower the one or "
+            "raise the other"
         )
 
 
@@ -220,6 +248,17 @@ def _critic(settings: Settings) -> Iterator[str]:
         yield (
             f"`algorithm.critic_warmup_steps`: in the first {algorithm.critic_warmup_steps} steps only the critic "
             f"learns, and the run has {steps} (`loop.steps`), so the policy never would. Lower it, or raise "
+            "`loop.steps`"
+        )
+
+
+def _unclipped(settings: Settings) -> Iterator[str]:
+    algorithm, loop = settings.algorithm, settings.loop
+    if isinstance(algorithm, NashMd | NashEma) and loop.updates_per_step * loop.epochs_per_step > 1:
+        field = "updates_per_step" if loop.updates_per_step > 1 else "epochs_per_step"
+        yield (
+            f"`loop.{field}`: {algorithm.name} has no clipping, so nothing bounds the policy after the first optimizer step on the same "
+            "responses. Set `loop.updates_per_step: 1` and `loop.epochs_per_step: 1`, with fewer `loop.prompts_per_step` and more "
             "`loop.steps`"
         )
 

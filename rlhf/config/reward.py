@@ -107,7 +107,7 @@ class RewardSettings(SourceSettings):
     transforms: list[Transform] = Field(
         [],
         description="What is done to a score, in this order, before it is learned from: `clip`, `length_penalty`, `missing_eos`, "
-        "`normalise`, `log_sigmoid`, `calibrate`.",
+        "`overlong`, `normalise`, `log_sigmoid`, `calibrate`.",
     )
     reference_scores: str | None = Field(
         None,

@@ -33,8 +33,9 @@ class RolloutSettings(Section):
     temperature: float = Field(
         1.0,
         ge=0,
-        description="Sampling temperature of training responses. Log-probs are of the tempered distribution. "
-        "0 is greedy.",
+        le=2,
+        description="Sampling temperature of training responses, 2 at most (vLLM's bound). Log-probs are of the tempered distribution, and "
+        "policy gradients are of it too; a contrast loss learns the model itself (temperature 1) whatever it was sampled at. 0 is greedy.",
     )
     top_p: float = Field(
         1.0,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rlhf.config.method_checks import changed
 from rlhf.config.reward import RewardSettings
 from rlhf.config.settings import Settings
-from rlhf.config.transforms import REFERENCED, Calibrate, Clip, Normalise, Transform
+from rlhf.config.transforms import REFERENCED, Calibrate, Clip, Normalise, Overlong, Transform
 
 RESERVED = {
     *("reward", "mean", "std", "invalid", "failed", "timed_out", "shaped_mean", "shaped_std", "disagreement"),
@@ -36,6 +36,7 @@ def shaping_problems(settings: Settings) -> Iterator[str]:
         )
     for place, chain in _chains(reward):
         yield from _chain(place, chain)
+    yield from _overlong(settings)
     yield from _references(reward)
 
 
@@ -98,6 +99,16 @@ def _scale(reward: RewardSettings) -> Iterator[str]:
             "own. Name a JSONL file of responses that every member scores at the start, or give every member the transform "
             "`calibrate`"
         )
+
+
+def _overlong(settings: Settings) -> Iterator[str]:
+    limit = settings.rollout.max_tokens
+    for i, transform in enumerate(settings.reward.transforms):
+        if isinstance(transform, Overlong) and transform.buffer >= limit:
+            yield (
+                f"`reward.transforms[{i}].buffer`: the penalty grows over the last {transform.buffer} tokens, and a response has {limit} "
+                "at most (`rollout.max_tokens`), so every length would be punished. Lower it, or raise `rollout.max_tokens`"
+            )
 
 
 def _chain(place: str, chain: Sequence[Transform]) -> Iterator[str]:

@@ -34,6 +34,16 @@ class MissingEos(Section):
     penalty: float = Field(gt=0, description="Subtracted from the score of a response that was cut.")
 
 
+class Overlong(Section):
+    """A penalty that grows over the last tokens before `rollout.max_tokens`: DAPO's soft overlong punishment."""
+
+    name: Literal["overlong"] = Field(description="This transform.")
+    buffer: int = Field(
+        ge=1, description="Tokens before the limit over which the penalty grows from 0, in a straight line."
+    )
+    penalty: float = Field(1.0, gt=0, description="Subtracted from the score of a response as long as the limit.")
+
+
 class Normalise(Section):
     """Scores less the mean, over the standard deviation, of all scores of the run up to and with this step."""
 
@@ -68,12 +78,12 @@ ScoreTransform = Annotated[Clip | LogSigmoid | Calibrate, Field(discriminator="n
 """What needs to know nothing but the score and the prompt's reference scores: a member of an ensemble can have it."""
 
 Transform = Annotated[
-    Clip | LengthPenalty | MissingEos | Normalise | LogSigmoid | Calibrate, Field(discriminator="name")
+    Clip | LengthPenalty | MissingEos | Overlong | Normalise | LogSigmoid | Calibrate, Field(discriminator="name")
 ]
 
 TRANSFORMS: dict[str, type[Section]] = {
     cls.model_fields["name"].annotation.__args__[0]: cls
-    for cls in (Clip, LengthPenalty, MissingEos, Normalise, LogSigmoid, Calibrate)
+    for cls in (Clip, LengthPenalty, MissingEos, Overlong, Normalise, LogSigmoid, Calibrate)
 }
 """Name -> fields of each transform."""
 

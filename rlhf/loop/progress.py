@@ -29,6 +29,8 @@ REMEDIES = {
     "policy ends at once (its chat template, or its end-of-sequence token, is another than the one it was trained with)",
     "tie": "the responses to a prompt got equal rewards: let the reward tell them apart (finer than right and wrong), take prompts "
     "that the policy gets right at times, raise algorithm.samples_per_prompt, or let loop.refill replace such prompts",
+    "truncated": "too few responses to a prompt ended before rollout.max_tokens, and algorithm.mask_truncated leaves out the others: raise "
+    "rollout.max_tokens, or set algorithm.mask_truncated=false",
     "build_failed": "correct the builder of algorithm.name",
 }
 REMEDIES["equal_rewards"] = REMEDIES["tie"]

@@ -39,6 +39,7 @@ class Lesson:
         old: log pi of the weights that wrote the responses. If the only visit is under these weights, it brings them along.
         weights: importance weights of the policy term; known with `old`.
         values: the critic's old values.
+        learned: whether a token has a loss; None in an idle micro-batch.
         advantages, returns: what policy and critic learn from; None in an idle micro-batch.
     """
 
@@ -46,6 +47,7 @@ class Lesson:
     old: torch.Tensor | None = None
     weights: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    learned: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
 
@@ -104,11 +106,13 @@ class GradientLearner:
                     meters.append(self._compare(experience, lesson, old, moment))
                 if old is not None or self.objective.kl_placement != "reward":
                     meters.append(self._estimate(experience, lesson, moment))
+                lesson.learned = _item_weights(experience) != 0
         learned = [lesson for row in lessons for lesson in row if lesson.advantages is not None]
         if self.critic is not None:
             meters.append(self._explained_variance(learned))
         if self.objective.whiten:
-            whitened = whiten([lesson.advantages for lesson in learned], self._total)
+            masks = [lesson.learned for lesson in learned]
+            whitened = whiten([lesson.advantages for lesson in learned], self._total, masks)
             for lesson, advantage in zip(learned, whitened, strict=True):
                 lesson.advantages = advantage
         return lessons, meters
@@ -212,7 +216,7 @@ class GradientLearner:
         moved = kl_estimate(lesson.old - logprobs.detach(), "k3")
         n = float(len(logprobs))
         return meters | {
-            "policy/loss": (loss.item(), experience.n_responses / update.n_responses),
+            "policy/loss": (loss.item(), _n_learned(experience) / update.n_responses),
             "policy/clip_fraction": (tokens.clipped.float().sum().item(), n),
             "policy/ratio": (tokens.ratio.sum().item(), n),
             "policy/kl_old": (moved.sum().item(), n),
@@ -243,6 +247,11 @@ class GradientLearner:
 
 def _is_idle(experience: Experience) -> bool:
     return not len(experience.target)
+
+
+def _n_learned(experience: Experience) -> int:
+    """Responses that have a loss."""
+    return int(torch.count_nonzero(experience.coefficients.T @ experience.weight))
 
 
 def _item_weights(experience: Experience) -> torch.Tensor:

@@ -77,8 +77,8 @@ class PolicyGroup:
             learned = [assignments[i] for share in update for batch in share for i in batch]
             counts = (
                 len(learned),
-                sum(len(assignment.members()) for assignment in learned),
-                sum(assignment.response_tokens() for assignment in learned),
+                sum(len(assignment.learned()) for assignment in learned),
+                sum(assignment.rollout.infos[m].n_tokens for assignment in learned for m in assignment.learned()),
             )
             for rank, share in enumerate(update):
                 batches = tuple(tuple(assignments[i] for i in batch) for batch in share)

@@ -72,8 +72,8 @@ class Update:
     Attributes:
         experiences: its micro-batches, each of which may be made anew whenever it is asked for; an idle one (without items) keeps this
             rank in step with the others.
-        n_groups, n_responses, n_tokens: prompts with items, their used responses and those responses' tokens in this
-            update over all ranks: a mean divides by one of them, never by a rank's own count.
+        n_groups, n_responses, n_tokens: prompts with items, the responses of theirs that have a loss and those responses' tokens in
+            this update over all ranks: a mean divides by one of them, never by a rank's own count.
     """
 
     experiences: Sequence[Experience]

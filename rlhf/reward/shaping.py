@@ -32,12 +32,13 @@ from rlhf.types import Feedback, Prompt, Rollout, Score
 class Shaping:
     """The chain of transforms of a run, and what it remembers. Make it with `start`."""
 
-    def __init__(self, transforms: Sequence[Transform], references: ReferenceScores | None = None):
+    def __init__(self, transforms: Sequence[Transform], references: ReferenceScores | None = None, limit: int = 0):
         """
         Args:
             references: of every prompt that will be shaped, if a transform reads them.
+            limit: the most tokens of a response (`rollout.max_tokens`), if a transform reads it.
         """
-        self._transforms, self._references = transforms, references
+        self._transforms, self._references, self._limit = transforms, references, limit
         self._moments = {i: Moments() for i, one in enumerate(transforms) if isinstance(one, Normalise)}
         self._reference_of = functools.cache(self._scores_of_reference)
 
@@ -52,12 +53,12 @@ class Shaping:
         Raises:
             RewardError: the reference scores cannot be read, lack prompts, or are another model's.
         """
-        reward = settings.reward
+        reward, limit = settings.reward, settings.rollout.max_tokens
         if reward.reference_scores is None:
-            return cls(reward.transforms)
+            return cls(reward.transforms, limit=limit)
         references = read_reference_scores(resolve(reward.reference_scores))
         references.require([*prompts, *(held_out if members_need_references(reward) else ())], settings)
-        return cls(reward.transforms, references)
+        return cls(reward.transforms, references, limit)
 
     def require_judge(self, reward: RewardSettings, fingerprint: str | None) -> None:
         """Check that the judge that is now ready is the one that scored the reference.
@@ -73,7 +74,7 @@ class Shaping:
         if not self._transforms:
             return list(feedbacks)
         scored = [
-            (rollout.prompt.id, Scored(outcome.value, info.n_tokens, info.finish_reason == "length"))
+            (rollout.prompt.id, Scored(outcome.value, info.n_tokens, info.finish_reason == "length", self._limit))
             for rollout, feedback in zip(rollouts, feedbacks, strict=True)
             for info, outcome in zip(rollout.infos, feedback.outcomes, strict=True)
             if isinstance(outcome, Score)
@@ -128,4 +129,5 @@ class Shaping:
         ]
 
     def _scores_of_reference(self, prompt_id: str) -> list[float]:
-        return before_reference(self._transforms, self._references.of(prompt_id, REWARD))
+        references = [replace(one, limit=self._limit) for one in self._references.of(prompt_id, REWARD)]
+        return before_reference(self._transforms, references)

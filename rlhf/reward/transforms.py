@@ -5,6 +5,7 @@ A score r of a response to the prompt x becomes
     clip            min(max(r, low), high)
     length_penalty  r - per_token n                          n: tokens of the response
     missing_eos     r - penalty                              if the response was cut at the token limit
+    overlong        r - penalty max(0, n - (limit - buffer)) / buffer                     limit: the most tokens a response can have
     normalise       (r - mean) / std                         over all scores of the run so far (`Moments`)
     log_sigmoid     log s(r - r_ref(x))                      Wang et al. 2024; r_ref: a quantile of the reference's scores for x
     calibrate       phi(C),  C = mean_k 1[r_k <= r]          InfAlign (Balashankar et al. 2024); r_k: the reference's scores for x
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from rlhf.config.transforms import (
     LengthPenalty,
     LogSigmoid,
     MissingEos,
+    Overlong,
     Transform,
 )
 
@@ -40,11 +42,13 @@ class Scored:
     Attributes:
         n_tokens: length of the response.
         cut: it ended at the token limit, without its end-of-sequence token.
+        limit: the most tokens it could have had; read by `overlong` only.
     """
 
     value: float
     n_tokens: int = 0
     cut: bool = False
+    limit: int = 0
 
 
 def clip(score: float, low: float | None, high: float | None) -> float:
@@ -99,6 +103,11 @@ def stateless(transform: Transform, scored: Scored, references: Sequence[float])
         return scored.value - transform.per_token * scored.n_tokens
     if isinstance(transform, MissingEos):
         return scored.value - transform.penalty * scored.cut
+    if isinstance(transform, Overlong):
+        return (
+            scored.value
+            - transform.penalty * max(0, scored.n_tokens - scored.limit + transform.buffer) / transform.buffer
+        )
     if isinstance(transform, LogSigmoid):
         return log_sigmoid(scored.value, quantile(references, transform.quantile))
     if isinstance(transform, Calibrate):
@@ -117,7 +126,7 @@ def before_reference(transforms: Sequence[Transform], references: Sequence[Score
     for transform in transforms:
         if isinstance(transform, REFERENCED):
             break
-        values = [Scored(stateless(transform, one, ()), one.n_tokens, one.cut) for one in values]
+        values = [replace(one, value=stateless(transform, one, ())) for one in values]
     return [one.value for one in values]
 
 

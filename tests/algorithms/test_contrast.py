@@ -76,6 +76,8 @@ def loss(
         (Contrast("hinge", scale=0.1), 1.0, 0.85),  # RSO
         (Contrast("hinge", margin=4.0, anchored=False), 1.0, 2.0),  # SLiC: 4 + 10 - 12
         (Contrast("logistic", scale=2.0, offset=0.5, reduce="mean", anchored=False), 1.0, 2.126928),  # SimPO, gamma 1
+        (Contrast("logistic", scale=0.1, length_coef=0.05), 1.0, 0.693147),  # R-DPO: .1 x 1.5 + .05 (5 - 8) = 0
+        (Contrast("logistic", scale=0.1, length_coef=0.1), 1.0, 0.770958),  # -log s(-.15)
         (Contrast("logistic", scale=0.1, anchored=False), 1.0, 0.598138),  # CPO's preference
         (DPO, 1 / (1 + math.exp(-1.0)), 0.661298),  # DNO, r = (1, 0), eta .1
         (DPO, 1 / (1 + math.exp(-0.5)), 0.677588),  # DNO, r = (.8, .3)
@@ -151,6 +153,10 @@ def by_hand(policy: torch.Tensor, p: float) -> dict[str, torch.Tensor]:
     return {
         "dpo": p * clean + (1 - p) * flipped,
         "robust": (0.9 * clean - 0.1 * flipped) / 0.8,
+        "rdpo": -p * torch.nn.functional.logsigmoid(0.1 * h - 0.09)
+        - (1 - p) * torch.nn.functional.logsigmoid(0.09 - 0.1 * h),
+        "simpo": torch.log1p(torch.exp(-(2 * (lp_w / 5 - lp_l / 8) - 1))),
+        "hinge": torch.clamp(1 - 0.1 * h, min=0),
         "ipo": p * (h - 1 / 0.4) ** 2 + (1 - p) * (h + 1 / 0.4) ** 2,
         "ipo_mean": (u_w / 5 - u_l / 8 - (p - 0.5) / 0.2) ** 2,
         "selm": p * clean + (1 - p) * flipped + 0.3 * 0.1 * (lp_l + 11.5),
@@ -164,6 +170,9 @@ def by_hand(policy: torch.Tensor, p: float) -> dict[str, torch.Tensor]:
     [
         ("dpo", 0.8, (DPO,), None),
         ("robust", 1.0, (Contrast("robust", scale=0.1, flip_rate=0.1),), None),
+        ("rdpo", 0.8, (Contrast("logistic", scale=0.1, length_coef=0.03),), None),
+        ("simpo", 1.0, (Contrast("logistic", scale=2.0, offset=0.5, reduce="mean", anchored=False),), None),
+        ("hinge", 1.0, (Contrast("hinge", scale=0.1),), None),
         ("ipo", 0.8, (Contrast("square", scale=0.2),), None),
         ("ipo_mean", 0.8, (Contrast("square", scale=0.2, reduce="mean"),), None),
         ("selm", 1.0, (DPO, Contrast("linear", scale=0.03)), (0, 1)),

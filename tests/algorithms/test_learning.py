@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from rlhf.algorithms.anchors import Fixed, Previous
-from tests.algorithms.tabular import REFERENCE, World, declared
+from rlhf.algorithms.contrast import preference_loss
+from rlhf.types import Assignment
+from tests.algorithms.tabular import REFERENCE, World, answered, declared, packed, scored_by
 
 REWARDS = [1.0, 0.2, -0.5]
 R = torch.tensor(REWARDS, dtype=torch.float64)
@@ -62,6 +65,46 @@ def test_the_robust_loss_sees_through_flips() -> None:
     rested = World(smooth, REWARDS[:2]).learn(500, 2.0, start=LIKELY_SECOND)
     assert log_ratio(rested, LIKELY_SECOND) == pytest.approx(math.log(0.8 / 0.2), abs=1e-5)
     assert log_ratio(World(robust, REWARDS[:2]).learn(500, 2.0, start=LIKELY_SECOND), LIKELY_SECOND) > 5
+
+
+def test_the_hinge_with_a_reference_lets_a_pair_be_once_it_is_one_over_beta_apart() -> None:
+    """Its value at pi = ref is 1; the gradient ends where beta h = 1, whatever the rewards are."""
+    world = World(declared("online_dpo", loss="hinge", beta=0.5), [1.0, 0.0])
+    start = world.loss(LIKELY_SECOND, LIKELY_SECOND, torch.ones(2, dtype=torch.float64) / 2)
+    assert start.item() == pytest.approx(1.0)
+    learned = world.learn(2000, 0.05, start=LIKELY_SECOND)
+    assert log_ratio(learned, LIKELY_SECOND) == pytest.approx(1 / 0.5, abs=0.05)
+
+
+def test_r_dpo_reaches_the_optimum_of_the_reward_less_the_price_of_length() -> None:
+    """pi* is proportional to ref exp((r - alpha n) / beta): a response of three tokens against one of a single token."""
+    alpha, beta = 0.3, 0.5
+    algorithm = declared("rdpo", beta=beta, length_coef=alpha, labels="soft")
+    long, short = [1, 2, 3], [4]
+    rollout, rng = answered([long, short]), random.Random(0)
+    made = packed([Assignment(rollout, algorithm.build(rollout, scored_by([1.0, 0.2], [0, 1]), rng))])
+    logit = torch.zeros((), dtype=torch.float64, requires_grad=True)  # of the long one against the short one
+    reference = torch.tensor([-0.5, -0.5, -0.5, -1.5], dtype=torch.float64)
+    for _ in range(500):
+        pair = torch.stack([logit, torch.zeros_like(logit)]).log_softmax(0)
+        logprobs = torch.cat([pair[0].repeat(3) / 3, pair[1:]])
+        (slope,) = torch.autograd.grad(preference_loss(algorithm.objective, made, logprobs, reference).sum(), logit)
+        with torch.no_grad():
+            logit -= 5 * slope
+    h = (pair[0] - reference[:3].sum() - pair[1] + reference[3]).item()
+    assert h == pytest.approx((1.0 - 0.2 - alpha * (3 - 1)) / beta, abs=1e-5)
+
+
+def test_simpo_rests_where_its_margin_is_met() -> None:
+    """With labels smoothed at .1: beta (difference of mean log-probs) - gamma = log(.9 / .1); no reference holds it."""
+    algorithm = declared("simpo", beta=0.5, gamma=0.4, label_smoothing=0.1, samples_per_prompt=2)
+    learned = World(algorithm, [1.0, 0.0]).learn(1000, 20.0, start=LIKELY_SECOND)
+    assert 0.5 * (learned[0] - learned[1]).item() - 0.4 == pytest.approx(math.log(0.9 / 0.1), abs=1e-3)
+    assert algorithm.objective.terms[0].offset == 0.8
+    equal = World(declared("simpo", gamma=1.5), [1.0, 0.0])
+    halves = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    start = equal.loss(halves, halves, torch.ones(len(equal.answers), dtype=torch.float64) / len(equal.answers))
+    assert start.item() == pytest.approx(math.log1p(math.exp(1.5))), "-log s(-gamma)"
 
 
 # Iterative DPO

@@ -115,6 +115,32 @@ def test_the_adaptive_coefficient_stays_positive_and_moves_by_a_fifth_at_most(
         assert (kl.coef - before) * (measured - target) >= 0, "up while the KL is above its target, down below"
 
 
+# CISPO
+
+
+def test_cispo_weighs_the_log_prob_with_the_clipped_ratio_and_cuts_no_gradient_off() -> None:
+    """Ratios e, 1 and 1/e at bounds [.5, 2], A = 1.5: weights 2, 1 and .5, where the clipped loss of the first has no gradient."""
+    old, response = f64(-2.0, -1.0, -0.5), torch.arange(3)
+    logprobs = (old + f64(1.0, 0.0, -1.0)).requires_grad_(True)
+    advantage = f64(1.5, 1.5, 1.5)
+    bounds: dict[str, Any] = {"clip_low": 0.5, "clip_high": 1.0}
+    made = policy_loss(PolicyGradient(surrogate="cispo", **bounds), logprobs, old, advantage, response)
+    assert torch.allclose(made.loss, -f64(2.0, 1.0, 0.5) * 1.5 * logprobs)
+    assert torch.allclose(torch.autograd.grad(made.loss.sum(), logprobs)[0], -1.5 * f64(2.0, 1.0, 0.5))
+    assert made.clipped.tolist() == [True, False, True]
+    clipped = policy_loss(PolicyGradient(**bounds), logprobs, old, advantage, response)
+    assert torch.autograd.grad(clipped.loss.sum(), logprobs)[0][0] == 0
+
+
+# Masked tokens
+
+
+def test_whitening_looks_at_learned_tokens_only() -> None:
+    part, learned = f64(1.0, 3.0, 100.0), torch.tensor([True, True, False])
+    (white,) = whiten([part], learned=[learned])
+    assert torch.allclose(white[:2], whiten([part[:2]])[0])
+
+
 # Baselines
 
 

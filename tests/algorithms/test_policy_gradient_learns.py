@@ -263,8 +263,9 @@ def test_whitening_the_reward_alone_makes_the_pull_depend_on_its_spread() -> Non
     assert torch.allclose(learned[3:5] / learned[3:5].sum(), after_2, atol=0.02)
 
 
-def test_without_a_kl_the_best_response_takes_all() -> None:
-    learned = end(declared("dr_grpo"), lambda probabilities: every_group(probabilities, 2))
+@pytest.mark.parametrize("name", ["dr_grpo", "cispo"])
+def test_without_a_kl_the_best_response_takes_all(name: str) -> None:
+    learned = end(declared(name), lambda probabilities: every_group(probabilities, 2))
     assert learned.argmax() == REWARDS.argmax()
     assert learned.max() > 0.9
 
@@ -289,6 +290,9 @@ def test_declarations_say_what_their_papers_do() -> None:
     dr_grpo = algorithm("dr_grpo").objective
     assert (dr_grpo.baseline, dr_grpo.kl_placement) == ("mean", "none")
     assert (dr_grpo.aggregation, dr_grpo.max_tokens) == ("seq_mean_token_sum_norm", 77)
+    cispo = algorithm("cispo").objective
+    assert (cispo.surrogate, cispo.baseline, cispo.kl_placement) == ("cispo", "mean_std", "none")
+    assert (cispo.clip_low, cispo.clip_high, cispo.aggregation) == (None, 4.0, "token_mean")
     baseline = algorithm("reinforce_pp_baseline").objective
     assert (baseline.baseline, baseline.whiten, baseline.kl_estimator) == ("mean", True, "k2")
 

@@ -139,9 +139,11 @@ OTHER: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "correction_low": ((0.1,), {}),
     "correction_high": ((9.0,), {}),
     "reward_clip": ((1.0,), {}),
-    "gamma": ((0.9,), {}),
     "whiten": ((True, False), {}),
     "lam": ((0.5,), {}),
+    "mask_truncated": ((True,), {}),
+    "length_coef": ((0.5,), {}),
+    "gamma": ((0.9,), {}),
     "critic_model": (("some/folder",), {}),
     "critic_learning_rate": ((0.1,), {}),
     "critic_warmup_steps": ((3,), {}),
@@ -156,6 +158,7 @@ TRANSFORMED: dict[str, dict[str, tuple[Any, Any, dict[str, Any]]]] = {
     "clip": {"low": (None, 3.0, {}), "high": (None, 1.0, {})},
     "length_penalty": {"per_token": (0.1, 0.2, {})},
     "missing_eos": {"penalty": (1.0, 2.0, {})},
+    "overlong": {"buffer": (4, 8, {}), "penalty": (1.0, 2.0, {"buffer": 4})},
     "normalise": {},
     "log_sigmoid": {"quantile": (0.5, 0.9, {})},
     "calibrate": {"phi": ("identity", "best_of_n", {}), "strength": (10.0, 5.0, {"phi": "worst_of_n"})},
@@ -163,7 +166,7 @@ TRANSFORMED: dict[str, dict[str, tuple[Any, Any, dict[str, Any]]]] = {
 
 
 def test_every_field_of_a_transform_changes_what_it_does() -> None:
-    response, references = Scored(2.0, n_tokens=5, cut=True), [0.0, 1.0, 5.0]
+    response, references = Scored(2.0, n_tokens=5, cut=True, limit=6), [0.0, 1.0, 5.0]
     for name, kind in TRANSFORMS.items():
         assert set(TRANSFORMED[name]) == set(kind.model_fields) - {"name"}
         for field, (one, other, context) in TRANSFORMED[name].items():

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from rlhf.algorithms.policy_gradient import PolicyGradient, importance_correction
 from rlhf.config import ConfigError, Settings
-from rlhf.config.algorithm import METHODS
+from rlhf.config.algorithm import METHODS, correction_bounds
 from rlhf.config.checks import largest_assignment
-from rlhf.config.method_checks import UNUSED, used_responses
+from rlhf.config.method_checks import UNUSED, method_warnings, used_responses
 
 LoadWith = Callable[..., Settings]
 
@@ -44,6 +46,15 @@ CASES = [
         ["algorithm.loss=robust", "algorithm.labels=soft"],
         ["corrects hard labels"],
         ["algorithm.loss=logistic"],
+    ),
+    ("rdpo", ["algorithm.loss=hinge", "algorithm.labels=soft"], ["hinge knows a winner"], ["algorithm.labels=hard"]),
+    ("nash_md", ["loop.updates_per_step=2"], ["`loop.updates_per_step`", "no clipping"], ["loop.updates_per_step=1"]),
+    ("nash_ema", ["loop.epochs_per_step=2"], ["`loop.epochs_per_step`"], ["loop.epochs_per_step=1"]),
+    (
+        "grpo",
+        ["algorithm.correction=sequence_mask", "algorithm.correction_low=1.1"],
+        ["1.1 is not below", "1.05"],
+        ["algorithm.correction_low=0.9"],
     ),
     (
         "online_dpo",
@@ -138,6 +149,40 @@ def test_every_method_is_sound_as_it_comes(load_with: LoadWith, method: str) -> 
     assert list(type(settings.algorithm).model_fields)[0] == "name", "shown first"
 
 
+@pytest.mark.parametrize(
+    ("method", "override", "words"),
+    [
+        ("online_ipo", "rollout.temperature=0.9", "Nash equilibrium"),
+        ("online_ipo", "rollout.top_p=0.95", "`rollout.top_p: 1`"),
+        ("ipo_md", "rollout.temperature=0.7", "Nash equilibrium"),
+        ("raft", "rollout.temperature=0.7", "gradient of the KL"),
+    ],
+)
+def test_what_costs_a_method_its_promise_is_a_warning(
+    load_with: LoadWith, method: str, override: str, words: str
+) -> None:
+    base = [f"algorithm.name={method}", "policy.micro_batch_tokens=9999"]
+    base += ["algorithm.kl_weight=0.1"] * (method == "raft")
+    (warning,) = method_warnings(load_with(*base, override))
+    assert words in warning
+    assert not list(method_warnings(load_with(*base)))
+
+
+def test_each_correction_has_bounds_that_work(load_with: LoadWith) -> None:
+    """Truncation raises no weight; a response's geometric mean is far closer to 1 than a token's weight."""
+
+    def bounds(correction: str) -> tuple[float, float]:
+        return correction_bounds(load_with("algorithm.name=rloo", f"algorithm.correction={correction}").algorithm)
+
+    assert bounds("tis") == (0.0, 5.0)
+    assert bounds("icepop") == (0.5, 5.0)
+    objective = PolicyGradient(correction="sequence_mask", correction_low=bounds("sequence_mask")[0],
+                               correction_high=bounds("sequence_mask")[1])  # fmt: skip
+    old, response = torch.zeros(40), torch.zeros(40, dtype=torch.int64)
+    assert importance_correction(objective, old, old - 0.02, response).weights.all()
+    assert not importance_correction(objective, old, old - 0.2, response).weights.any()
+
+
 def test_the_rules_name_fields_that_exist() -> None:
     known = {field for method in METHODS.values() for field in method.model_fields}
     for rule in UNUSED:
@@ -152,6 +197,9 @@ def test_the_rules_name_fields_that_exist() -> None:
         (["algorithm.name=online_dpo", "algorithm.samples_per_prompt=6"], 2),
         (["algorithm.name=online_dpo", "algorithm.samples_per_prompt=6", "algorithm.pairing=all"], 6),
         (["algorithm.name=iterative_dpo", "algorithm.pairs=dataset"], 2),
+        (["algorithm.name=rdpo", "algorithm.samples_per_prompt=4"], 2),
+        (["algorithm.name=simpo", "algorithm.pairing=all"], 4),
+        (["algorithm.name=cispo"], 8),
         (["algorithm.name=selm"], 3),
         (["algorithm.name=selm", "algorithm.ranked_with=samples", "algorithm.fresh_samples=1"], 2),
         (["algorithm.name=selm", "algorithm.ranked_with=samples", "algorithm.fresh_samples=7"], 3),

@@ -134,6 +134,31 @@ def assert_same(got: Any, expected: Any) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
+def test_a_response_of_weight_0_is_as_if_it_were_not_there(settings: Callable, run: Callable, aggregation: Any) -> None:
+    """Where no baseline needs its reward: in losses, means, whitening and the critic."""
+    critic = Critic(model=None, learning_rate=1e-3, warmup_steps=0, value_clip=0.2, lam=0.9)
+    objective = PolicyGradient(
+        critic=critic, whiten=True, kl_placement="loss", kl_estimator="k2", kl_coef=0.1, aggregation=aggregation
+    )
+
+    async def step(masked: bool) -> tuple[dict[str, float], dict[str, float]]:
+        group = await PolicyGroup.start(LocalRuntime(), settings(zero_stage=0), declare(objective), UPDATES)
+        assignments = []
+        for one in make_assignments(objective, False):
+            *kept, last = one.items
+            left_out = (replace(last, weight=0.0),) if masked else ()
+            assignments.append(replace(one, items=(*kept, *left_out)))
+        metrics = [await group.learn(assignments, Moment(number, equal=False)) for number in (1, 2)]
+        await group.close()
+        return metrics[0], metrics[1]
+
+    for masked, absent in zip(run(step(True)), run(step(False)), strict=True):
+        for name in ("policy/loss", "policy/grad_norm", "critic/grad_norm"):
+            assert masked[name] == pytest.approx(absent[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.engine
 def test_the_first_update_starts_at_log_2_and_the_policy_moves(whole: Callable) -> None:
     first, *_, measured = whole("preference")[0]
     assert first["policy/loss"] == pytest.approx(np.log(2))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rlhf.config.transforms import Calibrate, Clip, LengthPenalty, LogSigmoid, MissingEos, Normalise
+from rlhf.config.transforms import Calibrate, Clip, LengthPenalty, LogSigmoid, MissingEos, Normalise, Overlong
 from rlhf.reward.transforms import (
     Moments,
     Scored,
@@ -104,6 +104,9 @@ def test_each_transform_of_one_response() -> None:
         (Calibrate(name="calibrate"), (2 + 0.5) / 4),
     ):
         assert stateless(transform, response, references) == pytest.approx(value), transform.name
+    soft = Overlong(name="overlong", buffer=20, penalty=2.0)
+    for n_tokens, value in ((70, 2.0), (80, 2.0), (85, 1.5), (100, 0.0)):  # DAPO, equation 13, with 100 tokens at most
+        assert stateless(soft, Scored(2.0, n_tokens=n_tokens, limit=100), ()) == value
     whole = Scored(2.0, n_tokens=30)
     assert stateless(MissingEos(name="missing_eos", penalty=3.0), whole, ()) == 2.0
     with pytest.raises(TypeError, match="state"):
