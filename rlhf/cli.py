@@ -232,7 +232,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
         from rlhf.preflight.plan import describe
 
-        print(describe(settings, debug=args.debug))
+        print(describe(settings, debug=args.debug, resume=args.resume))
         return
     from rlhf.loop.run import train
     from rlhf.preflight.inputs import read_inputs
@@ -248,7 +248,7 @@ def _sft(args: argparse.Namespace) -> None:
     from rlhf.preflight.sft import describe_sft, read_model
 
     if args.dry_run:
-        print(describe_sft(settings))
+        print(describe_sft(settings, debug=args.debug, resume=args.resume))
         return
     read_model(settings)  # what cannot work is said before anything starts
     from rlhf.loop.sft import sft

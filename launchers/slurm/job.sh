@@ -65,7 +65,15 @@ fi
 status=1
 if [[ -z $caught ]] && wait "${parts[1]}"; then
   options=()
-  if ((restart > 0)) && [[ -f $run_dir/manifest.json ]]; then options=(--resume); fi
+  if ((restart > 0)) && [[ -f $run_dir/manifest.json ]]; then
+    options=(--resume)
+    if [[ -s $run_dir/metrics.jsonl ]] && ! compgen -G "$run_dir/checkpoints/step-*/state.json" > /dev/null; then
+      say "no checkpoint is complete: the run begins anew, its record so far is kept as *.before-restart-$restart.jsonl"
+      for name in metrics evaluations samples; do
+        if [[ -f $run_dir/$name.jsonl ]]; then mv "$run_dir/$name.jsonl" "$run_dir/$name.before-restart-$restart.jsonl"; fi
+      done
+    fi
+  fi
   say "restart $restart: rlhf $command $* ${options[*]}"
   "${on_head[@]}" rlhf "$command" "$@" cluster.address="$HEAD_IP:$RAY_PORT" "${options[@]}" \
     > >(tee "$LOGS/driver.log") 2>&1 &

@@ -99,9 +99,15 @@ def choose(machines: Mapping[str, Bf16]) -> Choice:
     return Choice("bf16", ", ".join(dict.fromkeys(one.why for one in machines.values())))
 
 
-def choose_here(settings: Settings | SftSettings) -> Choice:
-    """What this machine alone would have the run compute in; bf16 that is asked for and only emulated is pointed out."""
+def choose_here(settings: Settings | SftSettings, before: Dtype | None = None) -> Choice:
+    """What this machine alone would have the run compute in; bf16 that is asked for and only emulated is pointed out.
+
+    Args:
+        before: see `settle`.
+    """
     here, asked = look(uses_gpu(settings.cluster)), settings.policy.dtype
+    if asked == "auto" and before is not None:
+        return Choice(before, "as before the run was resumed")
     if asked == "auto":
         return choose({THIS_MACHINE: here})
     slow = (

@@ -96,3 +96,8 @@ class SftSettings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
     cluster: ClusterSettings = ClusterSettings()
+
+
+def one_rank(settings: SftSettings) -> SftSettings:
+    """The same settings for debug mode: one rank, in this process."""
+    return settings.model_copy(update={"policy": settings.policy.model_copy(update={"ranks": 1})})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -23,7 +24,6 @@ from rlhf.cluster import (
 from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.cluster import Role
-from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
 from rlhf.data.assets import resolve
 from rlhf.data.ledger import Ledger
@@ -47,8 +47,11 @@ from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
 from rlhf.tracking.record import Record, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
+from rlhf.training.resume import RUN, remembered, run_contents, starting_point
 from rlhf.transfer import TransferSession
-from rlhf.types import Prompt, content_id
+from rlhf.types import Prompt
+
+log = logging.getLogger(__name__)
 
 
 def train(settings: Settings, debug: bool = False, resume: bool = False, full_length: bool = False) -> None:
@@ -77,7 +80,7 @@ class Training:
         self.tokenizer = load_tokenizer(resolve(settings.policy.model))
         pair_tokens = settings.rollout.max_tokens if self.algorithm.dataset_pairs else None
         prompts = load_prompts(resolve(settings.data.prompts), self.tokenizer, settings.data, pair_tokens)
-        self.data_id = content_id([prompt.id for prompt in prompts])
+        self.contents = run_contents(resolve(settings.policy.model), prompts)
         self.ledger = Ledger(prompts, settings.run.seed, settings.data.shuffle)
         self.held_out_prompts: list[Prompt] = []
         if settings.data.eval_prompts is not None:
@@ -85,6 +88,11 @@ class Training:
             self.held_out_prompts = held[: settings.loop.eval_limit]
         self.shaping = Shaping.start(settings, prompts, self.held_out_prompts)
         self.checkpoints = Checkpoints(settings.run.dir, settings.checkpoint.keep)
+        self.start = starting_point(settings, self.contents, settings.loop.steps) if resume else None
+        if self.start is not None:
+            self.ledger.restore(self.start.state["ledger"])
+            self.shaping.restore(self.start.state["shaping"])
+            log.warning("run.dir=%s: %s", settings.run.dir, "; ".join(self.start.words()))
 
     async def run(self) -> None:
         """Reserve the devices, start the roles, take the remaining steps, evaluate, export."""
@@ -99,16 +107,16 @@ class Training:
 
     async def _train(self, runtime: Runtime) -> None:
         settings = self.settings
-        start, tag = self._starting_point()
+        start = self._rewound()
         async with started_roles(runtime, settings, self.algorithm) as roles:
             self.shaping.require_judge(settings.reward, roles.rewards.infos[0].fingerprint)
             self.loop = OnlineLoop(
                 settings, self.algorithm, roles, self.ledger, self.record, self.shaping, self.full_length
             )
-            if tag is not None:
+            if self.start is not None:
                 async with self.loop.policy_turn(publish=False):
-                    await roles.policy.load(str(self.checkpoints.folder), tag)
-                roles.policy.restore(self.policy_state)
+                    await roles.policy.load(str(self.checkpoints.folder), self.start.tag)
+                roles.policy.restore(self.start.state["policy"])
             await self.loop.publish(version=start)
             if self.algorithm.mixes:
                 await self.loop.publish(version=start, half="partner")
@@ -152,28 +160,18 @@ class Training:
         tag = self.checkpoints.tag(step)
         async with self.loop.policy_turn():
             await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
-        state = {"step": step, "ledger": self.ledger.state(), "data": self.data_id, "seed": self.settings.run.seed}
+        state = {"step": step, "ledger": self.ledger.state(), RUN: remembered(self.settings, self.contents)}
         state |= {"policy": self.loop.roles.policy.state(), "shaping": self.shaping.state()}
         self.checkpoints.complete(tag, state)
 
-    def _starting_point(self) -> tuple[int, str | None]:
-        """Steps already done, and the checkpoint that holds them."""
-        found = self.checkpoints.latest() if self.resume else None
-        if found is None:
-            if self.resume:
-                self.record.rewind(0)
-            return 0, None
-        tag, state = found
-        if (state["data"], state["seed"]) != (self.data_id, self.settings.run.seed):
-            raise UserError(
-                f"run.dir={self.settings.run.dir}: the checkpoint {tag} was made with other prompts or another run.seed, so the run "
-                "cannot go on where it stopped. Restore data.prompts and run.seed, or start a new run in another run.dir."
-            )
-        self.ledger.restore(state["ledger"])
-        self.policy_state = state["policy"]
-        self.shaping.restore(state["shaping"])
-        self.record.rewind(state["step"])
-        return state["step"], tag
+    def _rewound(self) -> int:
+        """Steps already done; the record of later ones is cut off, as they are done again."""
+        if self.start is not None:
+            self.record.rewind(self.start.step)
+            return self.start.step
+        if self.resume:
+            self.record.rewind(-1)  # also what was measured before the first step
+        return 0
 
 
 @contextmanager

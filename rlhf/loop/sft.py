@@ -8,7 +8,7 @@ import os
 
 from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, Wishes, uses_gpu
 from rlhf.cluster.precision import settle
-from rlhf.config.sft import SftSettings
+from rlhf.config.sft import SftSettings, one_rank
 from rlhf.config.sft_checks import check_warm_up
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import read_examples
@@ -16,6 +16,7 @@ from rlhf.data.loading_time import with_startup_deadline
 from rlhf.tracking.console import SupervisedConsole
 from rlhf.tracking.record import Record, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
+from rlhf.training.resume import remembered, sft_contents, starting_point
 from rlhf.training.sft import Conversations, NextToken
 from rlhf.training.supervised import Course, Saving, SupervisedGroup, train
 
@@ -33,7 +34,7 @@ def sft(settings: SftSettings, debug: bool = False, resume: bool = False) -> Non
         UserError: something the user can put right.
     """
     if debug:
-        settings = settings.model_copy(update={"policy": settings.policy.model_copy(update={"ranks": 1})})
+        settings = one_rank(settings)
     asyncio.run(Tuning(settings, debug, resume).run())
 
 
@@ -52,6 +53,10 @@ class Tuning:
             Conversations(self.examples.conversations), training.batch_size, training.epochs, settings.run.seed
         )
         check_warm_up(settings, self.course.updates)
+        self.contents = sft_contents(resolve(settings.policy.model), self.examples)
+        self.start = starting_point(settings, self.contents, self.course.updates) if resume else None
+        if self.start is not None:
+            log.warning("run.dir=%s: %s", settings.run.dir, "; ".join(self.start.words()))
 
     async def run(self) -> None:
         """Reserve the devices, start the ranks, take the remaining steps, export."""
@@ -90,13 +95,10 @@ class Tuning:
 
     def _saving(self) -> Saving:
         settings = self.settings
-        identity = {
-            "data.examples": self.examples.fingerprint(),
-            "run.seed": settings.run.seed,
-            "training.batch_size": settings.training.batch_size,
-        }
         checkpoints = Checkpoints(settings.run.dir, settings.checkpoint.keep)
-        return Saving(checkpoints, settings.checkpoint.every, self.resume, identity)
+        return Saving(
+            checkpoints, settings.checkpoint.every, self.resume, identity={}, run=remembered(settings, self.contents)
+        )
 
 
 def _wishes(settings: SftSettings) -> Wishes:

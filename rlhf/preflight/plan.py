@@ -28,21 +28,24 @@ from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
 from rlhf.preflight.memory import GIB, engine_memory, policy_memory
 from rlhf.preflight.report import judge_bytes
 from rlhf.rollout.pool import choose_backend
+from rlhf.tracking.record import recorded_dtype
+from rlhf.training.resume import Start, run_contents, starting_point
 from rlhf.types import Prompt
 
 
-def describe(settings: Settings, debug: bool = False) -> str:
+def describe(settings: Settings, debug: bool = False, resume: bool = False) -> str:
     """The plan, after everything that can be validated without weights has been.
 
     Args:
         debug: plan for `--debug`: all roles in one process.
+        resume: plan for `--resume`: the run in `run.dir` goes on.
 
     Raises:
         UserError: the run cannot work as configured.
     """
     if debug:
         settings = single_process(settings)
-    choice = choose_here(settings)
+    asked, choice = settings, choose_here(settings, recorded_dtype(settings.run.dir) if resume else None)
     settings = settled(settings, choice)
     algorithm = make(settings)
     inputs = read_inputs(settings)
@@ -50,7 +53,7 @@ def describe(settings: Settings, debug: bool = False) -> str:
     if device == "cuda" and settings.cluster.address is None:
         _check_gpus(settings, 1 if debug else _devices(settings))
     parts = {
-        "Run": _run(settings),
+        "Run": _run(settings, _going_on(asked, inputs) if resume else []),
         "Inputs": _inputs(settings, inputs),
         "Algorithm": _algorithm(settings, inputs, algorithm),
         "Roles": _roles(settings, inputs, device, debug, choice),
@@ -81,12 +84,24 @@ def _check_gpus(settings: Settings, needed: int) -> None:
         )
 
 
-def _run(settings: Settings) -> Iterator[str]:
+def _going_on(settings: Settings, inputs: Inputs) -> list[str]:
+    """Where a resumed run goes on, a line each. Raises UserError if it cannot."""
+    contents = run_contents(inputs.model_path, inputs.prompts)
+    return start_lines(starting_point(settings, contents, settings.loop.steps))
+
+
+def start_lines(start: Start | None) -> list[str]:
+    """The same in words."""
+    return ["begins anew: nothing is recorded yet"] if start is None else list(start.words())
+
+
+def _run(settings: Settings, going_on: Sequence[str]) -> Iterator[str]:
     checkpoint, tracking = settings.checkpoint, settings.tracking
     folder = os.path.abspath(settings.run.dir)
-    held = os.path.exists(os.path.join(folder, "manifest.json"))
+    held = not going_on and os.path.exists(os.path.join(folder, "manifest.json"))
     state = ", which holds a run: continue it with --resume, or choose another `run.dir`" if held else ""
     yield f"folder {folder}{state}; seed {settings.run.seed}"
+    yield from going_on
     every = f"every {checkpoint.every} steps, the last {checkpoint.keep} kept" if checkpoint.every else "never"
     yield f"checkpoints: {every}; export of the final policy: {'yes' if checkpoint.export else 'no'}"
     project = "" if tracking.wandb == "off" else f", project {tracking.project}"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rlhf.cluster import uses_gpu
 from rlhf.cluster.precision import Choice, choose_here, settled
-from rlhf.config.sft import SftSettings
+from rlhf.config.sft import SftSettings, one_rank
 from rlhf.config.sft_checks import check_warm_up
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import ReadConversations, read_examples
 from rlhf.preflight.inputs import PlanError, open_model
-from rlhf.preflight.plan import dtype_line
+from rlhf.preflight.plan import dtype_line, start_lines
 from rlhf.preflight.shapes import ModelShape, model_shape
+from rlhf.tracking.record import recorded_dtype
+from rlhf.training.resume import sft_contents, starting_point
 from rlhf.training.sft import Conversations
 from rlhf.training.supervised import Course
 
@@ -39,32 +41,43 @@ def read_model(settings: SftSettings) -> tuple[str, ModelShape]:
     return config.model_type, shape
 
 
-def describe_sft(settings: SftSettings) -> str:
+def describe_sft(settings: SftSettings, debug: bool = False, resume: bool = False) -> str:
     """The plan, after everything that can be validated without weights has been.
+
+    Args:
+        debug: plan for `--debug`: one rank in this process.
+        resume: plan for `--resume`: the run in `run.dir` goes on.
 
     Raises:
         UserError: the run cannot work as configured.
     """
-    choice = choose_here(settings)
+    if debug:
+        settings = one_rank(settings)
+    asked, choice = settings, choose_here(settings, recorded_dtype(settings.run.dir) if resume else None)
     settings = settled(settings, choice)
     kind, shape = read_model(settings)
     examples, held_out = read_examples(settings.policy.model, settings.data)
     training = settings.training
     course = Course(Conversations(examples.conversations), training.batch_size, training.epochs, settings.run.seed)
     check_warm_up(settings, course.updates)
+    going_on: list[str] = []
+    if resume:
+        contents = sft_contents(resolve(settings.policy.model), examples)
+        going_on = start_lines(starting_point(asked, contents, course.updates))
     parts = {
-        "Run": _run(settings),
+        "Run": _run(settings, going_on),
         "Examples": _examples(settings, examples, held_out),
         "Training": _training(settings, choice, kind, shape, course),
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts.items())
 
 
-def _run(settings: SftSettings) -> Iterator[str]:
+def _run(settings: SftSettings, going_on: Sequence[str]) -> Iterator[str]:
     folder, checkpoint = os.path.abspath(settings.run.dir), settings.checkpoint
-    held = os.path.exists(os.path.join(folder, "manifest.json"))
+    held = not going_on and os.path.exists(os.path.join(folder, "manifest.json"))
     state = ", which holds a run: continue it with --resume, or choose another `run.dir`" if held else ""
     yield f"folder {folder}{state}; seed {settings.run.seed}"
+    yield from going_on
     every = (
         f"every {checkpoint.every} optimizer steps, the last {checkpoint.keep} kept" if checkpoint.every else "never"
     )

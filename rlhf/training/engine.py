@@ -26,6 +26,10 @@ FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "grad_partitions_flat_buffer", "
 """Where DeepSpeed's optimizers keep master weights and gradients besides the inner optimizer's own."""
 
 
+PRESENT = ("initial_lr", "betas", "weight_decay")
+"""Settings of the optimizer that a checkpoint remembers too."""
+
+
 class TrainingDiverged(RuntimeError):
     """A loss or gradient is not finite; nothing was applied."""
 
@@ -108,11 +112,11 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,  # an offloaded one too: torch's kernel for CPUs reads each number once, several times as fast as one by one
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, total_updates))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, total_updates))
         config = deepspeed_config(settings, learn=True)
         _partition(model, settings, config)
         self.engine, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
+            model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=config
         )
         self.ranks = torch.distributed.get_world_size()
         self._resting = Resting()
@@ -199,14 +203,21 @@ class Trainer:
         self.engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
-        """Restore what `save` wrote; collective.
+        """Restore what `save` wrote, but for the optimizer's settings, which are those of now; collective.
 
         Raises:
             FileNotFoundError: no such checkpoint.
         """
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"no DeepSpeed checkpoint {name!r} in {folder}")
+        schedule = self._schedule
+        present = [{name: group[name] for name in PRESENT} for group in schedule.optimizer.param_groups]
         self.engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_what_learns)
+        # torch restores the settings with the state, and a learning rate that was lowered for the rest would change nothing.
+        schedule.base_lrs = [group["initial_lr"] for group in present]
+        for group, own, factor in zip(schedule.optimizer.param_groups, present, schedule.lr_lambdas, strict=True):
+            group.update(own, lr=own["initial_lr"] * factor(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 def _only_what_learns(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

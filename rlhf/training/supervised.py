@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from rlhf.config.policy import PolicySettings
 from rlhf.training.balance import plan_updates
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.engine import TrainingDiverged
+from rlhf.training.resume import RUN
 from rlhf.training.supervised_rank import Learned, Learner, Share, SupervisedRank
 
 BATCHES_PER_SORT = 20
@@ -190,12 +191,14 @@ class Saving:
         every: optimizer steps between two; 0: none.
         resume: go on from the last complete one.
         identity: what a resumed run must share with the one it continues (name -> value, as JSON).
+        run: what else the checkpoints keep of the run (see `rlhf.training.resume`).
     """
 
     checkpoints: Checkpoints
     every: int
     resume: bool
     identity: Mapping[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict)
 
 
 async def train(
@@ -249,7 +252,8 @@ async def _starting_point(group: SupervisedGroup, journal: Journal, saving: Savi
         journal.rewind(-1)  # also of what was measured before the first step
         return 0
     tag, state = found
-    differ = [name for name, value in saving.identity.items() if state["identity"].get(name) != value]
+    before = state["identity"]  # of an earlier version it may lack some
+    differ = [name for name, value in saving.identity.items() if before.get(name, value) != value]
     if differ:
         raise UserError(
             f"{saving.checkpoints.folder / tag}: the checkpoint was made with another {' and '.join(differ)}, so the run cannot go on "
@@ -263,4 +267,4 @@ async def _starting_point(group: SupervisedGroup, journal: Journal, saving: Savi
 async def _save(group: SupervisedGroup, saving: Saving, step: int) -> None:
     tag = saving.checkpoints.tag(step)
     await group.save(str(saving.checkpoints.folder), tag)
-    saving.checkpoints.complete(tag, {"step": step, "identity": dict(saving.identity)})
+    saving.checkpoints.complete(tag, {"step": step, "identity": dict(saving.identity), RUN: dict(saving.run)})

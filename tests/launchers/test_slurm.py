@@ -116,6 +116,23 @@ def test_preemption_requeues_and_the_restart_resumes(stage: Any, restart: int) -
     assert (stage.run_dir / "slurm" / "7-1" / "driver.log").exists()
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_restart_without_a_checkpoint_begins_anew_and_keeps_the_record(stage: Any, checkpoint: bool) -> None:
+    """`rlhf train --resume` refuses to delete recorded steps, and nobody is there to decide."""
+    stage.run_dir.mkdir()
+    for name in ("manifest.json", "metrics.jsonl"):
+        (stage.run_dir / name).write_text("{}\n")
+    if checkpoint:
+        (stage.run_dir / "checkpoints" / "step-000002").mkdir(parents=True)
+        (stage.run_dir / "checkpoints" / "step-000002" / "state.json").write_text("{}")
+    (stage.folder / "driver").write_text("0")
+    submit(stage, SLURM_RESTART_COUNT="1")
+    assert stage.ended() == 0
+    assert calls_of(stage, "rlhf")[0].endswith("--resume")
+    assert (stage.run_dir / "metrics.jsonl").exists() == checkpoint
+    assert (stage.run_dir / "metrics.before-restart-1.jsonl").exists() != checkpoint
+
+
 def test_a_cancelled_job_ends_clean_and_is_not_requeued(stage: Any) -> None:
     submit(stage)
     stage.until("driver-runs")

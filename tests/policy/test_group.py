@@ -296,6 +296,16 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule(
     run(use())
 
 
+@pytest.mark.parametrize(("target", "coef"), [(None, PPO.kl_coef), (0.5, 9.0)])
+def test_a_factor_on_the_kl_is_restored_only_where_something_steers_it(
+    settings: Callable, target: float | None, coef: float
+) -> None:
+    """Otherwise a run that is resumed with another algorithm.kl_coef would go on with the old one."""
+    group = PolicyGroup(settings(), [], replace(PPO, kl_target=target))
+    group.restore({"kl_coef": 9.0})
+    assert group.state() == {"kl_coef": coef}
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_engines_side_by_side_in_bf16(

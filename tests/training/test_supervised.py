@@ -236,3 +236,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_words(
         UserError, match=r"step 2 of 6: the loss or its gradient is not finite.*Lower the learning rate"
     ):
         run(learn(local, settings, tmp_path, NotANumber(settings)))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (3, "fp32")])
+def test_a_resumed_training_takes_the_present_learning_rate_and_decay(
+    tiny_model: Path, run: Callable, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    """Not those that DeepSpeed's checkpoint remembers: users resume to lower the rate."""
+    data = Conversations(conversations())
+
+    async def step(restored: bool, **fields: Any) -> tuple[float, dict[str, Any]]:
+        settings = policy(tiny_model, zero_stage=stage, dtype=dtype, schedule="constant", warmup_steps=0, **fields)
+        group = await SupervisedGroup.start(LocalRuntime(), NextToken(settings), settings, CLUSTER, 0, 4)
+        if restored:
+            await group.load(str(tmp_path), "step")
+        metrics = await group.learn(1, data, list(data.units(0)))
+        await group.save(str(tmp_path), "again" if restored else "step")
+        (rank,) = group._ranks
+        await group.close()
+        return metrics["train/learning_rate"], rank.target.trainer.engine.optimizer.param_groups[0]
+
+    assert run(step(False, learning_rate=1e-2))[0] == 1e-2
+    rate, used = run(step(True, learning_rate=1e-4, weight_decay=0.5, adam_betas=(0.5, 0.6)))
+    assert rate == 1e-4
+    assert (used["weight_decay"], tuple(used["betas"]), used["lr"]) == (0.5, (0.5, 0.6), 1e-4)

@@ -231,6 +231,7 @@ async def _fine_tune(
     measured = None if held_out is None else Preferences(held_out, model.ids(held_out.examples), objective)
     journal = Journal(folder, course.updates, group.resume)
     identity = {"data or objective": examples.fingerprint(), "seed": settings.seed, "batch size": settings.batch_size}
+    identity |= {"ranks": group.ranks, "zero stage": group.zero_stage, "dtype": group.dtype}
     saving = Saving(Checkpoints(str(folder), keep=1), group.checkpoint_every, group.resume, identity)
     model.module.to("cpu")
     cluster = _cluster(group, model)
