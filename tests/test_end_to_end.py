@@ -75,6 +75,7 @@ def test_the_first_step_shows_what_theory_says(ray_run: Path, debug_run: Path) -
         for line in lines(folder / "metrics.jsonl"):
             assert line["policy/logprob_gap"] < 1e-4, "the engine and the trainer agree after each publish"
         assert lines(folder / "metrics.jsonl")[-1]["policy/kl"] != 0
+    assert all(line["policy/probe_gap"] < 1e-4 for line in lines(ray_run / "metrics.jsonl")), "each of the two engines"
 
 
 def test_ray_and_debug_mode_are_the_same_run(ray_run: Path, debug_run: Path) -> None:
@@ -94,6 +95,7 @@ def test_mixtures_are_the_same_run_in_ray_and_debug_mode(tmp_path: Path) -> None
         train(tmp_path / f"run{len(mode)}", *quick, *mode)
     both = zip(lines(tmp_path / "run0" / "metrics.jsonl"), lines(tmp_path / "run1" / "metrics.jsonl"), strict=True)
     for one, other in both:
+        assert max(line[f"policy/probe_gap{half}"] for line in (one, other) for half in ("", "_partner")) < 1e-4
         for name in ("reward/mean", "rollout/tokens", "policy/loss", "policy/grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=5e-3, abs=1e-5), (one["step"], name)
 
