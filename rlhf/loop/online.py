@@ -1,7 +1,8 @@
 """The online loop: lease prompts, sample, judge, build items, learn, publish, record.
 
 The driver runs this. It holds facts, rewards and references, never a tensor. The loop is synchronous: every response of a
-step was written by the weights that the step starts from.
+step was written by the weights that the step starts from. How many prompts a step asks for is decided in `batch`, whether the run
+learns anything in `progress`.
 """
 
 from __future__ import annotations
