@@ -101,11 +101,12 @@ def _score(objective: Preference) -> str:
 def _link(term: Contrast) -> str:
     if term.link == "linear":
         return f"{term.scale:g} x {'(log pi - log ref)' if term.anchored else 'log pi'}"
+    offset = f", margin {term.scale * term.offset:g}" if term.offset else ""
     length = f", {term.length_coef:g} per token" if term.length_coef else ""
     strength = f"{term.scale:g}"
     if term.link == "hinge":
         strength = f"margin {term.margin:g}" if term.scale == 1 else f"{strength}, margin {term.margin:g}"
-    return f"{term.link}({strength}{length})"
+    return f"{term.link}({strength}{offset}{length})"
 
 
 def _anchor(algorithm: Algorithm) -> str:

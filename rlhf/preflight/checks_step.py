@@ -68,8 +68,9 @@ def worst_case(settings: Settings, tokenizer: Any, folder: Path) -> Settings:
         "tracking": {"wandb": "off", "console": "off"},
         "reward": _trial_reward(settings.reward),
     }
-    if getattr(settings.algorithm, "critic_warmup_steps", 0):
-        changes["algorithm"] = {"critic_warmup_steps": 0}
+    # No response of the trial ends by itself, and the policy is to learn in the one step that there is.
+    off = {"critic_warmup_steps": 0, "mask_truncated": False}
+    changes["algorithm"] = {field: value for field, value in off.items() if hasattr(settings.algorithm, field)}
     sections = {name: getattr(settings, name).model_copy(update=update) for name, update in changes.items()}
     return settings.model_copy(update=sections)
 

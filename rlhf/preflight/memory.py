@@ -211,7 +211,11 @@ def policy_memory(
     start = 0.0
     if evaluates and not isinstance(algorithm.reference, Fixed):
         start = 0.0 if lora else states.weights
-    remembered = sum(isinstance(rule, Ema | Extrapolated) for rule in anchors)
+    averages, iterates = (sum(isinstance(rule, kind) for rule in anchors) for kind in (Ema, Extrapolated))
+    masters = settings.ranks if settings.zero_stage > 0 else 1
+    remembered = (
+        averages / shards + iterates / masters
+    )  # an average of this rank's weights; its part of the fp32 masters
     # At stage 3 anchors are shards that stay, and so do DeepSpeed's own buffers for gradients.
     kept = (sum(copies) + start if on_device else 0) + trained * (
         states.gradients + REDUCE_BUCKET * BYTES[settings.dtype]
@@ -230,7 +234,7 @@ def policy_memory(
         buckets=buckets(shape, settings, gpu) + another,
         host=(states.optimizer - optimizer) * trained
         + (0 if on_device else states.weights * trained + sum(copies) + start)
-        + remembered * trained_parameters(shape, settings) * 4 / shards,
+        + remembered * trained_parameters(shape, settings) * 4,
         publishing=publishing(shape, settings, gpu),
         loading=loading(shape, settings),
         loading_host=loading_host(shape, settings),

@@ -130,7 +130,10 @@ def test_the_catalogue_lists_every_method_and_agrees_with_its_declaration() -> N
     assert rows["ipo_md"].sources == "2 mixture by policy^0.875 reference^0.125"
     assert rows["selm"].sources == "1 y_gen by policy (greedy), data set's pair"
     assert rows["selm"].link == "logistic(0.01) + 1e-05 x (log pi - log ref)"
-    assert rows["slic"].anchor == "none"
+    assert rows["slic"].anchor == rows["simpo"].anchor == "none"
+    assert (rows["simpo"].link, rows["rdpo"].link) == ("logistic(2, margin 1)", "logistic(0.1, 0.01 per token)")
+    assert rows["cispo"].estimator == "less mean, over std, clipped weights, tis"
+    assert catalogue.describe(declared("online_dpo", loss="hinge")).link == "hinge(0.1, margin 1)"
     assert rows["nash_ema"].anchor == "fixed; partner: ema(0.999)"
 
 

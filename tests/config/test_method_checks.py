@@ -168,6 +168,12 @@ def test_what_costs_a_method_its_promise_is_a_warning(
     assert not list(method_warnings(load_with(*base)))
 
 
+def test_a_temperature_that_vllm_does_not_take_is_refused(load_with: LoadWith) -> None:
+    load_with("rollout.temperature=2.0")
+    with pytest.raises(ConfigError, match=r"`rollout\.temperature`"):
+        load_with("rollout.temperature=2.5")
+
+
 def test_each_correction_has_bounds_that_work(load_with: LoadWith) -> None:
     """Truncation raises no weight; a response's geometric mean is far closer to 1 than a token's weight."""
 

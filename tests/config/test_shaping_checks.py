@@ -23,6 +23,11 @@ def with_members(*members: str) -> list[str]:
 CASES = [
     ([f"reward.members=[{A}, {B}]"], ["`reward.members`", "`reward.kind` is function"], SEVERAL),
     (["reward.combine=worst"], ["`reward.combine`"], ["reward.combine=mean"]),
+    (
+        ["reward.transforms=[{name: overlong, buffer: 256}]"],
+        ["`reward.transforms[0].buffer`", "256", "`rollout.max_tokens`"],
+        ["reward.transforms=[{name: overlong, buffer: 64}]"],
+    ),
     (["reward.common_set=c.jsonl"], ["`reward.common_set`"], [*SEVERAL, "reward.common_set=c.jsonl"]),
     (["reward.uncertainty_penalty=0.5"], ["`reward.uncertainty_penalty`"], ["reward.uncertainty_penalty=0.1"]),
     (with_members(A), ["`reward.members`", "there are 1"], SEVERAL),

@@ -349,7 +349,13 @@ def test_outcomes_without_a_score() -> None:
 def test_the_worst_case_is_as_long_as_it_may_be(tokenizer: Any, tmp_path: Path) -> None:
     settings = load(
         TINY,
-        ["policy.micro_batch_tokens=700", "loop.prompts_per_step=40", "loop.eval_every=1", "policy.warmup_steps=2"],
+        [
+            "policy.micro_batch_tokens=700",
+            "loop.prompts_per_step=40",
+            "loop.eval_every=1",
+            "policy.warmup_steps=2",
+            "algorithm.mask_truncated=true",
+        ],
     )
     trial = checks_step.worst_case(settings, tokenizer, tmp_path)
     assert trial.loop.prompts_per_step == 8, "two ranks, each with four prompts of 128 + 2 x 16 tokens in 700"
@@ -360,6 +366,7 @@ def test_the_worst_case_is_as_long_as_it_may_be(tokenizer: Any, tmp_path: Path) 
         0,
     )
     assert trial.policy.model_copy(update={"warmup_steps": 2}) == settings.policy
+    assert not trial.algorithm.mask_truncated, "no response of the trial ends by itself"
     prompts = load_prompts(trial.data.prompts, tokenizer, trial.data)
     assert len({prompt.token_ids for prompt in prompts}) == 8
     assert all(120 <= len(prompt.token_ids) <= 128 for prompt in prompts)

@@ -191,6 +191,8 @@ def test_memory_follows_the_method(with_method: Callable[..., PolicyMemory]) -> 
     assert need({"name": "nash_ema"}).partner == plain.reference
     assert need({"name": "nash_ema"}).host == 4 * parameters, "the average, in fp32"
     assert need({"name": "online_dpo", "reference": "extrapolated"}).host == 4 * parameters
+    sharded = need({"name": "online_dpo", "reference": "extrapolated"}, "policy.zero_stage=1", "policy.ranks=2")
+    assert sharded.host == 2 * parameters, "its part of the fp32 masters"
     assert need({"name": "iterative_dpo"}) == plain
     assert need({"name": "iterative_dpo"}, evaluates=True).start == plain.reference
     assert need({"name": "online_dpo"}, evaluates=True) == plain, "a fixed reference is the start"
