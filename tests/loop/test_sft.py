@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.cli import main
@@ -144,6 +145,17 @@ def test_the_dry_run_says_what_would_be_learned(config: Path, tmp_path: Path, ca
     assert "7 examples of up to" in shown and "1 left out (too_long)" in shown
     assert "90 optimizer steps: 30 epoch(s) of 3" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_refuses_weights_that_are_not_the_models(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture, tiny_model: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert main(["sft", str(config), "--dry-run", f"policy.model={model}"]) == 2
+    assert "`model.norm.weight` is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
