@@ -31,7 +31,7 @@ ROWS = 64
 GATHER_ELEMENTS = 64 * 2**20
 
 
-ELSEWHERE = ("host", "publishing", "resting", "loading", "loading_host")
+ELSEWHERE = ("host", "publishing", "resting", "loading", "loading_host", "exporting")
 """Fields of `PolicyMemory` that are not on the device in a learning step."""
 
 
@@ -49,6 +49,7 @@ class PolicyMemory:
         resting: what stays on the device while engines have it, where they share it.
         loading: beside what is resident, while models are loaded: their tensors on the way to their shards.
         loading_host: in host memory meanwhile; at ZeRO-3 on the first rank alone. Page cache is not counted.
+        exporting: in host memory of the first rank while the whole policy is written.
     """
 
     policy: float
@@ -66,6 +67,7 @@ class PolicyMemory:
     resting: float
     loading: float
     loading_host: float
+    exporting: float
 
     def parts(self) -> dict[str, float]:
         """What lies on the device in a learning step, by name; what the method does not have is left out."""
@@ -238,6 +240,7 @@ def policy_memory(
         publishing=publishing(shape, settings, gpu),
         loading=loading(shape, settings),
         loading_host=loading_host(shape, settings),
+        exporting=shape.parameters * BYTES[settings.dtype],
         resting=weights * trained + (kept if settings.zero_stage == 3 else 0),
     )
 

@@ -91,14 +91,20 @@ def shape_of(model: str) -> ModelShape:
         return known_shape(known)
     from transformers import AutoConfig
 
+    from rlhf.training.trainable import MALFORMED
+
     try:
-        return model_shape(AutoConfig.from_pretrained(path))
-    except (OSError, ValueError) as error:
+        return model_shape(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    except MALFORMED as error:
         where = f"the folder {path}" if os.path.isdir(path) else f"`{path}`"
         raise UserError(
-            f"`policy.model`: {where} has no readable configuration of a causal language model: {str(error).splitlines()[0].rstrip('.')}. "
+            f"`policy.model`: {where} has no readable configuration of a causal language model: {_first_line(error)}. "
             f"Give a folder with a config.json, a hub name, or one of {', '.join(KNOWN)}"
         ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def judge_bytes(settings: Settings) -> float:
@@ -254,7 +260,10 @@ def _loading(settings: Settings, made: Estimate) -> str:
         where = "on the first rank's host, which reads for all"
     else:
         where = f"per rank, {_gb(host * settings.policy.ranks)} over all {settings.policy.ranks}"
-    return f"while models are loaded: {_gb(made.loading)} GB of a rank's GPU; in host memory {_gb(host)} GB {where}"
+    return (
+        f"while models are loaded: {_gb(made.loading)} GB of a rank's GPU; in host memory {_gb(host)} GB {where}; "
+        f"an export takes {_gb(made.policy.exporting)} GB on the first rank's host"
+    )
 
 
 def _table(plan: Plan) -> Iterator[str]:

@@ -285,6 +285,7 @@ def test_loading_a_70b_model_fits_eight_gpus_of_80_gb() -> None:
     assert need.loaded == 2 * whole / ranks + need.loading, "shards of policy and reference, and a tensor on its way"
     assert need.loaded < 40e9 < 80e9 < whole
     assert need.loading_host == 3 * need.loading < 7e9, "on the first rank's host alone"
+    assert need.exporting == whole, "gathered on the first rank's host, tensor by tensor"
     each = policy_memory(shape, settings.model_copy(update={"zero_stage": 2}), DPO)
     assert each.loading_host == whole and each.loaded == 2 * whole, "below stage 3 every rank holds it all"
 

@@ -224,6 +224,8 @@ def test_the_report_in_words_and_numbers(capsys: pytest.CaptureFixture[str], tmp
         "8.03 billion parameters, 16.1 GB in bf16",
         "128 KiB of key-value cache",
         "7 steps",
+        "while models are loaded: ",
+        "an export takes 16.1 GB on the first rank's host",
         "Proposed: ",
         "Assumed",
     ):
@@ -259,6 +261,22 @@ def test_a_configured_layout_is_judged() -> None:
 def test_mistakes_are_one_message(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_sizes_that_make_no_model_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 0,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert (
+        "no readable configuration of a causal language model: integer division or modulo by zero"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_documented_table_is_what_the_planner_says() -> None:
