@@ -31,7 +31,7 @@ from rlhf.reward.reading import Conversation
 from rlhf.reward.serving.canaries import load_canaries
 from rlhf.reward.shaping import Shaping
 from rlhf.reward.verifiers.verifier import check_prompts
-from rlhf.training.trainable import check_policy, check_vocabulary, read_config
+from rlhf.training.trainable import check_adapters, check_policy, check_vocabulary, read_config
 from rlhf.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ def open_model(settings: Settings | SftSettings, path: str) -> tuple[Any, Any]:
     config = check_policy(path)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, config, path)
+    if settings.policy.lora.rank:
+        check_adapters(config, settings.policy.lora)
     if settings.data.chat_template and not tokenizer.chat_template:
         raise PlanError(
             f"`data.chat_template`: the tokenizer of `{name}` has no chat template. Set `data.chat_template: false`, "

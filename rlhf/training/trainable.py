@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from rlhf.config.policy import LoraSettings
 from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.training import attention
 from rlhf.training.model import ModelError
@@ -215,6 +216,14 @@ class _Probe:
 
 def _layers(built: nn.Module) -> int:
     return built.config.get_text_config().num_hidden_layers
+
+
+def check_adapters(config: Any, settings: LoraSettings) -> None:
+    """Raises LoraError if the architecture has no such layers to adapt, or layers that LoRA is not meant for here."""
+    from rlhf.training import lora  # loads peft, which takes seconds
+
+    with torch.device("meta"):
+        lora.add_adapters(AutoModelForCausalLM.from_config(config), settings)
 
 
 def check_vocabulary(tokenizer: Any, config: Any, path: str, where: str = "`policy.model`") -> None:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -37,6 +36,8 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
+    import deepspeed  # which takes seconds, and whoever gets here has it already
+
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
         yield
 

@@ -228,6 +228,13 @@ def test_every_token_must_have_an_embedding(tmp_path: Path) -> None:
         describe(tiny(f"policy.model={model}"))
 
 
+@pytest.mark.parametrize("target", ["no_such_layer", "lm_head", "embed_tokens"])
+def test_layers_that_cannot_be_adapted_are_refused(target: str) -> None:
+    describe(tiny("policy.lora.rank=2", "policy.lora.target_modules=[q_proj]"))
+    with pytest.raises(UserError, match=rf"policy\.lora\.target_modules: .*{target}"):
+        describe(tiny("policy.lora.rank=2", f"policy.lora.target_modules=[{target}]"))
+
+
 def test_an_architecture_that_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     model = copy_of_the_model(tmp_path)
     config = json.loads((model / "config.json").read_text())
