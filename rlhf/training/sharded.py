@@ -34,8 +34,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from rlhf.data.architecture import build_empty, check_finite, quiet_transformers
-from rlhf.data.weight_files import StoredTensor, WeightsError, read_headers
+from rlhf.data.architecture import build_empty, check_finite, quiet_transformers, refuse
+from rlhf.data.weight_files import Difference, StoredTensor, WeightsError, read_headers
 from rlhf.training.weights import GATHER_ELEMENTS
 
 
@@ -71,9 +71,11 @@ def load_sharded(
     headers = read_headers(folder, where)
     model = build_empty(folder, architecture, config, where, **options)
     model.tie_weights()
-    conversions, places = model._weight_conversions, _places(model)
-    parts = _Reader(model, headers, places, f"{where}: the weights in `{folder}`").parts() if _first() else None
+    conversions, places, what = model._weight_conversions, _places(model), f"{where}: the weights in `{folder}`"
+    parts = _Reader(model, headers, places, what).parts() if _first() else None
     _distribute(places, parts, model.config.dtype, sharding)
+    left = [name for name, found in places.items() if getattr(found[0].module, found[0].attribute).is_meta]
+    refuse(Difference(missing=frozenset(left)), what)
     _compute_buffers(model, _device())
     model._weight_conversions = conversions
     model.config.name_or_path = str(folder)
@@ -261,12 +263,14 @@ class _Reader:
         """
         targets: dict[str, list[str]] = {}
         for key in sorted(self._headers, key=dot_natural_key):
-            targets.setdefault(self._target(key), []).append(key)
+            name = self._target(key)
+            if name in self._places:  # what else there is, transformers passes over
+                targets.setdefault(name, []).append(key)
         filled: dict[int, str] = {}
         group: list[str] = []
         size = 0
         for name, keys in targets.items():
-            twin = filled.setdefault(id(self._places.get(name, keys)), keys[0])
+            twin = filled.setdefault(id(self._places[name]), keys[0])
             if twin != keys[0]:
                 one, other = (files[self._headers[key].file].get_tensor(key) for key in (twin, keys[0]))
                 if not torch.equal(one, other):
