@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.reward.reading import Comparison, Example, Input, PromptOnly, Reader, Tokens, as_text, transcript
@@ -69,6 +69,7 @@ def test_without_a_template_turns_go_under_their_roles() -> None:
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, PLAIN])
 @pytest.mark.parametrize("kind", ["example", "comparison", "prompt"])
+@settings(max_examples=40)
 @given(limit=st.integers(1, 140), response=st.text("a0 é\n", max_size=20))
 def test_the_prompt_is_cut_and_no_response(kind: str, tokenizer: Any, limit: int, response: str) -> None:
     """The first token stays, the end stays; what is lost is a part of the prompt."""
