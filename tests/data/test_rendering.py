@@ -229,7 +229,7 @@ def test_nulls_inside_turns_count_as_not_given(tmp_path: Path) -> None:
 def test_two_system_turns_are_refused(tmp_path: Path) -> None:
     row = {"messages": [{"role": "system", "content": "Be brief."}, user("q")]}
     (own,) = load(tmp_path, tokenizer_with(PLAIN), row)
-    assert own.conversation[0] == ("system", "Be brief.")
+    assert own.conversation[0][:2] == ("system", "Be brief.")
     with pytest.raises(DataError, match=r"rows\.jsonl:1: has a system message of its own, and data\.system_prompt"):
         load(tmp_path, tokenizer_with(PLAIN), row, system_prompt="Be kind.")
 
