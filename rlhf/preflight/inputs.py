@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def read_inputs(settings: Settings) -> Inputs:
     held_out: Sequence[Prompt] = ()
     if settings.data.eval_prompts is not None:
         held_out = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)
+    read = chain.from_iterable(prompt.token_ids for prompt in (*prompts, *held_out))
+    check_vocabulary(tokenizer, config, path, token_ids=read)
     if settings.data.chat_template:  # a text that is rendered already has them on purpose
         _warn_of_control_tokens(tokenizer, [*prompts, *held_out])
     _check_critic(settings, config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -226,14 +227,28 @@ def check_adapters(config: Any, settings: LoraSettings) -> None:
         lora.add_adapters(AutoModelForCausalLM.from_config(config), settings)
 
 
-def check_vocabulary(tokenizer: Any, config: Any, path: str, where: str = "`policy.model`") -> None:
-    """Raises ModelError if the tokenizer has tokens that the model has no embedding for."""
+def check_vocabulary(
+    tokenizer: Any, config: Any, path: str, where: str = "`policy.model`", token_ids: Iterable[int] = ()
+) -> None:
+    """Whether every token that the model will read has an embedding. One that nothing writes may be without (Gemma 3's text models name an
+    image token).
+
+    Args:
+        token_ids: of the data, besides what the tokenizer and its chat template write by themselves.
+
+    Raises:
+        ModelError: a special token, a token in the chat template or one of `token_ids` has none.
+    """
     rows = config.get_text_config().vocab_size
-    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
-    if beyond:
-        token, number = min(beyond.items(), key=lambda entry: entry[1])
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    template = str(tokenizer.chat_template or "")
+    written = {number for number, token in beyond.items() if number in special or token in template}
+    read = written.union(beyond.keys() & set(token_ids))
+    if read:
+        number = min(read)
         raise ModelError(
-            f"{where}: the tokenizer of `{path}` has {len(beyond)} token(s) that the model has no embedding for: `{token}` is number "
-            f"{number}, and the embedding has {rows} rows (`vocab_size`). Enlarge it with "
-            f"`model.resize_token_embeddings({max(beyond.values()) + 1})` and save the model, or take the tokens out of the tokenizer"
+            f"{where}: the tokenizer of `{path}` writes {len(read)} token(s) that the model has no embedding for: `{beyond[number]}` is "
+            f"number {number}, and the embedding has {rows} rows (`vocab_size`). Enlarge it with "
+            f"`model.resize_token_embeddings({max(beyond) + 1})` and save the model, or take the tokens out of the tokenizer"
         )

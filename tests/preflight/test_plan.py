@@ -222,10 +222,13 @@ def test_every_token_must_have_an_embedding(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens([f"<{number}>" for number in range(100)])
     tokenizer.save_pretrained(model)
+    describe(tiny(f"policy.model={model}"))  # nothing writes those that are too many
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"<99> {number}"}) + "\n" for number in range(8)))
     with pytest.raises(
-        UserError, match=r"`policy\.model`: the tokenizer of .* number 320, and the embedding has 320 rows"
+        UserError, match=r"`policy\.model`: the tokenizer of .* `<99>` is number \d+, and the embedding has 320 rows"
     ):
-        describe(tiny(f"policy.model={model}"))
+        describe(tiny(f"policy.model={model}", f"data.prompts={prompts}"))
 
 
 @pytest.mark.parametrize("target", ["no_such_layer", "lm_head", "embed_tokens"])

@@ -126,10 +126,17 @@ def test_tokens_beyond_the_embedding_are_refused(tiny_model: Path) -> None:
     config = check_policy(str(tiny_model))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.add_tokens([f"<{number}>" for number in range(320 - len(tokenizer))])
-    check_vocabulary(tokenizer, config, "FOLDER")
+    check_vocabulary(tokenizer, config, "FOLDER", token_ids=[319])
     tokenizer.add_tokens(["<think>", "</think>"])
-    with pytest.raises(
-        ModelError, match=r"2 token\(s\) .* `<think>` is number 320, and the embedding has 320 rows"
-    ) as refused:
-        check_vocabulary(tokenizer, config, "FOLDER")
+    check_vocabulary(tokenizer, config, "FOLDER", token_ids=[319])  # nothing writes them
+    words = r"1 token\(s\) .* `</think>` is number 321, and the embedding has 320 rows"
+    with pytest.raises(ModelError, match=words) as refused:
+        check_vocabulary(tokenizer, config, "FOLDER", token_ids=[5, 321])
     assert "resize_token_embeddings(322)" in str(refused.value)
+    tokenizer.chat_template += "<think>"
+    with pytest.raises(ModelError, match="`<think>` is number 320"):
+        check_vocabulary(tokenizer, config, "FOLDER")
+    tokenizer.chat_template = None
+    tokenizer.pad_token = "</think>"
+    with pytest.raises(ModelError, match="`</think>` is number 321"):
+        check_vocabulary(tokenizer, config, "FOLDER")
