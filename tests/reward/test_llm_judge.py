@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -23,6 +25,7 @@ from starlette.routing import Route
 
 from rlhf.cluster import LocalRuntime
 from rlhf.config.reward import SourceSettings
+from rlhf.data.weight_files import WeightsError
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges import asking, llm_judge_endpoint, llm_judge_engine
 from rlhf.reward.judges.llm_judge import PLACES, QUESTION, LlmJudge, Question, check_llm_judge, make_llm_judge
@@ -60,6 +63,16 @@ def test_the_answers_are_the_tokens_of_the_letters(tiny_model) -> None:
     assert opened.answers == (opened.reader.tokens("A")[0], opened.reader.tokens("B")[0])
     assert opened.reader.text("A or B?") == "<|user|>A or B?<|end|><|assistant|>"
     assert opened.question_tokens == len("A or B?") + 3
+
+
+def test_weights_that_are_not_the_models_are_refused_before_an_engine_starts(tiny_model, tmp_path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"^`reward\.path`: .*up_proj\.weight` is missing"):
+        open_model(str(folder), "A or B?")
 
 
 @pytest.mark.parametrize(("gpus", "devices"), [(0.0, 1), (0.5, 1), (1.0, 1), (2.0, 2)])

@@ -14,12 +14,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf.cluster import vllm_process
 from rlhf.cluster.devices import memory_env, own_share
 from rlhf.cluster.precision import look
 from rlhf.config import Settings
+from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.data.assets import resolve
 from rlhf.data.rendering import encode, render
 from rlhf.reward.errors import RewardError
@@ -86,21 +88,25 @@ class Opened:
 
 
 def open_model(path: str, empty_question: str) -> Opened:
-    """Configuration and tokenizer.
+    """Configuration and tokenizer; the weight files' headers are compared with the architecture, where transformers knows it.
 
     Args:
         empty_question: the question about empty texts.
 
     Raises:
         RewardError: no language model there, or no single tokens for the answers.
+        WeightsError: tensors are missing, of another shape, or not part of the model.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve(path)
     try:
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise RewardError(f"`reward.path`: {folder} holds no language model that can judge: {error}") from None
+    architecture = architecture_of(AutoModelForCausalLM, config)
+    if architecture is not None and Path(folder).is_dir():
+        check_folder(Path(folder), architecture, config, "`reward.path`")
     reader = Reader(tokenizer, path)
     return Opened(
         folder, config, reader, reader.answers(empty_question), len(reader.tokens(reader.text(empty_question)))
