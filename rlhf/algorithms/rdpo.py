@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rlhf.algorithms.algorithm import Algorithm, Source
-from rlhf.algorithms.anchors import update_rule
-from rlhf.algorithms.builders import pairs_of
+from rlhf.algorithms.algorithm import Algorithm
 from rlhf.algorithms.contrast import Preference
-from rlhf.algorithms.online_dpo import dpo_term, labels
+from rlhf.algorithms.online_dpo import dpo_term, online_dpo
 from rlhf.config import Settings
 from rlhf.config.algorithm import Rdpo
 
@@ -25,10 +23,5 @@ from rlhf.config.algorithm import Rdpo
 def rdpo(settings: Settings) -> Algorithm:
     """The declaration: online DPO's, with lengths in the contrast."""
     algorithm: Rdpo = settings.algorithm
-    return Algorithm(
-        name="rdpo",
-        sources=(Source("policy", algorithm.samples_per_prompt),),
-        build=pairs_of(algorithm.pairing, labels(algorithm)),
-        objective=Preference((replace(dpo_term(algorithm), length_coef=algorithm.length_coef),)),
-        reference=update_rule(algorithm),
-    )
+    term = replace(dpo_term(algorithm), length_coef=algorithm.length_coef)
+    return replace(online_dpo(settings), name="rdpo", objective=Preference((term,)))

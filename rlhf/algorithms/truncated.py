@@ -28,7 +28,7 @@ def without_truncated(
     cut = {index for index, info in enumerate(rollout.infos) if info.finish_reason == "length"}
     built = build(rollout, feedback if baseline else _unjudged(feedback, cut), rng)
     if isinstance(built, Dropped):
-        return Dropped("truncated") if cut and built.reason == "too_few_scores" else built
+        return Dropped("truncated") if cut and not baseline and built.reason == "too_few_scores" else built
     learned = [item for item in built if cut.isdisjoint(item.members)]
     if not learned:
         return Dropped("truncated")

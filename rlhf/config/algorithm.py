@@ -37,7 +37,7 @@ class _Sampled(_Method):
 class _Reference(_Method):
     reference: Literal["fixed", "previous", "ema", "extrapolated"] = Field(
         "fixed",
-        description="What the reference is: the starting policy for ever; the policy as it was at the start of each round; an "
+        description="What the reference is: the starting policy, which never changes; the policy as it was at the start of each round; an "
         "exponential moving average of the policy; or the start of each round moved on by `reference_alpha` times the "
         "round before (accelerated preference optimisation), from which the policy then goes on too.",
     )

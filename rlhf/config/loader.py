@@ -182,9 +182,8 @@ def _inside(location: yamls.Path) -> Iterator[str]:
 
 def _explain(details: Sequence[Any], places: dict[yamls.Path, str], tree: type[Section]) -> str:
     """What pydantic found wrong with one value, in words, with its place in front."""
-    deepest = max(
-        len(detail["loc"]) for detail in details
-    )  # of a field's types, the one that the value comes nearest to
+    # Of a field's types, the one that the value comes nearest to.
+    deepest = max(len(detail["loc"]) for detail in details)
     details = [detail for detail in details if len(detail["loc"]) == deepest]
     detail = details[0]
     kind, (field, method, inside) = detail["type"], _place(detail, tree)

@@ -1,7 +1,7 @@
 """One rank of the policy group: the policy under DeepSpeed, its frozen reference, a critic if the method has one, one device.
 
-It is told what to learn from, fetches those completions by reference, and answers with metrics; how it learns is the learner's
-affair (`preference_learner`, `gradient_learner`). All ranks receive the same number of micro-batches per update, so collective
+It is told what to learn from, fetches those completions by reference, and answers with metrics; how it learns is up to the
+learner (`preference_learner`, `gradient_learner`). All ranks receive the same number of micro-batches per update, so collective
 calls always match.
 """
 

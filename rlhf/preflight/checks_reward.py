@@ -89,7 +89,7 @@ def compare(good: Outcome, bad: Outcome) -> Finding:
                 "reward",
                 "failed",
                 f"the {name} response: {outcome}",
-                "mend the reward: it must return a finite number in time (`reward.deadline_s`); the log of this command has its own words",
+                "fix the reward: it must return a finite number in time (`reward.deadline_s`); the log of this command has its own words",
             )
     assert isinstance(good, Score) and isinstance(bad, Score)
     seen = f"good {good.value:.4g}, bad {bad.value:.4g}"

@@ -165,7 +165,7 @@ def _source(source: Source, partner: str) -> str:
 def _rule(rule: UpdateRule, steps: int) -> str:
     """An update rule in words."""
     if isinstance(rule, Fixed):
-        return "the starting policy, for ever"
+        return "the starting policy, unchanged"
     if isinstance(rule, Ema):
         return f"an average of the policy, of which {rule.decay:g} stays in each step"
     rounds = f"{_n(-(-steps // rule.every), 'round')} of {_n(rule.every, 'step')}"

@@ -1,6 +1,6 @@
 """DeepSpeed compiles an extension when a CPU first needs it, and guards the build with a file.
 
-A process that is killed meanwhile leaves the file behind, and every later run on that host would wait for ever.
+A process that is killed meanwhile leaves the file behind, and every later run on that host would wait without end.
 """
 
 from __future__ import annotations

@@ -24,9 +24,8 @@ def masters(optimizer: Any) -> list[torch.Tensor]:
     for name in PARTITIONS:
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
-    groups = getattr(
-        optimizer, "fp32_groups", None
-    )  # of bf16 weights at stage 0; in fp32 the weights are their own masters
+    # Of bf16 weights at stage 0; in fp32 the weights are their own masters.
+    groups = getattr(optimizer, "fp32_groups", None)
     if groups is None:
         groups = [group["params"] for group in optimizer.param_groups]
     return [parameter for group in groups for parameter in group]

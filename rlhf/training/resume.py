@@ -119,7 +119,8 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
         steps: the last step of the run, as the settings stand.
 
     Raises:
-        UserError: the folder holds no run; its checkpoint is damaged or missing; or a setting has changed that cannot.
+        UserError: the folder holds no run; its checkpoint is damaged, missing, or of an earlier format that cannot be
+            continued; or a setting has changed that cannot.
     """
     run_dir, field = settings.run.dir, "loop.steps" if isinstance(settings, Settings) else "training.epochs"
     if not (Path(run_dir) / "manifest.json").is_file():
@@ -132,6 +133,11 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
         _require_nothing_recorded(run_dir)
         return None
     tag, state = found
+    if RUN not in state and getattr(getattr(settings, "algorithm", None), "reference", None) == "extrapolated":
+        raise UserError(
+            f"run.dir={run_dir}: an earlier version wrote the checkpoint {tag}, and it does not hold the last iterate's fp32 weights, from "
+            "which `algorithm.reference: extrapolated` moves on. Finish the run with that version, or start a new one in another run.dir."
+        )
     before = state.get(RUN) or _of_an_earlier_version(state)
     now = remembered(_decided(settings, before["settings"].get("policy", {}).get("dtype")), contents)
     refused, changes = _differences(before, now)

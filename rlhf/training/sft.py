@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a causal language model: -log p of the assistant's tokens, whatever the rest of a conversation says.
 
-A `Learner` for the supervised group, and its data as `Examples`. How a file becomes tokens is the data room's affair.
+A `Learner` for the supervised group, and its data as `Examples`. How a file becomes tokens is the data room's responsibility.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One rank of a supervised training: a module under DeepSpeed that learns from the micro-batches it is given.
 
-What is learned is a `Learner`'s affair: it builds the module and knows its loss. All ranks receive the same number of micro-batches
+What is learned is up to a `Learner`: it builds the module and knows its loss. All ranks receive the same number of micro-batches
 per update (None where there is nothing for one of them), so collective calls always match.
 """
 
@@ -90,7 +90,7 @@ class SupervisedRank:
     """See the module. `setup` is collective: it returns when all ranks have called it.
 
     Args:
-        settings: of DeepSpeed and the optimizer; what they say of the model is the learner's affair.
+        settings: of DeepSpeed and the optimizer; what they say of the model is for the learner to read.
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
     """
 

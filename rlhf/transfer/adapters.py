@@ -1,7 +1,7 @@
 """A LoRA adapter's way into a vLLM worker: its matrices replace those of the adapter that requests run with, in memory.
 
 Used by the receivers in place of a model that loads weights, when the engine keeps the base and is sent adapters only. vLLM's adapter
-manager lives in the worker's model; how requests name the adapter is the rollout engine's affair.
+manager lives in the worker's model; how requests name the adapter is up to the rollout engine.
 """
 
 from __future__ import annotations

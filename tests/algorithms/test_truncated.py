@@ -12,7 +12,7 @@ import pytest
 from rlhf.algorithms import make
 from rlhf.algorithms.builders import Dropped
 from rlhf.config.algorithm import METHODS
-from rlhf.types import Assignment, Rollout, TrainingItem
+from rlhf.types import Assignment, Invalid, Rollout, TrainingItem
 from tests.algorithms.tabular import answered, judged_by, scored_by, settings_of
 
 RNG = random.Random(0)
@@ -58,6 +58,13 @@ def test_a_cut_response_keeps_its_reward_in_the_baseline_and_leaves_the_means() 
     assignment = Assignment(rollout, items)
     assert (assignment.members(), assignment.learned()) == ((0, 1, 2, 3), (0, 2, 3))
     assert masked("grpo")(cut(0, 1, 2, 3), scored_by([3, 2, 1, 0], range(4)), RNG) == Dropped("truncated")
+
+
+def test_a_missing_verdict_is_not_blamed_on_the_cut() -> None:
+    """A group keeps the rewards of cut responses, so that too few are never their doing."""
+    scores = scored_by([1, 0, 0, 0], range(4))
+    alone = replace(scores, outcomes=(scores.outcomes[0], *[Invalid("no number")] * 3))
+    assert masked("grpo")(cut(1), alone, RNG) == Dropped("too_few_scores")
 
 
 def test_an_opponent_may_be_cut() -> None:

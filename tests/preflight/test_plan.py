@@ -56,7 +56,7 @@ def with_method(tmp_path: Path, algorithm: dict[str, Any], *overrides: str) -> S
     [
         (
             {"name": "online_dpo", "samples_per_prompt": 4, "pairing": "all"},
-            ["4 by the policy", "at most 48 pairs", "34 + 4 x 16 = 98 tokens", "the starting policy, for ever"],
+            ["4 by the policy", "at most 48 pairs", "34 + 4 x 16 = 98 tokens", "the starting policy, unchanged"],
         ),
         (
             {"name": "ipo_md"},

@@ -193,6 +193,18 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_it_cannot_chec
     assert "data.prompts: these are other prompts" in refusal(settings())
 
 
+def test_an_extrapolation_does_not_go_on_from_weights_that_an_earlier_version_rounded(
+    settings: Callable[..., Settings],
+) -> None:
+    extrapolated = settings(algorithm={"reference": "extrapolated"})
+    checkpoint = save(extrapolated)
+    assert Training(extrapolated, debug=False, resume=True).start.step == STEP
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state[RUN]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert "does not hold the last iterate's fp32 weights" in refusal(extrapolated)
+
+
 def test_supervised_runs_are_held_to_the_same(folder: Path, tiny_model: Path) -> None:
     (folder / "examples.jsonl").write_text('{"prompt": "q", "response": "a"}\n')
     base = {"run": {"dir": str(folder / "run")}, "data": {"examples": str(folder / "examples.jsonl"), "max_tokens": 64}}

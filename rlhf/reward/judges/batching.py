@@ -46,7 +46,7 @@ def full(lengths: Sequence[int], limits: Limits) -> bool:
 def choose(lengths: Sequence[int], limits: Limits) -> list[int]:
     """Which of the waiting items make the next batch.
 
-    The oldest is always in it, so that none waits for ever. Without padding those next in age follow; with it, of the oldest ones, those
+    The oldest is always in it, so that none waits without end. Without padding those next in age follow; with it, of the oldest ones, those
     nearest to its length.
 
     Args:

@@ -1,7 +1,7 @@
 """A judge that is a service elsewhere: what `rlhf reward serve` runs, asked over HTTP.
 
 Owns what is asked (one request for all responses to a prompt; `asking` repeats it where the service is busy) and the attestation that
-the service still judges with what it judged with at the start. What it judges with is its affair.
+the service still judges with what it judged with at the start. What it judges with is its own choice.
 """
 
 from __future__ import annotations

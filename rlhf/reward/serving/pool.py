@@ -141,7 +141,7 @@ class RewardPool:
         return {server.handle.name: answer for server, answer in zip(self._servers, answers, strict=True)}
 
     async def fingerprints(self) -> dict[str, str | None]:
-        """Server name -> hash of its weights now. They must equal those in `infos` for ever."""
+        """Server name -> hash of its weights now. They must always equal those in `infos`."""
         patience = self._settings.cluster.startup_deadline_s
         live = [server.handle for server in self._servers if server.live]
         prints = await asyncio.gather(*(handle.call("fingerprint", deadline=patience) for handle in live))
