@@ -55,6 +55,10 @@ def _objection(built: Any, n_responses: int, n_terms: int) -> str | None:
         return f"the builder returned {shown(built)}, which is neither a tuple of TrainingItem nor Dropped"
     if not built:
         return "the builder returned no items; it should return Dropped with a reason"
+    if not any(item.weight for item in built):
+        return (
+            "every item has the weight 0, so there is nothing to learn; the builder should return Dropped with a reason"
+        )
     for item in built:
         if not item.members or not all(member in range(n_responses) for member in item.members):
             return f"the item {shown(item)} has members that are not among the {n_responses} responses"

@@ -217,7 +217,8 @@ def _batches(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterat
         f"{_n(loop.epochs_per_step, 'epoch')} = {_n(optimizer_steps(settings), 'optimizer step')}"
     )
     drawn = loop.steps * prompts
-    yield f"prompts drawn: {drawn:,} = {drawn / len(inputs.prompts):.2f} times the file"
+    further = f", and at most {loop.refill * drawn:,} in place of those that teach nothing (`loop.refill`)"
+    yield f"prompts drawn: {drawn:,} = {drawn / len(inputs.prompts):.2f} times the file{further if loop.refill else ''}"
 
 
 def _items(settings: Settings, algorithm: Algorithm) -> str:
@@ -233,7 +234,7 @@ def _items(settings: Settings, algorithm: Algorithm) -> str:
 
 def _tokens(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterator[str]:
     prompts, response = settings.loop.prompts_per_step, settings.rollout.max_tokens
-    sampled = prompts * sum(source.n for source in algorithm.sources) * response
+    sampled = prompts * (1 + settings.loop.refill) * sum(source.n for source in algorithm.sources) * response
     yield f"sampled in a step: at most {sampled:,} response tokens, {sampled // settings.rollout.engines:,} per engine"
     if algorithm.name not in METHODS:
         return

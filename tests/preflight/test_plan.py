@@ -102,6 +102,12 @@ def test_each_method_in_words(tmp_path: Path, algorithm: dict[str, Any], words: 
         assert word in plan
 
 
+def test_prompts_that_take_the_place_of_others_are_counted(tmp_path: Path) -> None:
+    plan = describe(with_method(tmp_path, {"name": "online_dpo"}, "loop.refill=2"))
+    assert "sampled in a step: at most 768 response tokens" in plan, "three times 8 prompts x 2 x 16"
+    assert "prompts drawn: 40 = 1.00 times the file, and at most 80 in place of those" in plan
+
+
 def own(settings: Settings) -> Algorithm:
     """A user's algorithm: online DPO as it stands."""
     return replace(make(load(TINY)), name="mine")
