@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import cached_file
 
 from rlhf.data.architecture import REPORTED, architecture_of, check_folder, check_loaded
 from rlhf.data.weight_files import WeightsError, weight_files
@@ -150,6 +151,12 @@ def save_causal_lm(causal_lm: nn.Module, weights: dict[str, torch.Tensor], sourc
     # Some models' own settings do not pass the check that transformers makes before it writes them, so their file is copied.
     plain.generation_config = GenerationConfig.from_model_config(config)
     plain.save_pretrained(folder, state_dict=weights)
-    if (Path(source) / GENERATION).is_file():
-        shutil.copyfile(Path(source) / GENERATION, Path(folder) / GENERATION)
+    settings = cached_file(  # of a hub's model loading has fetched it; what cannot be asked for now does not end a run
+        source,
+        GENERATION,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if settings is not None:
+        shutil.copyfile(settings, Path(folder) / GENERATION)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)

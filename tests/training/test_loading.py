@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -98,6 +100,22 @@ def test_tokenizer_template_and_generation_settings_are_kept(made: Callable[...,
     turns = [{"role": "user", "content": "Ucayali?"}]
     assert after.apply_chat_template(turns, tokenize=False) == before.apply_chat_template(turns, tokenize=False)
     assert after.get_vocab() == before.get_vocab()
+
+
+def test_generation_settings_of_a_hubs_model_are_kept(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that is named, not a folder: as a hub's cache holds it."""
+    cached = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(made("untied"), cached / "snapshots" / "0")
+    (cached / "snapshots" / "0" / "generation_config.json").write_text('{"eos_token_id": [257, 300]}')
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = load_causal_lm("owner/name", "fp32")
+    save_causal_lm(model, dict(whole_weights(model)), "owner/name", str(tmp_path / "export"))
+    assert json.loads((tmp_path / "export" / "generation_config.json").read_text()) == {"eos_token_id": [257, 300]}
 
 
 def test_the_exports_type_is_the_trained_one(made: Callable[..., Path], tmp_path: Path) -> None:
