@@ -109,7 +109,8 @@ class Rdpo(_DpoLoss, _Pairs):
     length_coef: float = Field(
         0.01,
         ge=0,
-        description="Price of a token, in reward units (alpha): alpha (|y_w| - |y_l|) is added to beta h. 0 is online DPO.",
+        description="Price of a token, in reward units (alpha): alpha times the tokens that the winner has more than the loser is added "
+        "to beta h. 0 is online DPO.",
     )
 
 
@@ -218,7 +219,9 @@ class Simpo(_Labels, _Sampled):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description=_DpoLoss.model_fields["label_smoothing"].description)
     beta: float = Field(2.0, gt=0, description="Factor on the difference of the mean log-probs.")
-    gamma: float = Field(1.0, ge=0, description="Margin by which that product is to exceed 0.")
+    gamma: float = Field(
+        1.0, ge=0, description="Margin by which `beta` times the difference of the mean log-probs is to exceed 0."
+    )
 
 
 class Raft(_Sampled):

@@ -159,7 +159,10 @@ def _shared(field: str, names: list[str]) -> str:
     infos = {name: METHODS[name].model_fields[field] for name in names}
     types = _varied({name: _type(METHODS[name], field) for name in names})
     defaults = _varied({name: _default(info.default) for name, info in infos.items()})
-    meaning = Counter(info.description for info in infos.values()).most_common(1)[0][0]
+    common, *others = Counter(info.description for info in infos.values()).most_common()
+    meaning = common[0] + "".join(
+        f" {', '.join(name for name in names if infos[name].description == other)}: {other}" for other, _ in others
+    )
     return f"| `{field}` | {types} | {defaults} | {_methods(names)} | {meaning} |"
 
 

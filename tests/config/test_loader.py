@@ -218,6 +218,13 @@ def test_the_reference_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m rlhf.config.reference`"
 
 
+def test_the_reference_page_says_what_a_field_means_in_each_method() -> None:
+    rows = [line for line in page().splitlines() if line.startswith("|")]
+    assert {row.count("|") for row in rows} <= {4, 5, 6}, "no cell holds a bar"
+    (beta,) = [row for row in rows if row.startswith("| `beta` |")]
+    assert beta.endswith("simpo: Factor on the difference of the mean log-probs. |")
+
+
 def test_the_configuration_imports_no_heavy_library() -> None:
     code = (
         "import sys, rlhf.cli, rlhf.config, rlhf.types; "
