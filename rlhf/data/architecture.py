@@ -27,10 +27,10 @@ REMEDY = "Give a folder that holds the whole model as it was saved, or save it a
 
 def check_folder(folder: Path, model: type, config: Any, where: str, new: Collection[str] = ()) -> None:
     """Compare a folder's weights with an architecture, from the headers of its files; arguments and errors as `build_empty`'s."""
-    if hasattr(config, "quantization_config"):  # the names of quantized weights are the quantizer's
-        meta_tensors(folder, where)
-    else:
+    if not hasattr(config, "quantization_config"):
         build_empty(folder, model, config, where, new)
+    elif read_headers(folder, where) is None:  # the names and types of quantized weights are the quantizer's
+        _pickled(folder, where)
 
 
 def build_empty(

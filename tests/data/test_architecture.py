@@ -65,6 +65,18 @@ def test_what_transformers_writes_is_whole(saved: Callable[..., Path], kind: str
     check(folder)
 
 
+def test_quantized_weights_are_the_quantizers_and_only_their_files_are_looked_at(saved: Callable[..., Path]) -> None:
+    folder = saved("untied")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": "mxfp4"}
+    scale = torch.zeros(4, dtype=torch.float8_e8m0fnu)
+    change(folder, "lm_head.weight", **{"lm_head.weight_blocks": torch.zeros(4, dtype=torch.uint8), "scale": scale})
+    check_folder(folder, transformers.LlamaForCausalLM, config, "`reward.path`")
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-1])
+    with pytest.raises(WeightsError, match="truncated"):
+        check_folder(folder, transformers.LlamaForCausalLM, config, "`reward.path`")
+
+
 MISSING = {
     "untied": "lm_head.weight",
     "tied": "model.embed_tokens.weight",

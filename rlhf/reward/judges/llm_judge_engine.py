@@ -88,7 +88,7 @@ class Opened:
 
 
 def open_model(path: str, empty_question: str) -> Opened:
-    """Configuration and tokenizer; the weight files' headers are compared with the architecture, where transformers knows it.
+    """Configuration and tokenizer. The weight files' headers are compared with the architecture that is named, if transformers has it.
 
     Args:
         empty_question: the question about empty texts.
@@ -105,7 +105,7 @@ def open_model(path: str, empty_question: str) -> Opened:
     except (OSError, ValueError) as error:
         raise RewardError(f"`reward.path`: {folder} holds no language model that can judge: {error}") from None
     architecture = architecture_of(AutoModelForCausalLM, config)
-    if architecture is not None and Path(folder).is_dir():
+    if architecture is not None and architecture.__name__ in (config.architectures or ()) and Path(folder).is_dir():
         check_folder(Path(folder), architecture, config, "`reward.path`")
     reader = Reader(tokenizer, path)
     return Opened(
