@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
+
 from rlhf.config import Settings, show, yamls
 from rlhf.config.loader import UserError
 from rlhf.config.sft import SftSettings
@@ -206,9 +208,21 @@ class Record:
 
 
 def recorded_dtype(folder: str) -> Any:
-    """The type in which the run in this folder computes, as its config.yaml says; None without one."""
+    """The type in which the run in this folder computes, as its config.yaml says; None without one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = Path(folder) / "config.yaml"
-    return yamls.parse(path.read_text(encoding="utf-8"))["policy"]["dtype"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return yamls.parse(path.read_text(encoding="utf-8"))["policy"]["dtype"]
+    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: the file is damaged, so that the type in which the run computes (policy.dtype) cannot be read. Restore it, or start "
+            "a new run in another run.dir."
+        ) from error
 
 
 def _line(step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> dict[str, Any]:

@@ -41,6 +41,13 @@ def test_a_run_remembers_what_it_computes_in(folder: Path, settings: Callable[..
     assert json.loads((folder / "manifest.json").read_text())["resumed"][0]["dtype"].endswith("resumed")
 
 
+@pytest.mark.parametrize("text", ["", "policy: {dtype: bf16", "run: {}\n", "policy: 3\n", "a: 1\na: 2\n"])
+def test_a_damaged_configuration_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml: the file is damaged.*policy\.dtype"):
+        recorded_dtype(str(tmp_path))
+
+
 def test_asset_names_are_hashed_as_the_files_they_stand_for(
     folder: Path, tmp_path: Path, settings: Callable[..., Settings]
 ) -> None:
