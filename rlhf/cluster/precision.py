@@ -7,6 +7,7 @@ and the rule. A CPU without bf16 emulates it, several times slower than fp32.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,7 +62,9 @@ def gpu_bf16(listing: str | None) -> Bf16:
     if not listing:
         return Bf16(True, "GPUs, which are taken to have bf16")
     gpus = [line.rpartition(",") for line in listing.splitlines()]
-    old = [name for name, _, capability in gpus if tuple(map(int, capability.strip().split("."))) < GPU_FROM]
+    # A driver that does not know the capability writes [N/A].
+    known = [(name, found.groups()) for name, _, text in gpus if (found := re.fullmatch(r"(\d+)\.(\d+)", text.strip()))]
+    old = [name for name, capability in known if tuple(map(int, capability)) < GPU_FROM]
     return Bf16(False, f"{old[0]}, a GPU without bf16") if old else Bf16(True, gpus[0][0])
 
 

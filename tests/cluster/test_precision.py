@@ -41,6 +41,7 @@ def test_what_gpus_compute_in() -> None:
     assert gpu_bf16("NVIDIA A100-SXM4-80GB, 8.0\nNVIDIA H100, 9.0") == Bf16(True, "NVIDIA A100-SXM4-80GB")
     assert gpu_bf16("NVIDIA B200, 10.0").native
     assert gpu_bf16("NVIDIA H100, 9.0\nTesla T4, 7.5") == Bf16(False, "Tesla T4, a GPU without bf16")
+    assert gpu_bf16("Orin (nvgpu), [N/A]") == Bf16(True, "Orin (nvgpu)"), "what the driver does not know stops no run"
     assert gpu_bf16(None).native
 
 
