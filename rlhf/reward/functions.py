@@ -75,7 +75,7 @@ def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..
             f"`reward.path`: `{path}` must take {len(parameters)} arguments, ({', '.join(parameters)}); it takes {signature}."
         ) from None
     if _returns_nothing(function):
-        code = inspect.unwrap(function).__code__
+        code = function.__code__
         raise RewardError(
             f"`reward.path`: `{path}` has no `return` statement with a value ({code.co_filename}:{code.co_firstlineno}), so no response "
             "would get a reward. Let it return a number"
@@ -92,8 +92,9 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def _returns_nothing(function: Callable[..., Any]) -> bool:
-    """Whether every way out of a Python function returns None, and there is one."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    """Whether every way out of a Python function returns None, and there is one. Of a decorated one the wrapper's, which returns what
+    it likes."""
+    code = getattr(function, "__code__", None)
     if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
         return False
     steps = list(dis.get_instructions(code))

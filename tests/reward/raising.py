@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 
 class Unspeakable(Exception):
@@ -103,6 +104,18 @@ def forgets_at_times(prompt, response, payload):
 
 async def forgets_async(prompt, response, payload):
     await asyncio.sleep(0)
+
+
+def giving_one(function):
+    @functools.wraps(function)
+    def given(prompt, response, payload):
+        function(prompt, response, payload)
+        return 1.0
+
+    return given
+
+
+decorated = giving_one(forgets)
 
 
 def raises_only(prompt, response, payload):
