@@ -13,6 +13,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed-$(EXTRA)
 PINNED := -c requirements/constraints.txt
+# Two test processes: most of an engine's start is one thread. A file stays in one of them, for the fixtures that its tests share.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test test-fast lint docs
 
@@ -37,10 +39,10 @@ demo: install
 	$(BIN)/python examples/movie_reviews/demo.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not engine"
+	$(BIN)/python -m pytest $(WORKERS) -m "not engine"
 
 lint: install
 	$(BIN)/ruff check .
