@@ -5,8 +5,9 @@ to their meaning. Which form is taken is `attention.choose`'s decision. torch 2.
 only; `_varlen_arguments` knows.
 
 How `flex` avoids compiling for every ragged row: rows are padded to whole blocks; torch compiles for the first row's length, sees at the
-second that lengths differ, and compiles once more for all of them. Another grad mode, window or soft cap is another kernel. A graph
-is always whole (`fullgraph`): torch would otherwise fall back, without a word, to a form that holds all scores.
+second that lengths differ, and compiles once more for all of them. Windows, whatever their sizes, are another kernel, and so are another
+grad mode and soft cap. A graph is always whole (`fullgraph`): torch would otherwise fall back, without a word, to a form that holds all
+scores.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ BLOCK = 128
 FLEX_SMALLEST_HEAD = 16
 """Head sizes below this are refused by FlexAttention's kernels (torch 2.13)."""
 VARIANTS = 64
-"""Kernels that may be compiled: each of few, but torch's limit of 8 is too low for two windows, two grad modes and a second model."""
+"""Kernels that may be compiled: each of few, but torch's limit of 8 is too low for windows or none, two grad modes and a second model."""
 
 
 # Whole texts: FlashAttention's kernel for variable lengths
@@ -178,11 +179,13 @@ def _mask_mod(
         return lambda b, h, q, k: run[q] == run[k]
     if window is None:
         return lambda b, h, q, k: ((run[q] == run[k]) | (root[q] == run[k])) & (q >= k)
-    position = per_token([one.first - one.start for one in runs])  # minus the place in the row
+    position = [one.first - one.start for one in runs]  # minus the place in the row
+    # The window lies in a tensor: a number that changes would become a symbol, which torch 2.13 cannot compile into a mask.
+    own, reach = per_token(position), per_token([before + window for before in position])
 
     def near(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         seen = ((run[q] == run[k]) | (root[q] == run[k])) & (q >= k)
-        return seen & (q + position[q] - k - position[k] < window)
+        return seen & (q + own[q] < k + reach[k])
 
     return near
 

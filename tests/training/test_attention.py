@@ -169,15 +169,16 @@ def test_the_mask_of_a_group() -> None:
 
 
 def test_one_kernel_serves_rows_of_all_lengths(monkeypatch: pytest.MonkeyPatch, flex_with_gradients: None) -> None:
-    """What torch would compile on a GPU, in its own operators: rows of other lengths and groups take the same graph, with gradients and
-    under activation checkpointing."""
+    """What torch would compile on a GPU, in its own operators: rows of other lengths and groups and other windows take the same graph, with
+    gradients and under activation checkpointing."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     attend = gpu_attention.compiled_flex("aot_eager")
     monkeypatch.setattr(gpu_attention, "flex_kernel", lambda _: attend)
-    graphs, scores = [], Scores(0.25, window=50, softcap=2.0)
-    for groups in ([(100, (90, 80))], [(30, (200, 300)), (500, (1, 1))], [(700, ())], [(3, (4, 5))], [(384, ())]):
-        segments = row(groups)
+    graphs = []
+    rows = ([(100, (90, 80))], [(30, (200, 300)), (500, (1, 1))], [(700, ())], [(3, (4, 5))], [(384, ())])
+    for groups, window in zip(rows, (50, 50, 90, 4, 20), strict=True):
+        segments, scores = row(groups), Scores(0.25, window=window, softcap=2.0)
         given_ = inputs(segments.total, 4, 2, 16)
         mine = checkpoint(gpu_attention.flex, *given_, segments, scores, use_reentrant=False)
         theirs = attention.plain(*given_, segments, scores)
