@@ -180,7 +180,7 @@ def _mask_mod(
     if window is None:
         return lambda b, h, q, k: ((run[q] == run[k]) | (root[q] == run[k])) & (q >= k)
     position = [one.first - one.start for one in runs]  # minus the place in the row
-    # The window lies in a tensor: a number that changes would become a symbol, which torch 2.13 cannot compile into a mask.
+    # The window lies in a tensor, so that one kernel serves all; as a number it would be compiled in, or become a symbol of the kernel.
     own, reach = per_token(position), per_token([before + window for before in position])
 
     def near(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
