@@ -69,7 +69,7 @@ class PolicySettings(Section):
     learning_rate: Rate | dict[Dtype, Rate] = Field(
         1e-6,
         description="Peak learning rate of AdamW. 0 is allowed and must leave the policy unchanged. A short run in bf16, whose weights "
-        "round small updates away, may need a larger one: `{bf16: 4e-5, fp32: 1e-5}` gives one for each `dtype`.",
+        "round small updates away, may need a larger one: `{bf16: 4e-5, fp32: 2e-5}` gives one for each `dtype`.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",

@@ -66,7 +66,7 @@ class SftDataSettings(Section):
 class SftPolicySettings(PolicySettings):
     learning_rate: Rate | dict[Dtype, Rate] = Field(
         1e-5,
-        description="Peak learning rate of AdamW. 0 is allowed and must leave the model unchanged. `{bf16: 4e-5, fp32: 1e-5}` gives one "
+        description="Peak learning rate of AdamW. 0 is allowed and must leave the model unchanged. `{bf16: 4e-5, fp32: 2e-5}` gives one "
         "for each `dtype`.",
     )
 
