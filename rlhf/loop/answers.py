@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -186,8 +187,14 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     baseline = baseline or settings.policy.model
     asked = held_out_prompts(settings, {"--policy": policy, "--baseline": baseline})
     ours, theirs = (asyncio.run(_judged_answers(settings, *one)) for one in asked)
-    rate, (low, high) = win_rate(theirs.rewards, ours.rewards)
     prompts = asked[0].prompts
+    both = sum(math.isfinite(a) and math.isfinite(b) for a, b in zip(ours.rewards, theirs.rewards, strict=True))
+    if not both:
+        raise UserError(
+            f"data.eval_prompts: none of {len(prompts)} held-out prompts has a reward for both answers ({policy}, {baseline}): there is "
+            "no win rate. Give more prompts, or a reward that has a value for more answers"
+        )
+    rate, (low, high) = win_rate(theirs.rewards, ours.rewards)
     figures = {
         "prompts": len(prompts),
         "policy": _means(policy, ours),
@@ -198,7 +205,7 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     for role in ("policy", "baseline"):
         means = figures[role]
         sys.stdout.write(f"{role:9} reward {means['reward']:+.3f}  length {means['length']:.1f}  ({means['model']})\n")
-    sys.stdout.write(f"win rate  {rate:.3f}  95% interval [{low:.3f}, {high:.3f}] over {len(prompts)} prompts\n")
+    sys.stdout.write(f"win rate  {rate:.3f}  95% interval [{low:.3f}, {high:.3f}] over {both} prompts\n")
     if json_path is not None:
         Path(json_path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -105,9 +105,9 @@ class PolicyGroup:
         return {} if self._kl is None else {"kl_coef": self._kl.coef}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Take over what `state` returned. A factor that nothing steers is that of the present settings."""
+        """Take over what `state` returned. A factor that nothing steers, or steered, is that of the present settings."""
         if self._kl is not None and self._kl.target is not None:
-            self._kl.coef = state["kl_coef"]
+            self._kl.coef = state.get("kl_coef", self._kl.coef)
 
     def _check_gap(self, metrics: dict[str, float]) -> None:
         """Between engines and trainer, on what was learned from. Where sampling was truncated or greedy the log-probs are those of another

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf.cli import main
-from rlhf.loop.answers import write_rows
+from rlhf.config import UserError
+from rlhf.loop import answers
+from rlhf.loop.answers import Asked, write_rows
+from rlhf.tracking.report import HeldOut
+
+NAN = float("nan")
 
 
 def row(prompt: str, response: str, **more: Any) -> dict[str, Any]:
@@ -71,3 +77,23 @@ def test_a_person_reads_text_and_rewards(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "no-model", "--prompt", "Hi", "--out", str(tmp_path / "none" / "out.jsonl")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ours", [[1.0, NAN, 2.0], [NAN, 3.0, NAN]], ids=["some", "none"])
+def test_only_prompts_with_a_reward_for_both_answers_are_compared(
+    tiny_settings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ours: list[float]
+) -> None:
+    judged = {"a": ours, "b": [0.5, NAN, NAN]}
+
+    async def answered(settings: Any, model: str, *_: Any) -> HeldOut:
+        return HeldOut([""] * 3, [""] * 3, judged[model], [1] * 3)
+
+    monkeypatch.setattr(answers, "held_out_prompts", lambda *_: [Asked(model, [None] * 3, None) for model in judged])
+    monkeypatch.setattr(answers, "_judged_answers", answered)
+    settings = tiny_settings(data={"eval_prompts": "unused.jsonl"})
+    if ours[0] == 1:
+        answers.evaluate(settings, "a", "b", None)
+        assert "win rate  1.000" in (shown := capsys.readouterr().out) and "over 1 prompts" in shown
+    else:
+        with pytest.raises(UserError, match="none of 3 held-out prompts has a reward for both answers"):
+            answers.evaluate(settings, "a", "b", None)

@@ -302,6 +302,8 @@ def test_a_factor_on_the_kl_is_restored_only_where_something_steers_it(
 ) -> None:
     """Otherwise a run that is resumed with another algorithm.kl_coef would go on with the old one."""
     group = PolicyGroup(settings(), [], replace(PPO, kl_target=target))
+    group.restore({})  # a run in which nothing held the policy
+    assert group.state() == {"kl_coef": PPO.kl_coef}
     group.restore({"kl_coef": 9.0})
     assert group.state() == {"kl_coef": coef}
 
