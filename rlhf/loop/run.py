@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -207,10 +207,8 @@ async def started_roles(runtime: Runtime, settings: Settings, algorithm: Algorit
         policy_ready = asyncio.ensure_future(start(PolicyGroup.start(runtime, settings, algorithm, updates)))
         if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
             await (await policy_ready).rest()
-        # Asked last: in this process the others' start would hold up an answer until its deadline.
-        rewards_ready: Awaitable[RewardPool] = start(RewardPool.start(runtime, settings))
+        rewards_ready = asyncio.ensure_future(start(RewardPool.start(runtime, settings)))
         if shared_rewards(settings, runtime.local):  # and so must the reward models
-            rewards_ready = asyncio.ensure_future(rewards_ready)
             await rewards_ready
         policy, rollouts, rewards = await asyncio.gather(
             policy_ready, start(RolloutPool.start(runtime, settings, algorithm.mixes)), rewards_ready

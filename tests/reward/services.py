@@ -13,6 +13,7 @@ import uvicorn
 
 from rlhf.cluster import LocalRuntime
 from rlhf.config import Settings
+from rlhf.data.loading_time import with_startup_deadline
 from rlhf.reward.serving.http import make_app
 from rlhf.reward.serving.pool import RewardPool
 
@@ -22,6 +23,7 @@ TOKEN = "a-token-of-this-test"
 @contextmanager
 def reward_service(settings: Settings) -> Iterator[str]:
     """The service of these settings; its URL."""
+    settings = with_startup_deadline(settings)
 
     async def app() -> Any:
         pool = await RewardPool.start(LocalRuntime(), settings, service=True)
