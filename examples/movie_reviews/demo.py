@@ -33,8 +33,9 @@ def main(overrides: Sequence[str]) -> None:
     """Run the demo.
 
     Raises:
-        UserError: a mistake in the overrides, or a run that left no answers.
+        UserError: a package that is not installed, a mistake in the overrides, or a run that left no answers.
     """
+    judge.check_packages()
     console = Console()
     start = time.monotonic()
     settings = load(CONFIG, overrides)

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+
+from rlhf.config import MissingPackageError
+from rlhf.config.extras import remedy
+
+PACKAGES = ("gguf", "matplotlib", "vaderSentiment")
+
+
+def check_packages() -> None:
+    """Make sure, before minutes of work, that what the examples need beyond the core is installed.
+
+    Raises:
+        MissingPackageError: something is not.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(f"the film-review examples need {', '.join(missing)}. {remedy('demo')}")
 
 
 @functools.cache
 def _analyzer():
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # vaderSentiment==3.3.2
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()
 

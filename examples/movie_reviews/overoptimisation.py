@@ -67,6 +67,7 @@ def main() -> None:
     for one in (runner, reporter):
         one.add_argument("--folder", type=Path, default=Path("runs/overoptimisation"))
     args = parser.parse_args()
+    judge.check_packages()
     if args.action == "run":
         if unknown := set(args.runs) - set(RUNS):
             parser.error(f"there is no run {', '.join(unknown)}; there are {', '.join(RUNS)}")

@@ -107,7 +107,7 @@ class RayHandle:
 
         try:
             return await asyncio.wait_for(asyncio.wrap_future(reference.future()), deadline)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise DeadlineExpired(f"the driver waited {deadline:g} s for {self.name}.{method}") from None
         except RayActorError as error:
             raise ActorDied(f"{self.name} died while the driver waited for its {method}: {error}") from error
@@ -126,7 +126,7 @@ class LocalHandle:
             return result
         try:
             return await asyncio.wait_for(result, deadline)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise DeadlineExpired(f"the driver waited {deadline:g} s for {self.name}.{method}") from None
 
     async def call_keep(self, method: str, *args: Any, deadline: float) -> tuple[Any, LocalRef]:

@@ -5,7 +5,8 @@ raises a `ConfigError` that names the file, the field and the remedy; `show(sett
 and imports no torch, so that a mistake is found in a fraction of a second. Talks to nobody.
 """
 
+from rlhf.config.extras import MissingPackageError
 from rlhf.config.loader import ConfigError, UserError, load, show
 from rlhf.config.settings import Settings
 
-__all__ = ["ConfigError", "Settings", "UserError", "load", "show"]
+__all__ = ["ConfigError", "MissingPackageError", "Settings", "UserError", "load", "show"]

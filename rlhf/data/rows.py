@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.data import HUB
+from rlhf.config.extras import remedy
 from rlhf.data.errors import DataError
 from rlhf.types import content_id
 
-EXTRA = 'Install it with `pip install "rlhf[datasets]"`, or convert the data to JSONL.'
+EXTRA = f"{remedy('datasets')} Or convert the data to JSONL, which needs no package."
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """The escape of half a character, with or without its other half."""

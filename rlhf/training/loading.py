@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import cached_file
 
+from rlhf.config.extras import remedy
 from rlhf.data.architecture import REPORTED, architecture_of, check_folder, check_loaded
 from rlhf.data.weight_files import WeightsError, weight_files
 from rlhf.training import attention
@@ -121,9 +122,7 @@ def _quantization(dtype: str, quantize: str) -> dict[str, Any]:
     if quantize == "none":
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "policy.lora.quantize_base: bitsandbytes is not installed. Install it with `pip install -e '.[qlora]'`"
-        )
+        raise ModelError(f"policy.lora.quantize_base: bitsandbytes is not installed. {remedy('qlora')}")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

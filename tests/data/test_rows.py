@@ -132,7 +132,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     (tmp_path / "d.parquet").write_bytes(b"")
     for name in ("datasets", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DataError, match=r"needs the package datasets\. Install it with .*rlhf\[datasets\]"):
+    with pytest.raises(DataError, match=r"needs the package datasets\. Install it with .*\.\[datasets\]"):
         rows("hf:someone/something")
     with pytest.raises(DataError, match="needs the package pyarrow"):
         rows(str(tmp_path / "d.parquet"))

@@ -62,7 +62,7 @@ class Asker:
                 reply = await asyncio.wait_for(
                     self._client.request(method, self.url + path, json=question), end - clock()
                 )
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 if not problem:
                     return TimedOut(deadline_s)
                 return self._gave_up(problem, attempt, deadline_s)

@@ -136,7 +136,7 @@ class Batcher(Generic[Item, Result]):
             self._more.clear()
             try:
                 await asyncio.wait_for(self._more.wait(), until - clock())
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return
 
     async def _work_on(self, batch: list[_Waiting[Item, Result]]) -> None:

@@ -310,7 +310,7 @@ async def _batched(batcher: Batcher, ids: Sequence[list[int]], deadline_s: float
     """The batcher's results for token ids, or one failure for all."""
     try:
         return await asyncio.wait_for(batcher.submit(ids, [len(row) for row in ids]), deadline_s)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         return [TimedOut(deadline_s)] * len(ids)
     except RuntimeError as error:  # torch's errors, out of memory among them: the next batch may pass
         return [failure(error)] * len(ids)

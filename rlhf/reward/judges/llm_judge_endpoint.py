@@ -61,7 +61,7 @@ class Endpoint:
         end = clock() + deadline_s
         try:
             await asyncio.wait_for(self._free.acquire(), deadline_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return TimedOut(deadline_s)
         try:
             reply = await self._ask(question, max(end - clock(), 0.0))

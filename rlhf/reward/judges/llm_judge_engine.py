@@ -140,7 +140,7 @@ class Engine:
             )
         try:
             return await asyncio.wait_for(self._ask(ids), deadline_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return TimedOut(deadline_s)
 
     def fits(self, question: str) -> bool:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf.config import MissingPackageError
+from rlhf.config.extras import remedy
+
 BINS = 10
 
 
@@ -114,9 +117,16 @@ def length_bias(preferred: np.ndarray, lengths: np.ndarray, pairs: np.ndarray) -
 
 
 def draw_reliability(bins: list[Bin], path: Path) -> None:
-    """The reliability diagram as a PNG: accuracy against confidence, dots as large as their bins are full."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """The reliability diagram as a PNG: accuracy against confidence, dots as large as their bins are full.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise MissingPackageError(f"{path.name} needs the package matplotlib. {remedy('plots')}") from None
 
     figure = Figure(figsize=(4, 4), layout="constrained")
     FigureCanvasAgg(figure)

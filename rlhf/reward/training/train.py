@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.config import MissingPackageError
 from rlhf.data.assets import resolve
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import DESCRIPTION, is_classifier, read_base
@@ -302,7 +304,10 @@ def _save(model: RewardModel, report: dict, bins: list[Bin], output: Path, train
         folder = Path(temporary) / "model"
         model.save(folder)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        draw_reliability(bins, folder / DIAGRAM)
+        try:
+            draw_reliability(bins, folder / DIAGRAM)
+        except MissingPackageError as error:
+            print(f"not drawn: {error}", file=sys.stderr)
         if training is not None:
             for metrics in training.glob("*.jsonl"):
                 shutil.copyfile(metrics, folder / metrics.name)

@@ -41,7 +41,7 @@ class VerifierJudge:
         limit_s = min(self._time_limit_s, deadline_s)
         try:
             return await asyncio.wait_for(self._workers.verify(prompt, response, payload, limit_s), deadline_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return TimedOut(deadline_s)
 
     def fingerprint(self) -> None:

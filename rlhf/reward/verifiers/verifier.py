@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rlhf.config.extras import remedy
 from rlhf.config.reward import VERIFIERS
 from rlhf.reward.errors import RewardError
 from rlhf.types import Prompt
@@ -86,8 +87,8 @@ def make_verifier(name: str) -> Verifier[Any]:
         return getattr(importlib.import_module(module), cls)()
     except ModuleNotFoundError as error:
         raise RewardError(
-            f"the verifier `{name}` needs the package that holds `{error.name}`, which is not installed here. Install "
-            "`rlhf[verifiers]` on every machine with a reward server"
+            f"the verifier `{name}` needs the package that holds `{error.name}`, which is not installed here. "
+            f"{remedy('verifiers')} Do so on every machine with a reward server."
         ) from None
 
 
