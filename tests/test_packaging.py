@@ -192,7 +192,7 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "rlhf.reward.verifiers.math", raising=False)
+    monkeypatch.delitem(sys.modules, "rlhf.reward.verifiers.mathematics", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=re.escape(extras.remedy(extra))) as caught:
         use(tmp_path)
