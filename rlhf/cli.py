@@ -314,7 +314,9 @@ def _submit(args: argparse.Namespace) -> None:
 
 @_cut_off_quietly()
 def _show(args: argparse.Namespace) -> None:
-    settings = load(args.config, args.overrides)
+    from rlhf.config.commands import load_any
+
+    settings = load_any(args.config, args.overrides)
     print(show(settings), end="")
     if settings.policy.dtype == "auto":
         from rlhf.cluster.precision import choose_here

@@ -87,7 +87,7 @@ def test_algorithms_lists_the_methods_and_the_fields_of_one(capsys: pytest.Captu
     out = capsys.readouterr().out
     for field, info in METHODS["rloo"].model_fields.items():
         assert field == "name" or (f"\n{field} = " in out and info.description.replace("`", "")[:20] in out)
-    assert "samples_per_prompt = 4  (whole number ≥ 2)" in out
+    assert "samples_per_prompt = 4  (whole number ≥ 2, ≤ 4096)" in out
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, Tag
 
-from rlhf.config.base import Section
+from rlhf.config.base import PathText, Section
 
 OWN = "module:function"
 """The tag of a user's own algorithm among the built-in names."""
@@ -31,7 +31,7 @@ class _Method(Section):
 
 
 class _Sampled(_Method):
-    samples_per_prompt: int = Field(2, ge=2, description="Responses sampled per prompt (K).")
+    samples_per_prompt: int = Field(2, ge=2, le=4096, description="Responses sampled per prompt (K).")
 
 
 class _Reference(_Method):
@@ -42,13 +42,13 @@ class _Reference(_Method):
         "round before (accelerated preference optimisation), from which the policy then goes on too.",
     )
     reference_every: int = Field(
-        1, ge=1, description="Steps in a round, for the references `previous` and `extrapolated`."
+        1, ge=1, le=10**9, description="Steps in a round, for the references `previous` and `extrapolated`."
     )
     reference_decay: float = Field(
         0.99, gt=0, lt=1, description="Share of the old average that an `ema` reference keeps in each step."
     )
     reference_alpha: float = Field(
-        0.3, ge=0, description="How far an `extrapolated` reference moves on; 0 is `previous`."
+        0.3, ge=0, le=10, description="How far an `extrapolated` reference moves on; 0 is `previous`."
     )
 
 
@@ -61,7 +61,8 @@ class _Labels(_Method):
     )
     label_temperature: float = Field(
         1.0,
-        gt=0,
+        ge=1e-6,
+        le=1e6,
         description="Reward difference, in reward units, at which p is sigmoid(1) = 0.73. Unused with pairwise judges. The temperature "
         "that was fitted to a reward model is not looked up: give it here to have that model's own probabilities.",
     )
@@ -85,7 +86,10 @@ class _Reduced(_Method):
 
 class _DpoLoss(_Reduced):
     beta: float = Field(
-        0.1, gt=0, description="Strength of the pull to the reference (inverse temperature of the log-ratio)."
+        0.1,
+        ge=1e-6,
+        le=1e6,
+        description="Strength of the pull to the reference (inverse temperature of the log-ratio).",
     )
     loss: Literal["logistic", "robust", "hinge"] = Field(
         "logistic",
@@ -109,6 +113,7 @@ class Rdpo(_DpoLoss, _Pairs):
     length_coef: float = Field(
         0.01,
         ge=0,
+        le=1e6,
         description="Price of a token, in reward units (alpha): alpha times the tokens that the winner has more than the loser is added "
         "to beta h. 0 is online DPO.",
     )
@@ -119,7 +124,7 @@ class IterativeDpo(_DpoLoss, _Pairs):
 
     name: Literal["iterative_dpo"] = Field(description="Dong et al. 2024.")
     samples_per_prompt: int = Field(
-        8, ge=2, description="Responses sampled per prompt (K). Unused with `pairs: dataset`."
+        8, ge=2, le=4096, description="Responses sampled per prompt (K). Unused with `pairs: dataset`."
     )
     reference: Literal["fixed", "previous", "ema", "extrapolated"] = Field(
         "previous", description=_Reference.model_fields["reference"].description
@@ -132,7 +137,9 @@ class IterativeDpo(_DpoLoss, _Pairs):
 
 
 class _Nash(_Reduced, _Pairs):
-    tau: float = Field(1.0, gt=0, description="Strength of the regularisation towards the reference (the papers' tau).")
+    tau: float = Field(
+        1.0, ge=1e-6, le=1e6, description="Strength of the regularisation towards the reference (the papers' tau)."
+    )
     labels: Literal["hard", "soft", "sampled"] = Field("soft", description=_Labels.model_fields["labels"].description)
     pairing: Literal["best_vs_worst", "random", "all"] = Field(
         "random", description=_Pairs.model_fields["pairing"].description
@@ -161,12 +168,12 @@ class Selm(_DpoLoss, _Reference, _Labels):
     """SELM: DPO on the best against the worst of several responses, and a bonus that lowers the log-prob of y_gen."""
 
     name: Literal["selm"] = Field(description="Zhang et al. 2024.")
-    beta: float = Field(0.01, gt=0, description=_DpoLoss.model_fields["beta"].description)
+    beta: float = Field(0.01, ge=1e-6, le=1e6, description=_DpoLoss.model_fields["beta"].description)
     reference: Literal["fixed", "previous", "ema", "extrapolated"] = Field(
         "previous", description=_Reference.model_fields["reference"].description
     )
     alpha: float = Field(
-        0.001, ge=0, description="Weight of the bonus against what is likely already; 0 leaves it out."
+        0.001, ge=0, le=1e6, description="Weight of the bonus against what is likely already; 0 leaves it out."
     )
     bonus_scale: Literal["alpha_beta", "alpha"] = Field(
         "alpha_beta",
@@ -176,7 +183,9 @@ class Selm(_DpoLoss, _Reference, _Labels):
         "dataset",
         description="What y_gen is ranked with: `chosen` and `rejected` of `data.prompts` (the paper), or fresh samples.",
     )
-    fresh_samples: int = Field(2, ge=1, description="Responses sampled beside y_gen, with `ranked_with: samples`.")
+    fresh_samples: int = Field(
+        2, ge=1, le=4096, description="Responses sampled beside y_gen, with `ranked_with: samples`."
+    )
     generation: Literal["greedy", "sampled"] = Field(
         "greedy",
         description="How y_gen is written: greedily (the released code), or sampled (the paper's text).",
@@ -187,7 +196,9 @@ class Xpo(_DpoLoss, _Reference, _Labels):
     """XPO: DPO on a response of the policy against one of the reference, and a bonus against the latter."""
 
     name: Literal["xpo"] = Field(description="Xie et al. 2024.")
-    alpha: float = Field(1e-5, ge=0, description="Weight of the bonus against what is likely already; 0 leaves it out.")
+    alpha: float = Field(
+        1e-5, ge=0, le=1e6, description="Weight of the bonus against what is likely already; 0 leaves it out."
+    )
 
 
 class Slic(_Labels, _Sampled):
@@ -200,9 +211,9 @@ class Slic(_Labels, _Sampled):
     labels: Literal["hard", "sampled"] = Field(
         "hard", description="The winner: the likelier one, or drawn with its probability."
     )
-    delta: float = Field(1.0, gt=0, description="Margin of the hinge, in nats.")
+    delta: float = Field(1.0, ge=1e-6, le=1e6, description="Margin of the hinge, in nats.")
     likelihood_weight: float = Field(
-        0.1, ge=0, description="Weight of the negative log-likelihood of the chosen response (lambda)."
+        0.1, ge=0, le=1e6, description="Weight of the negative log-likelihood of the chosen response (lambda)."
     )
     logp_reduce: Literal["sum", "mean"] = Field(
         "sum", description="Log-prob of a response: sum over its tokens, or mean per token."
@@ -213,14 +224,19 @@ class Simpo(_Labels, _Sampled):
     """SimPO on fresh pairs: mean log-probs per token, a margin, and no reference."""
 
     name: Literal["simpo"] = Field(description="Meng et al. 2024, online.")
-    samples_per_prompt: int = Field(4, ge=2, description=_Sampled.model_fields["samples_per_prompt"].description)
+    samples_per_prompt: int = Field(
+        4, ge=2, le=4096, description=_Sampled.model_fields["samples_per_prompt"].description
+    )
     pairing: Literal["best_vs_worst", "random", "all"] = Field(
         "best_vs_worst", description=_Pairs.model_fields["pairing"].description
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description=_DpoLoss.model_fields["label_smoothing"].description)
-    beta: float = Field(2.0, gt=0, description="Factor on the difference of the mean log-probs.")
+    beta: float = Field(2.0, ge=1e-6, le=1e6, description="Factor on the difference of the mean log-probs.")
     gamma: float = Field(
-        1.0, ge=0, description="Margin by which `beta` times the difference of the mean log-probs is to exceed 0."
+        1.0,
+        ge=0,
+        le=1e6,
+        description="Margin by which `beta` times the difference of the mean log-probs is to exceed 0.",
     )
 
 
@@ -228,10 +244,13 @@ class Raft(_Sampled):
     """RAFT: the likelihood of the best of K fresh responses, and perhaps a pull to the reference."""
 
     name: Literal["raft"] = Field(description="Dong et al. 2023.")
-    samples_per_prompt: int = Field(8, ge=2, description=_Sampled.model_fields["samples_per_prompt"].description)
+    samples_per_prompt: int = Field(
+        8, ge=2, le=4096, description=_Sampled.model_fields["samples_per_prompt"].description
+    )
     kl_weight: float = Field(
         0.0,
         ge=0,
+        le=1e6,
         description="Factor on the KL to the reference, measured on all K responses (lambda); 0 leaves it out.",
     )
     logp_reduce: Literal["sum", "mean"] = Field("sum", description=Slic.model_fields["logp_reduce"].description)
@@ -257,15 +276,17 @@ class _Kl(_Method):
         "the others hold nothing there and are refused. In a loss k1 has no gradient in expectation and is refused; k2 has that of the "
         "reverse KL, k3 that of the forward KL.",
     )
-    kl_coef: float = Field(0.01, ge=0, description="Factor on the KL; where it starts if `kl_target` is set.")
+    kl_coef: float = Field(0.01, ge=0, le=1e6, description="Factor on the KL; where it starts if `kl_target` is set.")
     kl_target: float | None = Field(
         None,
-        gt=0,
+        ge=1e-6,
+        le=1e6,
         description="KL per response (nats) that an adaptive controller steers to by changing the factor; null: constant.",
     )
     kl_horizon: int = Field(
         10_000,
         ge=1,
+        le=10**9,
         description="Responses over which the adaptive controller changes the factor by 20% at most; a step never changes it by more.",
     )
 
@@ -273,13 +294,13 @@ class _Kl(_Method):
 class Gradient(_Reference, _Kl, _Sampled):
     """What all policy-gradient methods with a scalar reward share."""
 
-    samples_per_prompt: int = Field(8, ge=1, description="Responses sampled per prompt (K).")
+    samples_per_prompt: int = Field(8, ge=1, le=4096, description="Responses sampled per prompt (K).")
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio to the old policy is clipped at 1 - clip_low.")
-    clip_high: float = Field(0.2, gt=0, description="... and at 1 + clip_high; a higher one is clip-higher.")
+    clip_high: float = Field(0.2, ge=1e-6, le=1e6, description="... and at 1 + clip_high; a higher one is clip-higher.")
     ratio: Literal["token", "sequence"] = Field(
         "token", description="Ratio of each token, or of the whole response (geometric mean: GSPO)."
     )
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    entropy_coef: float = Field(0.0, ge=0, le=1e6, description="Weight of the entropy bonus.")
     aggregation: Aggregation = Field(
         "token_mean",
         description="How token losses become one: mean over all tokens of the update; mean over responses of the mean, or of the "
@@ -293,14 +314,15 @@ class Gradient(_Reference, _Kl, _Sampled):
     correction_low: float | None = Field(
         None,
         ge=0,
+        le=1e6,
         description="Lower bound of the importance weight, or of a response's mean ratio. null: tis 0 (a higher one raises small weights "
         "to it), icepop 0.5, sequence_mask 0.95.",
     )
     correction_high: float | None = Field(
-        None, gt=0, description="Upper bound. null: tis and icepop 5, sequence_mask 1.05."
+        None, ge=1e-6, le=1e6, description="Upper bound. null: tis and icepop 5, sequence_mask 1.05."
     )
     reward_clip: float | None = Field(
-        10.0, gt=0, description="Rewards are clipped to +- this, before any baseline; null: not."
+        10.0, ge=1e-6, le=1e9, description="Rewards are clipped to +- this, before any baseline; null: not."
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
     whiten: bool = Field(
@@ -320,31 +342,33 @@ class _Clipped(Gradient):
     dual_clip: float | None = Field(
         None,
         gt=1,
+        le=1e6,
         description="Bound on the loss of a negative advantage, as a multiple of its size (3 is usual); null: none.",
     )
 
 
 class _Group(_Clipped):
-    samples_per_prompt: int = Field(8, ge=2, description="Responses sampled per prompt (K): the group.")
+    samples_per_prompt: int = Field(8, ge=2, le=4096, description="Responses sampled per prompt (K): the group.")
 
 
 class Ppo(_Clipped):
     """PPO: clipped policy gradient with a learned value baseline and generalised advantage estimation."""
 
     name: Literal["ppo"] = Field(description="Ziegler et al. 2019, Ouyang et al. 2022.")
-    samples_per_prompt: int = Field(1, ge=1, description="Responses sampled per prompt (K).")
+    samples_per_prompt: int = Field(1, ge=1, le=4096, description="Responses sampled per prompt (K).")
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda; 1 is the return less the value.")
     whiten: bool = Field(True, description=Gradient.model_fields["whiten"].description)
-    critic_model: str | None = Field(
+    critic_model: PathText | None = Field(
         None,
         description="Where the critic starts: a reward model of the policy's architecture (body and head), or null: the policy's "
         "own body with a fresh head.",
     )
-    critic_learning_rate: float = Field(9e-6, ge=0, description="Peak learning rate of the critic.")
-    critic_warmup_steps: int = Field(0, ge=0, description="First steps in which only the critic learns.")
+    critic_learning_rate: float = Field(9e-6, ge=0, le=100, description="Peak learning rate of the critic.")
+    critic_warmup_steps: int = Field(0, ge=0, le=10**9, description="First steps in which only the critic learns.")
     value_clip: float | None = Field(
         0.2,
-        gt=0,
+        ge=1e-6,
+        le=1e6,
         description="How far a value may move from its old one before the loss stops following; null: no clipping.",
     )
 
@@ -353,7 +377,7 @@ class ReinforcePlusPlus(_Clipped):
     """REINFORCE++: returns to go with the token KL inside, whitened over the batch; no critic."""
 
     name: Literal["reinforce_pp"] = Field(description="Hu 2025.")
-    samples_per_prompt: int = Field(1, ge=1, description="Responses sampled per prompt (K).")
+    samples_per_prompt: int = Field(1, ge=1, le=4096, description="Responses sampled per prompt (K).")
     whiten: bool = Field(True, description=Gradient.model_fields["whiten"].description)
 
 
@@ -372,7 +396,7 @@ class Rloo(_Group):
     """RLOO: reward less the mean of the group's other responses."""
 
     name: Literal["rloo"] = Field(description="Ahmadian et al. 2024.")
-    samples_per_prompt: int = Field(4, ge=2, description="Responses sampled per prompt (K): the group.")
+    samples_per_prompt: int = Field(4, ge=2, le=4096, description="Responses sampled per prompt (K): the group.")
     kl_before_baseline: bool = Field(
         True,
         description="Subtract a response's KL from its reward before the baseline (the paper); false: token by token, after it.",
@@ -387,7 +411,7 @@ class Grpo(_Group):
         "loss", description=_Kl.model_fields["kl_placement"].description
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description=_Kl.model_fields["kl_estimator"].description)
-    kl_coef: float = Field(0.04, ge=0, description=_Kl.model_fields["kl_coef"].description)
+    kl_coef: float = Field(0.04, ge=0, le=1e6, description=_Kl.model_fields["kl_coef"].description)
     aggregation: Aggregation = Field(
         "seq_mean_token_mean", description=Gradient.model_fields["aggregation"].description
     )
@@ -409,11 +433,11 @@ class Cispo(Gradient):
     """CISPO: GRPO's advantages with a clipped importance weight on the log-prob, so that no token's gradient is cut off; no KL."""
 
     name: Literal["cispo"] = Field(description="MiniMax 2025 (M1).")
-    samples_per_prompt: int = Field(8, ge=2, description="Responses sampled per prompt (K): the group.")
+    samples_per_prompt: int = Field(8, ge=2, le=4096, description="Responses sampled per prompt (K): the group.")
     clip_low: float | None = Field(  # type: ignore[assignment] - wider than its parent's
         None, gt=0, lt=1, description="The ratio to the old policy, as a weight, is clipped at 1 - clip_low; null: not."
     )
-    clip_high: float = Field(4.0, gt=0, description="... and at 1 + clip_high.")
+    clip_high: float = Field(4.0, ge=1e-6, le=1e6, description="... and at 1 + clip_high.")
     kl_placement: Literal["reward", "loss", "none"] = Field(
         "none", description=_Kl.model_fields["kl_placement"].description
     )
@@ -421,7 +445,7 @@ class Cispo(Gradient):
 
 class _NashGradient(_Labels):
     tau: float = Field(
-        0.008, gt=0, description="Strength of the regularisation towards the reference (the papers' tau)."
+        0.008, ge=1e-6, le=1e6, description="Strength of the regularisation towards the reference (the papers' tau)."
     )
     labels: Literal["hard", "soft", "sampled"] = Field("soft", description=_Labels.model_fields["labels"].description)
 

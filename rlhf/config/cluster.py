@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf.config.base import Section
+from rlhf.config.base import MAX_S, MIN_S, Section
 
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=MIN_S, le=MAX_S)]
 Role = Literal["policy", "rollout", "reward"]
 
 
@@ -31,11 +31,13 @@ class ClusterSettings(Section):
     colocated_engines: int | None = Field(
         None,
         ge=1,
+        le=4096,
         description="How many engines share the policy's GPUs. For `placement: mixed` only.",
     )
     policy_nodes: int | None = Field(
         None,
         ge=1,
+        le=16384,
         description="Nodes over which the policy's ranks are spread evenly. None: as few as possible.",
     )
     node_resources: dict[Role, str] = Field(
@@ -46,12 +48,14 @@ class ClusterSettings(Section):
     threads: int | None = Field(
         None,
         ge=1,
+        le=4096,
         description="CPU threads of each actor that computes. None: the cores of its node, since the roles of a synchronous loop take "
         "turns, divided by the actors of the same role there.",
     )
     placement_deadline_s: float = Field(
         60.0,
-        gt=0,
+        ge=MIN_S,
+        le=MAX_S,
         description="Longest wait for CPUs and GPUs that the cluster has but others still hold, in seconds.",
     )
     startup_deadline_s: Seconds | Literal["auto"] = Field(
@@ -59,5 +63,9 @@ class ClusterSettings(Section):
         description="Longest wait for an actor to start and load its model, in seconds. auto: 600, and 10 for each GB of weight files of "
         "the largest model that a role loads, and as much again for what must be fetched from a hub first: 2,010 s at 70B.",
     )
-    learn_deadline_s: float = Field(3600.0, gt=0, description="Longest wait for one learning step, in seconds.")
-    publish_deadline_s: float = Field(600.0, gt=0, description="Longest wait for a weight transfer, in seconds.")
+    learn_deadline_s: float = Field(
+        3600.0, ge=MIN_S, le=MAX_S, description="Longest wait for one learning step, in seconds."
+    )
+    publish_deadline_s: float = Field(
+        600.0, ge=MIN_S, le=MAX_S, description="Longest wait for a weight transfer, in seconds."
+    )

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from rlhf.config.loader import load
+import os
+from collections.abc import Sequence
+
+from rlhf.config.loader import command_of, load, read_raw
+from rlhf.config.settings import Settings
+from rlhf.config.sft import SftSettings
 from rlhf.config.sft_checks import load_sft
 
 LOADERS = {"train": load, "sft": load_sft}
 """Command -> what reads its configuration."""
+
+
+def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings | SftSettings:
+    """A configuration of either command; the fields that stand in it tell which.
+
+    Raises:
+        ConfigError: with all mistakes found.
+    """
+    raw, _ = read_raw(os.fspath(path))
+    return LOADERS[(command_of(raw) if isinstance(raw, dict) else None) or "train"](path, overrides)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from rlhf.config.base import Section
+from rlhf.config.base import MAX_TOKENS, PathText, Section
 
 HUB = "hf:"
 """Before the name of a data set of the package `datasets`, or of a folder that holds one."""
@@ -33,19 +33,20 @@ TEMPLATE_ARGUMENTS = (
 
 
 class DataSettings(Section):
-    prompts: str = Field(
+    prompts: PathText = Field(
         description="Training prompts: a file of JSON lines, a file that ends in `.parquet`, or `hf:NAME[:SPLIT]`, a data set of the "
         "package `datasets`. Each row has a `prompt` (text) or `messages` (chat) field."
         " `chosen` and `rejected`, both or neither, are a pair of responses (text, or a chat that ends with the "
         "assistant's turn). All other fields become the payload that reward functions see.",
     )
-    eval_prompts: str | None = Field(
+    eval_prompts: PathText | None = Field(
         None,
         description="Held-out prompts in the same format. None: no evaluation.",
     )
     max_prompt_tokens: int = Field(
         512,
         ge=1,
+        le=MAX_TOKENS,
         description="Prompts longer than this many tokens, after the chat template, are handled as `too_long` says.",
     )
     too_long: Literal["error", "drop"] = Field(

@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from rlhf.config.base import Section
+from rlhf.config.base import PathText, Section
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, le=100)]
 Dtype = Literal["bf16", "fp32"]
 """A type that weights and activations can have."""
 
@@ -24,6 +24,7 @@ class LoraSettings(Section):
     alpha: float = Field(
         16.0,
         gt=0,
+        le=1e6,
         description="The product is scaled by `alpha` / `rank`.",
     )
     target_modules: Literal["all-linear"] | list[str] = Field(
@@ -43,7 +44,7 @@ class LoraSettings(Section):
 
 
 class PolicySettings(Section):
-    model: str = Field(
+    model: PathText = Field(
         description="Folder or hub name of a causal language model in Hugging Face format; also the fixed reference.",
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
@@ -52,7 +53,7 @@ class PolicySettings(Section):
         "whole run: bf16 if every node of policy and engines computes in it natively (GPUs of compute capability 8.0 and later, CPUs with "
         "AVX-512 BF16 or AMX), else fp32. `--dry-run` says which and why.",
     )
-    ranks: int = Field(1, ge=1, description="DeepSpeed ranks, one per device.")
+    ranks: int = Field(1, ge=1, le=16384, description="DeepSpeed ranks, one per device.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="ZeRO stage: 0 shards nothing, 1 optimizer states, 2 also gradients, 3 also the weights of policy "
@@ -78,6 +79,7 @@ class PolicySettings(Section):
     warmup_steps: int = Field(
         0,
         ge=0,
+        le=10**9,
         description="Optimizer steps over which the learning rate rises linearly from 0.",
     )
     min_learning_rate_ratio: float = Field(
@@ -91,17 +93,19 @@ class PolicySettings(Section):
         strict=False,
         description="AdamW's decay rates of the first and second moment.",
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=1e-9, le=1e9, description="Global gradient norm is clipped to this.")
     micro_batch_tokens: int = Field(
         4096,
         ge=1,
+        le=2**30,
         description="Token budget of one packed forward and backward on one rank. Memory grows with it; results do not "
         "depend on it.",
     )
     logprob_chunk_tokens: int = Field(
         1024,
         ge=1,
+        le=2**30,
         description="Tokens projected to the vocabulary at a time, so that [tokens, vocabulary] never exists whole. "
         "Results do not depend on it.",
     )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf.config.base import Section
+from rlhf.config.base import MAX_S, MIN_S, PathText, Section
 from rlhf.config.transforms import ScoreTransform, Transform
 
 VERIFIERS = ("math", "instructions", "reasoning_gym", "regex", "code")
@@ -34,7 +34,7 @@ class SourceSettings(Section):
         "`pairwise_model`, `pairwise_function`, `pairwise_remote`: the same, but they compare two responses, in both orders. `llm_judge`: "
         "a language model that is asked which of two responses is better.",
     )
-    path: str | None = Field(
+    path: PathText | None = Field(
         None,
         description="For a function its import path, `module:name`; for a model its folder (a transformers sequence "
         "classifier, or what `rlhf reward train` writes); for a verifier its name; for an LLM judge the model's folder, or, with `url`, "
@@ -46,7 +46,7 @@ class SourceSettings(Section):
         "variable `RLHF_REWARD_TOKEN`. For an LLM judge: an OpenAI-compatible endpoint, such as `http://host:8000/v1`; its key is in "
         "`OPENAI_API_KEY`.",
     )
-    judge_prompt: str | None = Field(
+    judge_prompt: PathText | None = Field(
         None,
         description="Text file that an LLM judge is asked with; {prompt}, {a} and {b} in it stand for the prompt and the two "
         "responses, and the answer to it must be A or B. Null: the built-in question.",
@@ -79,6 +79,8 @@ class MemberSettings(SourceSettings):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Its scores are logged as reward/NAME.")
     weight: float = Field(
         1.0,
+        ge=-1e6,
+        le=1e6,
         description="Its factor in a `sum`. 0, with any `combine`: an observer, whose scores are logged and count for nothing.",
     )
     transforms: list[ScoreTransform] = Field(
@@ -96,9 +98,9 @@ class RewardSettings(SourceSettings):
         "content); the lowest (worst-case optimisation); or the mean less `uncertainty_penalty` times the variance.",
     )
     uncertainty_penalty: float = Field(
-        0.1, ge=0, description="Factor on the variance over members (unbiased) with `combine: uncertainty`."
+        0.1, ge=0, le=1e6, description="Factor on the variance over members (unbiased) with `combine: uncertainty`."
     )
-    common_set: str | None = Field(
+    common_set: PathText | None = Field(
         None,
         description="File of rows with `response`, with or without `prompt` (text) or `messages`, "
         "that every member scores at the start; its scores are then "
@@ -109,48 +111,56 @@ class RewardSettings(SourceSettings):
         description="What is done to a score, in this order, before it is learned from: `clip`, `length_penalty`, `missing_eos`, "
         "`overlong`, `normalise`, `log_sigmoid`, `calibrate`.",
     )
-    reference_scores: str | None = Field(
+    reference_scores: PathText | None = Field(
         None,
         description="Scores of the starting policy's responses to each training prompt, as `rlhf reward calibrate` writes them; "
         "`log_sigmoid` and `calibrate` read them.",
     )
-    servers: int = Field(1, ge=1, description="Number of reward servers.")
+    servers: int = Field(1, ge=1, le=1024, description="Number of reward servers.")
     restarts: int = Field(
         1,
         ge=0,
+        le=1000,
         description="How often each server is started again after its process has died; with the same weights, or not.",
     )
     gpus: float = Field(
         0.0,
         ge=0,
+        le=64,
         description="GPUs that each server reserves; a fraction shares one GPU between servers. 0: servers judge on CPUs; but with "
         "`cluster.placement: colocated` a model uses the GPU of a policy rank, in turns with it, and lies in host memory while the policy "
         "learns.",
     )
-    batch_size: int = Field(32, ge=1, description="Most responses a server judges in one batch.")
+    batch_size: int = Field(32, ge=1, le=10**6, description="Most responses a server judges in one batch.")
     batch_tokens: int | None = Field(
         None,
         ge=1,
+        le=2**30,
         description="Most tokens in one batch of a model, of responses with what else the model reads. A longer one is judged alone. "
         "Where texts are padded (on a GPU, or with a model that cannot do without), padding counts: the longest times their number. "
         "null: 16384 on a GPU, 1024 on a CPU, there 384 with padding.",
     )
-    max_wait_ms: float = Field(10.0, ge=0, description="How long a server waits for a batch to fill, in milliseconds.")
+    max_wait_ms: float = Field(
+        10.0, ge=0, le=60_000, description="How long a server waits for a batch to fill, in milliseconds."
+    )
     max_waiting: int = Field(
         256,
         ge=1,
+        le=10**6,
         description="Most responses that one server holds. The loop waits before it sends more; `rlhf reward serve` refuses "
         "them, to be sent again.",
     )
     cache: int = Field(
         0,
         ge=0,
+        le=10**8,
         description="Verdicts that each server remembers by content, so that a repeated response is not judged again; for models "
         "and verifiers. 0: none.",
     )
     deadline_s: float = Field(
         60.0,
-        gt=0,
+        ge=MIN_S,
+        le=MAX_S,
         description="Longest wait for a verdict, in seconds, from when a server has got the response; after it the outcome is "
         "`TimedOut`.",
     )
@@ -161,20 +171,23 @@ class RewardSettings(SourceSettings):
         description="A step in which more than this fraction of the outcomes failed or timed out, or in which the builder of your own "
         "algorithm failed for more of the prompts, stops the run.",
     )
-    canaries: str | None = Field(
+    canaries: PathText | None = Field(
         None,
         description="File of pairs that the judge must tell apart: `good`, `bad`, with or without `prompt` (text) or "
         "`messages`; other fields are the "
         "payload. Every server judges them at the start and now and then.",
     )
     canaries_every: int = Field(
-        10, ge=1, description="Steps from one judging of the `canaries` to the next; a changed verdict ends the run."
+        10,
+        ge=1,
+        le=10**9,
+        description="Steps from one judging of the `canaries` to the next; a changed verdict ends the run.",
     )
     canaries_wrong: int = Field(
-        0, ge=0, description="How many of the `canaries` may come out in the wrong order at the start."
+        0, ge=0, le=10**9, description="How many of the `canaries` may come out in the wrong order at the start."
     )
     canaries_tolerance: float = Field(
-        1e-3, ge=0, description="How far the verdict on one of the `canaries` may move during a run."
+        1e-3, ge=0, le=1e6, description="How far the verdict on one of the `canaries` may move during a run."
     )
 
     def sources(self) -> list[tuple[str, SourceSettings]]:

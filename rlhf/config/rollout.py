@@ -6,16 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf.config.base import Section
+from rlhf.config.base import MAX_S, MAX_TOKENS, MIN_S, Section
 
 
 class RolloutSettings(Section):
     engines: int = Field(
         1,
         ge=1,
+        le=4096,
         description="Number of vLLM engines; prompts go to the one with the fewest outstanding tokens.",
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="Devices per engine.")
+    tensor_parallel_size: int = Field(1, ge=1, le=1024, description="Devices per engine.")
     straddle_nodes: bool = Field(
         False,
         description="Let an engine that fits into no single node span several (through vLLM's Ray executor): slower, because its "
@@ -28,6 +29,7 @@ class RolloutSettings(Section):
     max_tokens: int = Field(
         256,
         ge=1,
+        le=MAX_TOKENS,
         description="Longest response, in tokens. A response cut here has finish reason `length`.",
     )
     temperature: float = Field(
@@ -43,8 +45,8 @@ class RolloutSettings(Section):
         le=1,
         description="Nucleus sampling. Below 1 the log-probs are of the truncated distribution.",
     )
-    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0: all.")
-    max_num_seqs: int = Field(64, ge=1, description="Sequences an engine decodes at the same time.")
+    top_k: int = Field(0, ge=0, le=10**6, description="Sample among the k likeliest tokens; 0: all.")
+    max_num_seqs: int = Field(64, ge=1, le=65_536, description="Sequences an engine decodes at the same time.")
     enforce_eager: bool = Field(
         False,
         description="Do not compile or capture graphs: a quicker start, slower decoding on a GPU. CPUs are always "
@@ -58,7 +60,8 @@ class RolloutSettings(Section):
     )
     cpu_kv_cache_gb: float = Field(
         1.0,
-        gt=0,
+        ge=0.001,
+        le=100_000,
         description="Size of an engine's key-value cache on CPU, in GiB. Unused on a GPU.",
     )
     sleep_level: Literal[1, 2] = Field(
@@ -72,4 +75,6 @@ class RolloutSettings(Section):
         "GPUs nccl, except where engines share GPUs with the policy (`cluster.placement`), because NCCL refuses two ranks on one GPU: "
         "there ipc if all of them do, and gloo if some do.",
     )
-    request_deadline_s: float = Field(600.0, gt=0, description="Longest wait for one prompt's responses, in seconds.")
+    request_deadline_s: float = Field(
+        600.0, ge=MIN_S, le=MAX_S, description="Longest wait for one prompt's responses, in seconds."
+    )

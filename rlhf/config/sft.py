@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf.config.base import Section
+from rlhf.config.base import MAX_TOKENS, PathText, Section
 from rlhf.config.checkpoint import CheckpointSettings
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.data import TEMPLATE_ARGUMENTS, TemplateArguments
@@ -16,12 +16,12 @@ from rlhf.config.tracking import TrackingSettings
 
 
 class SftDataSettings(Section):
-    examples: str = Field(
+    examples: PathText = Field(
         description="Training examples: a file of JSON lines, a file that ends in `.parquet`, or `hf:NAME[:SPLIT]`, a data set of the "
         "package `datasets`. Each row has `messages` (a chat that ends with the assistant's turn; every turn of the assistant is learned), "
         "or a prompt and a response. Other fields are not read.",
     )
-    eval_examples: str | None = Field(
+    eval_examples: PathText | None = Field(
         None,
         description="Held-out examples in the same format. None: no held-out loss.",
     )
@@ -38,6 +38,7 @@ class SftDataSettings(Section):
     max_tokens: int = Field(
         1024,
         ge=2,
+        le=MAX_TOKENS,
         description="Examples longer than this many tokens, prompt and response after the chat template, are handled as "
         "`too_long` says.",
     )
@@ -72,15 +73,19 @@ class SftPolicySettings(PolicySettings):
 
 
 class TrainingSettings(Section):
-    epochs: int = Field(1, ge=1, description="Passes over the examples, each in another order given by `run.seed`.")
+    epochs: int = Field(
+        1, ge=1, le=10**6, description="Passes over the examples, each in another order given by `run.seed`."
+    )
     batch_size: int = Field(
         32,
         ge=1,
+        le=10**6,
         description="Examples per optimizer step, over all ranks. The loss is the mean over their learned tokens.",
     )
     eval_every: int = Field(
         0,
         ge=0,
+        le=10**9,
         description="Measure the held-out loss every so many optimizer steps, besides before the first and after the last; 0: "
         "only then.",
     )

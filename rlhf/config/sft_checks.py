@@ -25,7 +25,7 @@ NO_SUCH_ROLE = {
 
 def load_sft(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SftSettings:
     """Read the configuration of a supervised run. Arguments and errors as those of `rlhf.config.load`."""
-    return load_as(SftSettings, sft_problems, path, overrides)
+    return load_as(SftSettings, sft_problems, path, overrides, "sft")
 
 
 def sft_problems(settings: SftSettings) -> list[str]:

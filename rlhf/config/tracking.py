@@ -23,5 +23,6 @@ class TrackingSettings(Section):
     samples_per_step: int = Field(
         4,
         ge=0,
+        le=10**6,
         description="Prompts per step whose responses and rewards are written to samples.jsonl.",
     )

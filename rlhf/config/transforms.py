@@ -9,29 +9,29 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf.config.base import Section
+from rlhf.config.base import MAX_TOKENS, Section
 
 
 class Clip(Section):
     """Scores below `low` become `low`, scores above `high` become `high`."""
 
     name: Literal["clip"] = Field(description="This transform.")
-    low: float | None = Field(None, description="Lower bound; null: none.")
-    high: float | None = Field(None, description="Upper bound; null: none.")
+    low: float | None = Field(None, ge=-1e9, le=1e9, description="Lower bound; null: none.")
+    high: float | None = Field(None, ge=-1e9, le=1e9, description="Upper bound; null: none.")
 
 
 class LengthPenalty(Section):
     """A price for each token of the response, the end-of-sequence token included."""
 
     name: Literal["length_penalty"] = Field(description="This transform.")
-    per_token: float = Field(gt=0, description="Subtracted from the score for each token.")
+    per_token: float = Field(gt=0, le=1e6, description="Subtracted from the score for each token.")
 
 
 class MissingEos(Section):
     """A penalty for a response that was cut at `rollout.max_tokens`, without its end-of-sequence token."""
 
     name: Literal["missing_eos"] = Field(description="This transform.")
-    penalty: float = Field(gt=0, description="Subtracted from the score of a response that was cut.")
+    penalty: float = Field(gt=0, le=1e6, description="Subtracted from the score of a response that was cut.")
 
 
 class Overlong(Section):
@@ -39,9 +39,13 @@ class Overlong(Section):
 
     name: Literal["overlong"] = Field(description="This transform.")
     buffer: int = Field(
-        ge=1, description="Tokens before the limit over which the penalty grows from 0, in a straight line."
+        ge=1,
+        le=MAX_TOKENS,
+        description="Tokens before the limit over which the penalty grows from 0, in a straight line.",
     )
-    penalty: float = Field(1.0, gt=0, description="Subtracted from the score of a response as long as the limit.")
+    penalty: float = Field(
+        1.0, gt=0, le=1e6, description="Subtracted from the score of a response as long as the limit."
+    )
 
 
 class Normalise(Section):

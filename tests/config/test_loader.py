@@ -100,7 +100,7 @@ def test_broken_files(tmp_path: Path, text: str, words: list[str]) -> None:
 
 def test_unreadable_files(tmp_path: Path) -> None:
     assert "there is no such file" in error_of(str(tmp_path / "none.yaml"))
-    assert "cannot be read" in error_of(str(tmp_path))
+    assert "this is a folder" in error_of(str(tmp_path))
     (tmp_path / "latin.yaml").write_bytes(b"run: {dir: caf\xe9}")
     assert "UTF-8" in error_of(str(tmp_path / "latin.yaml"))
 
