@@ -15,3 +15,7 @@ class NoServerLeft(RuntimeError):
 
 class Busy(RuntimeError):
     """No server takes more responses now; later one will."""
+
+
+class TooMany(ValueError):
+    """More responses in one request than a server may ever hold."""

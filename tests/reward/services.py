@@ -14,14 +14,15 @@ import uvicorn
 from rlhf.cluster import LocalRuntime
 from rlhf.config import Settings
 from rlhf.data.loading_time import with_startup_deadline
-from rlhf.reward.serving.http import make_app
+from rlhf.reward.serving.connections import Bounds
+from rlhf.reward.serving.http import make_app, server_config
 from rlhf.reward.serving.pool import RewardPool
 
 TOKEN = "a-token-of-this-test"
 
 
 @contextmanager
-def reward_service(settings: Settings) -> Iterator[str]:
+def reward_service(settings: Settings, bounds: Bounds | None = None) -> Iterator[str]:
     """The service of these settings; its URL."""
     settings = with_startup_deadline(settings)
 
@@ -29,12 +30,12 @@ def reward_service(settings: Settings) -> Iterator[str]:
         pool = await RewardPool.start(LocalRuntime(), settings, service=True)
         return make_app(pool, settings, TOKEN)
 
-    with service(app) as url:
+    with service(app, bounds) as url:
         yield url
 
 
 @contextmanager
-def service(make: Callable[[], Any]) -> Iterator[str]:
+def service(make: Callable[[], Any], bounds: Bounds | None = None) -> Iterator[str]:
     """Any ASGI application, made by a coroutine function on the loop that it will run on; its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     servers: list[uvicorn.Server] = []
@@ -42,7 +43,7 @@ def service(make: Callable[[], Any]) -> Iterator[str]:
 
     async def run() -> None:
         try:
-            servers.append(uvicorn.Server(uvicorn.Config(await make(), log_level="critical", lifespan="off")))
+            servers.append(uvicorn.Server(server_config(await make(), bounds)))
         finally:
             ready.set()
         await servers[0].serve(sockets=[listener])

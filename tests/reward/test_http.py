@@ -270,6 +270,8 @@ def test_an_address_that_is_taken_is_said_before_anything_is_loaded(tiny_setting
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: this address cannot be used"):
             http.serve(tiny_settings(), "127.0.0.1", port, local=True)
+    with pytest.raises(UserError, match="--port 99999: a port is a number from 0"):
+        http.serve(tiny_settings(), "127.0.0.1", 99999, local=True)
     monkeypatch.setenv("RLHF_REWARD_TOKEN", "with a line\n")
     with pytest.raises(UserError, match="RLHF_REWARD_TOKEN"):
         http.serve(tiny_settings(), "127.0.0.1", 0, local=True)

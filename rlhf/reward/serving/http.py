@@ -1,7 +1,8 @@
 """Reward servers for callers on the network: the HTTP face of a `RewardPool`.
 
 Owns what a request may be (token, size, fields) and which answer means what. One bad request harms nobody else's: it is refused
-before any server sees it. Does not know who judges. `rlhf reward serve` runs it; `remote` is its client.
+before any server sees it. Does not know who judges. What a connection may take is bounded in `connections`. `rlhf reward serve` runs
+it; `remote` is its client.
 
     POST /judge   {"prompt" or "messages", "responses": [...], "payload": {...}}  ->  outcomes, preferences, measures, fingerprint
     GET  /health  200 while a server answers, else 503
@@ -26,14 +27,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from rlhf import __version__
 from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, wishes
 from rlhf.config import Settings, UserError
 from rlhf.config.settings import single_process
 from rlhf.data.loading_time import with_startup_deadline
-from rlhf.reward.errors import Busy, NoServerLeft
+from rlhf.reward.errors import Busy, NoServerLeft, TooMany
 from rlhf.reward.judges.wire import TOKEN, feedback_to_json
+from rlhf.reward.serving.connections import Bounds, allow_files
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.serving.server import freeze_heap
 from rlhf.types import Prompt, Turn, content_id
@@ -121,6 +124,14 @@ def make_app(pool: RewardPool, settings: Settings, token: str) -> FastAPI:
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         return _refusal(error.status_code, str(error.detail))
 
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return _refusal(400, "the body did not arrive")  # to nobody
+
+    @app.exception_handler(TooMany)
+    async def too_many(request: Request, error: TooMany) -> JSONResponse:
+        return _refusal(413, str(error))
+
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> JSONResponse:
         return _refusal(429, f"{error}; send it again later", RETRY_AFTER_S)
@@ -133,13 +144,14 @@ def make_app(pool: RewardPool, settings: Settings, token: str) -> FastAPI:
 
 
 class Gate:
-    """ASGI middleware: no token, no entry; and no body beyond the limit. Nothing of a refused request is read."""
+    """ASGI middleware: no token, no entry; and no body beyond the limit. Nothing of a refused request is read, and its connection is
+    closed."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], token: str):
         self._app, self._wanted = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
@@ -169,6 +181,8 @@ def _refusal(status: int, words: str, retry_after_s: int | None = None) -> JSONR
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if status in (401, 413):
+        headers["Connection"] = "close"  # the rest of the request is not waited for
     return JSONResponse({"error": words}, status, headers)
 
 
@@ -210,10 +224,26 @@ def serve(settings: Settings, host: str, port: int, local: bool) -> None:
         runtime.stop()
 
 
+def server_config(app: FastAPI, bounds: Bounds | None = None) -> uvicorn.Config:
+    """How the service is served. Only errors are logged: what anybody may send must not fill a disk."""
+    bounds = bounds or Bounds()
+    bounds = replace(bounds, connections=allow_files(bounds))
+    return uvicorn.Config(
+        app,
+        http=bounds.protocol(),
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        log_level="error",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+
+
 async def _serve(runtime: Runtime, settings: Settings, token: str, listener: socket.socket) -> None:
     pool = await RewardPool.start(runtime, settings, service=True)
     app = make_app(pool, settings, token)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
+    config = server_config(app)
     freeze_heap()
     listener.listen(config.backlog)  # from here on, nobody is refused
     host, port = listener.getsockname()[:2]
@@ -238,6 +268,8 @@ class _Server(uvicorn.Server):
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket bound to the address, before anything is loaded."""
+    if not 0 <= port < 2**16:  # getaddrinfo takes the rest of a division
+        raise UserError(f"--port {port}: a port is a number from 0 (any that is free) to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

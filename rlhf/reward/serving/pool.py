@@ -17,7 +17,7 @@ from rlhf.cluster.devices import threads_env
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.data.assets import resolve
-from rlhf.reward.errors import Busy, NoServerLeft, RewardError
+from rlhf.reward.errors import Busy, NoServerLeft, RewardError, TooMany
 from rlhf.reward.scoring import failure
 from rlhf.reward.serving.canaries import Watch, load_canaries
 from rlhf.reward.serving.server import Health, RewardServer, ServerInfo, secrets
@@ -106,9 +106,16 @@ class RewardPool:
         """The same for responses as text, without waiting.
 
         Raises:
+            TooMany: no server may hold so many.
             Busy: all servers have enough to do.
             NoServerLeft: all servers have died.
         """
+        most = self._settings.reward.max_waiting
+        if len(responses) > most:
+            raise TooMany(
+                f"the request has {len(responses):,} responses, and a server holds at most {most:,} (`reward.max_waiting` of the service); "
+                "ask about fewer at once"
+            )
         server = None if self._next.locked() else self._room(len(responses))
         if server is None:
             raise Busy("all reward servers have enough to do")
