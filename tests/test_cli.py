@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-import rlhf.loop.answers
+import rlhf.commands.evaluate
+import rlhf.commands.generate
 import rlhf.loop.run
 from rlhf.cli import main
 from rlhf.config import Settings
@@ -21,9 +22,9 @@ TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the loop's three entry points were called with."""
+    """What three commands were called with."""
     made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    places = {"train": rlhf.loop.run, "generate": rlhf.loop.answers, "evaluate": rlhf.loop.answers}
+    places = {"train": rlhf.loop.run, "generate": rlhf.commands.generate, "evaluate": rlhf.commands.evaluate}
     for name, module in places.items():
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, **k: made.append((bound(real, a, k), k)))
@@ -98,6 +99,11 @@ def test_algorithms_lists_the_methods_and_the_fields_of_one(capsys: pytest.Captu
         ["train", TINY, "loop.stepz=3"],
         ["train", TINY, "policy.model=./none", "--dry-run"],
         ["fetch", "asset:none"],
+        [],
+        ["trian"],
+        ["train"],
+        ["train", TINY, "--bogus"],
+        ["fetch", "a", "--b"],
     ],
 )
 def test_a_mistake_is_one_message_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,11 +112,29 @@ def test_a_mistake_is_one_message_and_status_2(arguments: list[str], capsys: pyt
     assert err.startswith("rlhf: ") and "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", TINY, "--bogus"], ["fetch", "a", "--b"]])
-def test_a_command_that_does_not_parse_ends_with_status_2(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("generate m --prompt p --n 0", "--n: `0` is not a whole number"),
+        ("generate m --prompt p --temperature nan", "--temperature: `nan` is not a finite number"),
+        ("generate m --prompt p --max-tokens 0", "--max-tokens: `0` is not"),
+        ("generate m --prompt p --out .", "--out: `.` is a folder"),
+        ("generate m --prompt p --best-of 1", "--best-of: `1` is not a whole number of at least 2"),
+        ("eval CONFIG --policy m --json none/x.json", "--json: `none/x.json`: its folder does not exist"),
+        ("plan --model llama-3.1-8b --json none/x.json", "--json: `none/x.json`: its folder does not exist"),
+        ("plan --model llama-3.1-8b --nodes 100000000", "--nodes: `100000000` is not a whole number of at least 1 and"),
+        ("plan --model llama-3.1-8b --gpus-per-node 0", "--gpus-per-node: `0` is not"),
+        ("doctor --json .", "--json: `.` is a folder"),
+        ("reward calibrate CONFIG --output .", "--output: `.` is a folder"),
+        ("reward serve CONFIG --port 99999", "--port: `99999` is not a port"),
+        ("reward train --model m --train t --output o --threads 0", "--threads: `0` is not"),
+        ("submit CONFIG --address nonsense", "--address: `nonsense` is no address"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_at_once(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.replace("CONFIG", TINY).split()) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert says in message
 
 
 def test_fetch_prints_the_path(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ STOREYS = (
     ("tracking", "cluster", "data", "algorithms"),
     ("training", "transfer"),
     ("rollout", "policy", "reward"),
-    ("loop", "preflight"),
+    ("loop",),
+    ("preflight", "commands"),
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}

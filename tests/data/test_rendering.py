@@ -11,6 +11,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig
 
+from rlhf.commands.evaluate import held_out_prompts
 from rlhf.config import Settings
 from rlhf.config.data import DataSettings
 from rlhf.config.sft import SftDataSettings
@@ -19,7 +20,6 @@ from rlhf.data.errors import DataError
 from rlhf.data.prompts import load_prompts
 from rlhf.data.rendering import Renderer, encode, engine_stops, renderer
 from rlhf.data.tiny import _tokenizer
-from rlhf.loop.answers import held_out_prompts
 from rlhf.preflight.inputs import read_inputs
 
 BOS, TURN = "<|unused_300|>", "<|unused_301|>"

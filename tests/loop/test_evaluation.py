@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from rlhf.commands.evaluate import evaluate
 from rlhf.config import Settings, UserError
-from rlhf.loop.answers import evaluate
 from rlhf.loop.evaluation import held_out_metrics
 from rlhf.tracking.report import HeldOut
 

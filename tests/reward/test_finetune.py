@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf.config import UserError
+from rlhf.config.arguments import Parser
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import Description
 from rlhf.reward.models import EncoderWithHead, RewardModel, new_model
@@ -221,16 +222,16 @@ def test_other_data_have_another_fingerprint(data: PreferenceData) -> None:
     [
         (["--ranks", "2"], "--ranks is an option of --method full"),
         (["--gradient-checkpointing"], "--gradient-checkpointing is an option of --method full"),
-        (["--method", "full", "--ranks", "0"], "--ranks must be at least 1, not 0"),
-        (["--method", "full", "--checkpoint-every", "-1"], "--checkpoint-every must be at least 0"),
+        (["--method", "full", "--ranks", "0"], "--ranks: `0` is not a whole number of at least 1"),
+        (["--method", "full", "--checkpoint-every", "-1"], "--checkpoint-every: `-1` is not a whole number of at least 0"),
         (["--method", "full", "--address", "auto"], "--address: a single rank runs in this process"),
         (["--method", "full", "--resume"], "--resume goes on from a checkpoint"),
     ],
 )
 def test_options_that_cannot_be_are_named(options: list[str], message: str) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     train.add_arguments(parser)
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         read_group(parser.parse_args(["--model", "m", "--train", "t", "--output", "o", *options]))
 
 

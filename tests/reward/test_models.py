@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf.cluster.precision import Bf16
+from rlhf.config import UserError
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import Description
 from rlhf.reward.models import load_any_model, load_model, new_model
@@ -269,10 +270,12 @@ def test_folders_are_refused_where_they_do_not_belong(encoder, rated, paired, tm
         ("several", ["--method", "ridge"], "fits one rating, but .* has 2"),
         ("several", ["--method", "full", "--objective", "squared"], "Use --objective more"),
         ("several", ["--method", "full", "--weights", "a=1"], "names a, but the data rates a, b"),
-        ("several", ["--method", "full", "--weights", "a=1", "b"], "--weights b: write NAME=NUMBER"),
-        ("rated", ["--validation", "1"], "between 0 and 1"),
-        ("rated", ["--epochs", "0"], "--epochs must be at least 1, not 0"),
-        ("rated", ["--learning-rate", "0"], "--learning-rate must be above 0"),
+        ("several", ["--method", "full", "--weights", "a=1", "b"], "--weights b: .* Write NAME=NUMBER"),
+        ("rated", ["--validation", "1"], "--validation: `1` is not a finite number above 0 and below 1"),
+        ("rated", ["--epochs", "0"], "--epochs: `0` is not a whole number of at least 1"),
+        ("rated", ["--learning-rate", "0"], "--learning-rate: `0` is not a finite number above 0"),
+        ("rated", ["--learning-rate", "nan"], "--learning-rate: `nan` is not a finite number above 0"),
+        ("rated", ["--threads", "0"], "--threads: `0` is not a whole number of at least 1"),
         ("rated", ["--margin", "20"], "no two ratings of the .* rows are more than --margin 20"),
     ],
 )
@@ -283,6 +286,6 @@ def test_what_cannot_work_or_would_be_ignored_is_refused(data, options, message,
         "halves": write(tmp_path / "halves.jsonl", [{"text": str(i), "rating": i / 2} for i in range(30)]),
         "several": write(tmp_path / "2.jsonl", [{"text": str(i), "ratings": {"a": i, "b": 0}} for i in range(30)]),
     }
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         fit(encoder, paths[data], tmp_path / "model", *options)
     assert not (tmp_path / "model").exists()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
+from rlhf.config.arguments import Parser
 from rlhf.reward.training import train
 
 
 def fit(model: Path, data: Path, output: Path, *options: str) -> dict:
     """Train, and return the report."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     train.add_arguments(parser)
     arguments = ["--model", str(model), "--train", str(data), "--output", str(output), "--threads", "1", *options]
     assert train.main(parser.parse_args(arguments)) == 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rlhf.config.arguments import count, real, whole
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import NO_LIMIT, Description
 from rlhf.reward.training import objectives
@@ -24,7 +25,6 @@ GROUP = 8
 DIMENSIONS = 6
 MOST_LEVELS = 50
 LEAST_ROWS = 20
-LEAST = {"epochs": 1, "batch_size": 1, "max_tokens": 1, "margin": 0, "centring": 0, "comparisons": 1}
 OPTIONS = {
     "centring": ("bradley-terry",),
     "dimensions": ("gpm",),
@@ -69,17 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="loss of --method full; auto: squared error for ratings, more for several, Bradley-Terry for pairs and classifiers",
     )
     parser.add_argument(
-        "--centring", type=float, metavar="C", help="of bradley-terry: adds C (r_w + r_l)^2, such as 0.01 (default: 0)"
+        "--centring",
+        type=real(0),
+        metavar="C",
+        help="of bradley-terry: adds C (r_w + r_l)^2, such as 0.01 (default: 0)",
     )
     parser.add_argument(
-        "--dimensions", type=int, metavar="2K", help=f"of gpm: of the embedding (default: {DIMENSIONS})"
+        "--dimensions", type=whole(2), metavar="2K", help=f"of gpm: of the embedding (default: {DIMENSIONS})"
     )
     parser.add_argument(
         "--gate", action="store_true", default=None, help="of gpm: the prompt weighs the parts of the embedding"
     )
     parser.add_argument(
         "--comparisons",
-        type=int,
+        type=count,
         metavar="N",
         help="of cross-encoder: pairs drawn, at most (default: two for each row)",
     )
@@ -96,9 +99,9 @@ def weighted(args: argparse.Namespace, data: PreferenceData) -> PreferenceData:
     for item in args.weights:
         name, _, number = item.partition("=")
         try:
-            given[name] = float(number)
-        except ValueError:
-            raise RewardError(f"--weights {item}: write NAME=NUMBER, such as helpfulness=0.7.") from None
+            given[name] = real()(number)
+        except argparse.ArgumentTypeError as error:
+            raise RewardError(f"--weights {item}: {error}. Write NAME=NUMBER, such as helpfulness=0.7.") from None
     if set(given) != set(data.names):
         raise RewardError(
             f"--weights names {', '.join(given)}, but the data rates {', '.join(data.names)}. Name each once."
@@ -116,14 +119,6 @@ def check(args: argparse.Namespace, data: PreferenceData, ready_made: bool) -> N
         raise RewardError(
             f"--method ridge fits ratings, but {args.train} has pairs. Use --method logistic or --method full."
         )
-    if not 0 < args.validation < 1:
-        raise RewardError(f"--validation must be between 0 and 1, not {args.validation}.")
-    for option, least in LEAST.items():
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise RewardError(f"--{option.replace('_', '-')} must be at least {least:g}, not {value:g}.")
-    if args.learning_rate <= 0:
-        raise RewardError(f"--learning-rate must be above 0, not {args.learning_rate:g}.")
     if data.n_rows < LEAST_ROWS:
         raise RewardError(
             f"{args.train} has {data.n_rows} rows; at least {LEAST_ROWS} are needed to train, validate and test."
@@ -161,10 +156,8 @@ def _check_objective(args: argparse.Namespace, data: PreferenceData, name: str) 
         raise RewardError(
             f"--objective more needs several ratings, but {args.train} has one. Give `ratings`, or use --objective squared."
         )
-    if args.dimensions is not None and (args.dimensions < 2 or args.dimensions % 2):
-        raise RewardError(
-            f"--dimensions must be even and at least 2, not {args.dimensions}: a GPM's space is made of planes."
-        )
+    if args.dimensions is not None and args.dimensions % 2:
+        raise RewardError(f"--dimensions must be even, not {args.dimensions}: a GPM's space is made of planes.")
     if args.gate and (data.input != "conversation" or data.ratings is not None):
         raise RewardError(f"--gate reads the prompt, so it needs pairs with the field `prompt`; {args.train} has none.")
     if name == "ordinal":

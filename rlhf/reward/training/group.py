@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from rlhf.config.arguments import count, whole
 from rlhf.reward.errors import RewardError
 
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how --method full trains")
     group.add_argument(
         "--ranks",
-        type=int,
+        type=count,
         default=1,
         help="DeepSpeed ranks, one per device; 1 runs in this process, more are Ray actors",
     )
@@ -55,16 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     group.add_argument(
         "--micro-batch-tokens",
-        type=int,
+        type=count,
         default=8192,
         help="most tokens of a forward pass on one rank; results do not depend on it",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="slower, far less memory")
     group.add_argument("--address", help="of a running Ray cluster, for several ranks; default: one on this machine")
-    group.add_argument("--checkpoint-every", type=int, default=0, help="optimizer steps between checkpoints (0: none)")
+    group.add_argument(
+        "--checkpoint-every", type=whole(0), default=0, help="optimizer steps between checkpoints (0: none)"
+    )
     group.add_argument(
         "--eval-every",
-        type=int,
+        type=whole(0),
         default=0,
         help="optimizer steps between measurements of the loss on the validation rows (0: none)",
     )
@@ -82,9 +85,6 @@ def read_group(args: argparse.Namespace) -> Group:
         for field in fields(Group):
             if field.name not in SHARED and getattr(group, field.name) != field.default:
                 raise RewardError(f"--{field.name.replace('_', '-')} is an option of --method full. Leave it out.")
-    for name, least in (("ranks", 1), ("micro_batch_tokens", 1), ("checkpoint_every", 0), ("eval_every", 0)):
-        if getattr(group, name) < least:
-            raise RewardError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(group, name)}.")
     if group.address is not None and group.ranks == 1:
         raise RewardError(
             "--address: a single rank runs in this process, not on a cluster. Leave it out, or raise --ranks."

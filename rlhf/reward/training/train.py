@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from rlhf.config import MissingPackageError
+from rlhf.config.arguments import count, real, whole
 from rlhf.data.assets import resolve
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import DESCRIPTION, is_classifier, read_base
@@ -67,25 +68,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frozen encoder with a ridge head (ratings) or a logistic head (pairs); full: all weights",
     )
     choices.add_arguments(parser)
-    parser.add_argument("--margin", type=float, default=0.5, help="ratings further apart than this make a pair")
+    parser.add_argument("--margin", type=real(0), default=0.5, help="ratings further apart than this make a pair")
     parser.add_argument(
         "--validation",
-        type=float,
+        type=real(0, 1, above=True, below=True),
         default=0.1,
         help="fraction of the training rows that choose strength and temperature",
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=count,
         help="of a longer text the prompt loses its beginning; a longer response is left out (default: what the model reads)",
     )
-    parser.add_argument("--epochs", type=int, default=1, help="of --method full")
+    parser.add_argument("--epochs", type=count, default=1, help="of --method full")
     parser.add_argument(
-        "--learning-rate", type=float, default=2e-4, help="peak, of --method full; a large model wants 1e-5"
+        "--learning-rate",
+        type=real(0, above=True),
+        default=2e-4,
+        help="peak, of --method full; a large model wants 1e-5",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="texts per step of --method full")
-    parser.add_argument("--seed", type=int, default=0, help="of the division into parts, of pairs and of training")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--batch-size", type=count, default=32, help="texts per step of --method full")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the division into parts, of pairs and of training")
+    parser.add_argument("--threads", type=whole(1, 4096), help="CPU threads; default: all cores")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_group_arguments(parser)
 

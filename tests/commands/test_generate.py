@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
+from rlhf.commands import evaluate
+from rlhf.commands.evaluate import Asked
+from rlhf.commands.generate import write_rows
 from rlhf.config import UserError
-from rlhf.loop import answers
-from rlhf.loop.answers import Asked, write_rows
 from rlhf.tracking.report import HeldOut
 
 NAN = float("nan")
@@ -88,12 +89,12 @@ def test_only_prompts_with_a_reward_for_both_answers_are_compared(
     async def answered(settings: Any, model: str, *_: Any) -> HeldOut:
         return HeldOut([""] * 3, [""] * 3, judged[model], [1] * 3)
 
-    monkeypatch.setattr(answers, "held_out_prompts", lambda *_: [Asked(model, [None] * 3, None) for model in judged])
-    monkeypatch.setattr(answers, "_judged_answers", answered)
+    monkeypatch.setattr(evaluate, "held_out_prompts", lambda *_: [Asked(model, [None] * 3, None) for model in judged])
+    monkeypatch.setattr(evaluate, "_judged_answers", answered)
     settings = tiny_settings(data={"eval_prompts": "unused.jsonl"})
     if ours[0] == 1:
-        answers.evaluate(settings, "a", "b", None)
+        evaluate.evaluate(settings, "a", "b", None)
         assert "win rate  1.000" in (shown := capsys.readouterr().out) and "over 1 prompts" in shown
     else:
         with pytest.raises(UserError, match="none of 3 held-out prompts has a reward for both answers"):
-            answers.evaluate(settings, "a", "b", None)
+            evaluate.evaluate(settings, "a", "b", None)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli import main
+from rlhf.commands.best_of import Selection, generate_best
+from rlhf.commands.generate import ask
 from rlhf.config import load
 from rlhf.config.loader import UserError
-from rlhf.loop.answers import ask
-from rlhf.loop.best_of import Selection, generate_best
 from rlhf.rollout.sampling import Sampling
 from rlhf.types import Failed, Feedback, Invalid, Score
 

@@ -14,11 +14,11 @@ from typing import Any
 from rlhf.algorithms.labels import scored
 from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import settle
+from rlhf.commands.generate import Question, response_row, write_rows
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
 from rlhf.data.loading_time import with_startup_deadline
-from rlhf.loop.answers import Question, response_row, write_rows
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rlhf.commands.evaluate import engines_and_judges
 from rlhf.config import Settings
+from rlhf.config.arguments import unwritable
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import load_prompts, load_tokenizer
-from rlhf.loop.answers import engines_and_judges
 from rlhf.reward.reference_scores import (
     REWARD,
     Origin,
@@ -50,6 +51,8 @@ def calibrate(settings: Settings, samples: int, output: str | None) -> None:
     output = output or settings.reward.reference_scores
     if output is None:
         raise UserError("`rlhf reward calibrate`: name the file with --output, or in `reward.reference_scores`")
+    if (problem := unwritable(output, make_folder=True)) is not None:
+        raise UserError(f"reward.reference_scores: {problem}")
     if settings.reward.compares:
         raise UserError(
             f"`reward.kind: {settings.reward.kind}` compares responses, and there are no scores to calibrate. Choose a kind that scores"
