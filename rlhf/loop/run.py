@@ -45,7 +45,7 @@ from rlhf.reward.reference_scores import members_need_references
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
-from rlhf.tracking.record import Record, recorded_dtype
+from rlhf.tracking.record import Record, check_run_folder, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.resume import RUN, remembered, run_contents, starting_point
 from rlhf.transfer import TransferSession
@@ -76,6 +76,7 @@ class Training:
     def __init__(self, settings: Settings, debug: bool, resume: bool, full_length: bool = False):
         settings = with_startup_deadline(settings)
         self.settings, self.debug, self.resume, self.full_length = settings, debug, resume, full_length
+        check_run_folder(settings.run.dir, resume)
         self.algorithm = make(settings)
         self.tokenizer = load_tokenizer(resolve(settings.policy.model))
         pair_tokens = settings.rollout.max_tokens if self.algorithm.dataset_pairs else None

@@ -14,7 +14,7 @@ from rlhf.data.assets import resolve
 from rlhf.data.conversations import read_examples
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.tracking.console import SupervisedConsole
-from rlhf.tracking.record import Record, recorded_dtype
+from rlhf.tracking.record import Record, check_run_folder, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.resume import remembered, sft_contents, starting_point
 from rlhf.training.sft import Conversations, NextToken
@@ -44,6 +44,7 @@ class Tuning:
     def __init__(self, settings: SftSettings, debug: bool, resume: bool):
         settings = with_startup_deadline(settings)
         self.settings, self.debug, self.resume = settings, debug, resume
+        check_run_folder(settings.run.dir, resume)
         self.examples, self.held_out = read_examples(settings.policy.model, settings.data)
         for field, read in (("examples", self.examples), ("eval_examples", self.held_out)):
             for reason, count in ({} if read is None else read.dropped).items():

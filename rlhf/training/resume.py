@@ -20,6 +20,7 @@ from rlhf.config.settings import Settings
 from rlhf.config.sft import SftSettings
 from rlhf.data.conversations import ReadConversations
 from rlhf.data.model_identity import model_digest
+from rlhf.tracking.record import check_run_folder
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.types import Prompt, content_id
 
@@ -123,11 +124,7 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
             continued; or a setting has changed that cannot.
     """
     run_dir, field = settings.run.dir, "loop.steps" if isinstance(settings, Settings) else "training.epochs"
-    if not (Path(run_dir) / "manifest.json").is_file():
-        raise UserError(
-            f"run.dir={run_dir}: --resume found no run in this folder. Set run.dir to the folder of the run to continue, or leave out "
-            "--resume to start a new one."
-        )
+    check_run_folder(run_dir, resume=True)
     found = Checkpoints(run_dir, settings.checkpoint.keep).latest()
     if found is None:
         _require_nothing_recorded(run_dir)

@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder in which a run has begun."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(4)))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "manifest.json").write_text('{"run_id": "1", "resumed": []}')
     return tmp_path
 
 
@@ -55,7 +55,7 @@ def settings(folder: Path, tiny_settings: Callable[..., Settings]) -> Callable[.
 
 def save(settings: Settings, step: int = STEP, **more: Any) -> Path:
     """A complete checkpoint of these settings; returns its folder."""
-    training = Training(settings, debug=False, resume=False)
+    training = Training(settings, debug=False, resume=True)
     tag = training.checkpoints.tag(step)
     (training.checkpoints.folder / tag).mkdir(parents=True)
     state = {"step": step, "ledger": training.ledger.state(), RUN: remembered(settings, training.contents)}
@@ -82,6 +82,23 @@ def refusal(settings: Settings) -> str:
         said.append(str(caught.value))
     assert said[0] == said[1]
     return said[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"run_id": "1", "resu', "[]", "{}", '{"run_id": "1", "resumed": 3}', "[" * 100_000]
+)
+def test_a_torn_manifest_is_named_before_anything_starts(
+    settings: Callable[..., Settings], folder: Path, text: str
+) -> None:
+    save(settings())
+    (folder / "run" / "manifest.json").write_text(text)
+    said = refusal(settings())
+    assert "manifest.json: the file is damaged" in said and "another run.dir" in said
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_starts(settings: Callable[..., Settings]) -> None:
+    with pytest.raises(UserError, match="this folder already holds a run.*--resume"):
+        Training(settings(), debug=False, resume=False)
 
 
 def test_an_unchanged_run_goes_on(settings: Callable[..., Settings]) -> None:
@@ -180,7 +197,7 @@ def test_a_damaged_checkpoint_is_refused_before_models_load(settings: Callable[.
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_it_cannot_check(
     settings: Callable[..., Settings],
 ) -> None:
-    training = Training(settings(), debug=False, resume=False)
+    training = Training(settings(), debug=False, resume=True)
     checkpoint = save(settings())
     state = json.loads((checkpoint / "state.json").read_text())
     earlier = {name: state[name] for name in ("step", "ledger", "policy", "shaping")}
