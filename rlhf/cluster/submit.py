@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Settings, UserError, show
-from rlhf.config.data import HUB
+from rlhf.config.data import HUB, hub_parts
 from rlhf.config.reward import RewardSettings
 from rlhf.config.sft import SftSettings
 
@@ -91,7 +91,7 @@ def travelling_files(settings: Settings | SftSettings, here: Path | None = None)
                 "all nodes share"
             )
     for field, name in settings.data.files().items():
-        folder = name.removeprefix(HUB).partition(":")[0]
+        folder = hub_parts(name)[0]
         if name.startswith(HUB) and not Path(folder).is_absolute() and (here / folder).is_dir():
             raise UserError(
                 f"data.{field}={name}: a data set in a folder does not travel with the job. Give its absolute path on storage that all "

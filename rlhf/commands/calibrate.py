@@ -58,9 +58,9 @@ def calibrate(settings: Settings, samples: int, output: str | None) -> None:
             f"`reward.kind: {settings.reward.kind}` compares responses, and there are no scores to calibrate. Choose a kind that scores"
         )
     tokenizer = load_tokenizer(resolve(settings.policy.model))
-    prompts = load_prompts(resolve(settings.data.prompts), tokenizer, settings.data)
+    prompts = load_prompts(settings.data.prompts, tokenizer, settings.data)
     if members_need_references(settings.reward) and settings.data.eval_prompts is not None:
-        held_out = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)
+        held_out = load_prompts(settings.data.eval_prompts, tokenizer, settings.data)
         asked = [*prompts, *held_out[: settings.loop.eval_limit]]
         prompts = list({prompt.id: prompt for prompt in asked}.values())
     policy = settings.policy.model_copy(update={"lora": LoraSettings()})

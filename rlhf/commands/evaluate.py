@@ -90,10 +90,10 @@ def held_out_prompts(settings: Settings, models: Mapping[str, str]) -> list[Aske
     Raises:
         UserError: a model whose tokenizer or template does not serve, or no prompt that all have room for.
     """
-    path, read = resolve(settings.data.eval_prompts or ""), {}
+    read = {}
     for name, model in models.items():
         tokenizer = load_tokenizer(resolve(model), name)
-        read[name] = Asked(model, load_prompts(path, tokenizer, settings.data), tokenizer)
+        read[name] = Asked(model, load_prompts(settings.data.eval_prompts or (), tokenizer, settings.data), tokenizer)
     common = set.intersection(*({prompt.id for prompt in one.prompts} for one in read.values()))
     if not common:
         raise UserError(

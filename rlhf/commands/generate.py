@@ -78,13 +78,13 @@ def ask(
     """
     tokenizer = load_tokenizer(resolve(model))
     chat = tokenizer.chat_template is not None
-    data = {"prompts": prompts_file or "", "chat_template": chat, "max_prompt_tokens": 2**20}
+    data = {"prompts": prompts_file or "--prompt", "chat_template": chat, "max_prompt_tokens": 2**20}
     data["template_arguments"] = dict(template_arguments or {})
     settings = Settings.model_validate(
         {"data": data, "policy": {"model": model}, "rollout": {"max_tokens": max_tokens}}
     )
     if prompts_file is not None:
-        asked = load_prompts(resolve(prompts_file), tokenizer, settings.data)
+        asked = load_prompts(settings.data.prompts, tokenizer, settings.data)
     else:
         conversations = renderer(tokenizer, settings.data)
         conversations.check()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf.config.data import source_problems
 from rlhf.config.lora_checks import lora_problems
 from rlhf.config.method_checks import changed, method_problems, used_responses
 from rlhf.config.placement_checks import placement_problems
@@ -32,6 +33,7 @@ def problems(settings: Settings) -> list[str]:
         placement_problems,
         reward_problems,
         shaping_problems,
+        _sources,
         _evaluation,
     )
     return [problem for rule in rules for problem in rule(settings)]
@@ -109,6 +111,11 @@ def _devices(settings: Settings) -> Iterator[str]:
             yield "`rollout.gpu_memory_utilization` is unused with `cluster.device: cpu`. Set `rollout.cpu_kv_cache_gb`"
     if device == "cuda" and changed(rollout, "cpu_kv_cache_gb"):
         yield "`rollout.cpu_kv_cache_gb` is unused with `cluster.device: cuda`. Set `rollout.gpu_memory_utilization`"
+
+
+def _sources(settings: Settings) -> Iterator[str]:
+    yield from source_problems("data.prompts", settings.data.prompts, weighted=True)
+    yield from source_problems("data.eval_prompts", settings.data.eval_prompts, weighted=False)
 
 
 def _evaluation(settings: Settings) -> Iterator[str]:

@@ -174,6 +174,7 @@ _KINDS = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "list_type": "a list",
+    "too_short": "a list that is not empty",
     "finite_number": "a finite number",
     "model_type": "a section: indented `field: value` lines",
     "union_tag_not_found": "a section: indented `field: value` lines",

@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 from rlhf.config import yamls
 from rlhf.config.algorithm import METHODS, Gradient
 from rlhf.config.base import Section
+from rlhf.config.data import DataSource
 from rlhf.config.reward import MemberSettings, SourceSettings
 from rlhf.config.settings import Settings
 from rlhf.config.sft import SftSettings
@@ -80,8 +81,14 @@ def _sft() -> Iterator[str]:
 def _section(name: str) -> str:
     section: type[Section] = Settings.model_fields[name].annotation
     head = ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-    inside = _reward_lists(head) if name == "reward" else []
+    inside = {"reward": _reward_lists, "data": _source_lists}.get(name, lambda head: [])(head)
     return "\n".join([f"## `{name}`", "", _summary(section.__module__), "", *head, *_rows(section), "", *inside])
+
+
+def _source_lists(head: list[str]) -> list[str]:
+    """The section that stands in the lists of sources."""
+    fields = "`data.prompts` and `data.eval_prompts`, and of `data.examples` and `data.eval_examples` of `rlhf sft`"
+    return ["### Several sources", "", f"In the lists of {fields}:", "", *head, *_rows(DataSource), ""]
 
 
 def _reward_lists(head: list[str]) -> list[str]:
@@ -188,8 +195,10 @@ def _type(section: type[Section], field: str) -> str:
 
 
 def _words(schema: dict[str, Any]) -> str:
-    if "$ref" in schema or "oneOf" in schema:
+    if "$ref" in schema:
         return "sections"
+    if "oneOf" in schema:
+        return " or ".join(dict.fromkeys(_words(branch) for branch in schema["oneOf"]))
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:

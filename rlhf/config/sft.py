@@ -6,34 +6,34 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf.config.base import MAX_TOKENS, PathText, Section
+from rlhf.config.base import MAX_TOKENS, Section
 from rlhf.config.checkpoint import CheckpointSettings
 from rlhf.config.cluster import ClusterSettings
-from rlhf.config.data import TEMPLATE_ARGUMENTS, TemplateArguments
+from rlhf.config.data import COLUMNS, SOURCE, TEMPLATE_ARGUMENTS, Columns, Sources, TemplateArguments, named_files
 from rlhf.config.policy import Dtype, PolicySettings, Rate
 from rlhf.config.run import RunSettings
 from rlhf.config.tracking import TrackingSettings
 
 
 class SftDataSettings(Section):
-    examples: PathText = Field(
-        description="Training examples: a file of JSON lines, a file that ends in `.parquet`, or `hf:NAME[:SPLIT]`, a data set of the "
-        "package `datasets`. Each row has `messages` (a chat that ends with the assistant's turn; every turn of the assistant is learned), "
-        "or a prompt and a response. Other fields are not read.",
+    examples: Sources = Field(
+        description=f"Training examples: {SOURCE}. Each row has `messages` (a chat that ends with the assistant's turn; every turn of the "
+        "assistant is learned), or a prompt and a response, each a text or turns. Other fields are not read.",
     )
-    eval_examples: PathText | None = Field(
+    eval_examples: Sources | None = Field(
         None,
-        description="Held-out examples in the same format. None: no held-out loss.",
+        description="Held-out examples in the same format, without weights. None: no held-out loss.",
     )
+    columns: Columns = Field({}, description=COLUMNS)
     prompt_field: str = Field(
         "prompt",
         min_length=1,
-        description="Name of the field that holds the prompt, a text.",
+        description="Name of the field that holds the prompt, a text or a chat.",
     )
     response_field: str = Field(
         "response",
         min_length=1,
-        description="Name of the field that holds the response to the prompt, a text.",
+        description="Name of the field that holds the response to the prompt, a text or the assistant's turn.",
     )
     max_tokens: int = Field(
         1024,
@@ -60,8 +60,7 @@ class SftDataSettings(Section):
 
     def files(self) -> dict[str, str]:
         """The files that are read, by field."""
-        named = {"examples": self.examples, "eval_examples": self.eval_examples}
-        return {name: path for name, path in named.items() if path is not None}
+        return named_files("examples", self.examples) | named_files("eval_examples", self.eval_examples)
 
 
 class SftPolicySettings(PolicySettings):

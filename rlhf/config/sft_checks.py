@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from rlhf.config.data import source_problems
 from rlhf.config.loader import ConfigError, load_as
 from rlhf.config.lora_checks import adapter_problems
 from rlhf.config.method_checks import changed
@@ -88,6 +89,8 @@ def _data(settings: SftSettings) -> Iterator[str]:
             "`data.system_prompt` is a message of a chat, but `data.chat_template` is false. Remove it, or set "
             "`data.chat_template: true`"
         )
+    yield from source_problems("data.examples", data.examples, weighted=True)
+    yield from source_problems("data.eval_examples", data.eval_examples, weighted=False)
     if data.prompt_field == data.response_field:
         yield (
             f"`data.response_field`: prompt and response cannot both be the field `{data.prompt_field}`. Name another field in one "

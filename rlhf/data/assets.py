@@ -65,14 +65,15 @@ def resolve(name: str) -> str:
     if asset not in RECIPES:
         near = difflib.get_close_matches(asset, RECIPES, n=1, cutoff=0.4)
         hint = f" Did you mean `{PREFIX}{near[0]}`?" if near else ""
-        raise AssetError(f"there is no asset `{name}`.{hint} Known assets: {', '.join(sorted(RECIPES))}.")
+        raise AssetError(f"there is no asset `{name:.200}`.{hint} Known assets: {', '.join(sorted(RECIPES))}.")
     path = _built(asset)
-    if inner:
-        path = path / inner
-        if not path.is_file():
-            files = ", ".join(sorted(f"{PREFIX}{asset}/{file.name}" for file in path.parent.iterdir()))
-            raise AssetError(f"there is no file `{name}`. In this asset: {files}.")
-    return str(path)
+    if not inner:
+        return str(path)
+    held = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
+    if inner not in held:
+        files = ", ".join(f"{PREFIX}{asset}/{file}" for file in sorted(held)) or f"it is a file itself: {PREFIX}{asset}"
+        raise AssetError(f"there is no file `{name:.200}`. In this asset: {files}.")
+    return str(held[inner])
 
 
 @dataclass(frozen=True)

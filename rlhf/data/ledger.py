@@ -1,17 +1,17 @@
 """The prompt ledger: which prompt comes next, and what became of each. A pure state machine; it owns no task and no file.
 
-Prompts are drawn epoch by epoch, each epoch in an order of its own that depends on the seed alone. A leased prompt ends `trained` or
-`dropped` (with a reason). The state is three numbers and the open leases, so a run resumes with exactly the prompts that
-the uninterrupted one would have drawn.
+Prompts are drawn as `Order` says: pass by pass, each in an order that depends on the seed alone; of a mixture by the weights of its
+sources. A leased prompt ends `trained` or `dropped` (with a reason). The state is the number of draws and the counts of outcomes, so a
+run resumes with exactly the prompts that the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf.data.order import Order, Share
 from rlhf.types import Prompt
 
 
@@ -23,20 +23,20 @@ class Ledger:
     """Hands out prompts and keeps the books.
 
     Args:
-        prompts: all training prompts; their order is the file order.
-        shuffle: a new order each epoch, given by `seed`; otherwise file order.
+        prompts: all training prompts, those of a mixture source by source; their order is the file order.
+        shuffle: a new order each pass, given by `seed`; otherwise file order.
+        shares: of a mixture's sources.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool):
-        self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
-        self._order: tuple[int, list[int]] | None = None
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool, shares: Sequence[Share] = ()):
+        self._prompts, self._order = prompts, Order(len(prompts), seed, shuffle, shares)
         self._drawn = 0
         self._open: set[str] = set()
         self.settled: Counter[str] = Counter()
 
     @property
     def epoch(self) -> float:
-        """Passes over the prompts so far."""
+        """Passes over the prompts so far: draws over prompts, also for a mixture, whose sources take other times for a pass."""
         return self._drawn / len(self._prompts)
 
     @property
@@ -56,7 +56,7 @@ class Ledger:
             )
         leased: dict[str, Prompt] = {}
         while len(leased) < count:
-            prompt = self._at(self._drawn)
+            prompt = self._prompts[self._order.at(self._drawn)]
             self._drawn += 1
             if prompt.id in leased or prompt.id in self._open:  # the border of two epochs can bring one back too early
                 self.settled["repeated"] += 1
@@ -81,13 +81,3 @@ class Ledger:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
         self._drawn, self.settled, self._open = state["drawn"], Counter(state["settled"]), set()
-
-    def _at(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self._prompts))
-        if not self._shuffle:
-            return self._prompts[place]
-        if self._order is None or self._order[0] != epoch:
-            order = list(range(len(self._prompts)))
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return self._prompts[self._order[1][place]]

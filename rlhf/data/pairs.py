@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rlhf.data.errors import DataError
 from rlhf.data.rendering import Renderer
-from rlhf.data.turns import SYSTEM_ROLES, Messages, read_turns
+from rlhf.data.turns import SYSTEM_ROLES, Messages, read_turns, said
 
 FIELDS = ("chosen", "rejected")
 
@@ -64,13 +63,9 @@ def _response(where: str, field: str, value: Any, messages: Messages) -> str:
     before = turns[:-1]
     # A chat may leave out the prompt's system message, but not bring one that the prompt has not.
     own_system = any(turn["role"] in SYSTEM_ROLES for turn in before)
-    if before and _said(before) != _said(messages, system=own_system):
+    if before and said(before) != said(messages, system=own_system):
         raise DataError(
             f"{where}: field `{field}` answers another conversation than the prompt. Give the assistant's turn alone, or the "
             "prompt's own turns before it."
         )
     return turns[-1]["content"]
-
-
-def _said(turns: Sequence[dict[str, Any]], system: bool = True) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"]) for turn in turns if system or turn["role"] not in SYSTEM_ROLES]

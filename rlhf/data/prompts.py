@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
-from rlhf.config.data import DataSettings
+from rlhf.config.data import DataSettings, DataSource, listed
+from rlhf.data.assets import resolve
 from rlhf.data.errors import DataError
+from rlhf.data.layouts import prompt_turns, read_prompt
+from rlhf.data.order import Share, interleaved
 from rlhf.data.pairs import read_pair, tokenise_pair
 from rlhf.data.rendering import Renderer, renderer
 from rlhf.data.rows import identity, read_rows
-from rlhf.data.turns import Messages, read_turns, require_words
+from rlhf.data.turns import read_turns
 from rlhf.types import Prompt, Turn
 
 MISSING = "Set data.prompts (or data.eval_prompts) to a file of prompts."
 
 
-def load_prompts(path: str, tokenizer: Any, settings: DataSettings, pair_tokens: int | None = None) -> list[Prompt]:
-    """Read, check, render and tokenise the prompts of one file, in file order.
+class PromptSet(list[Prompt]):
+    """Prompts, and for a mixture how its sources share the draws (see `Order`); then the prompts stand source by source."""
 
-    A row is an object with `prompt` (text) or `messages` (a chat: list of {role, content}, ending with the user's turn). It may
-    have `chosen` and `rejected`: a response each, as text or as a chat that ends with it. All other fields become the payload. Equal
-    rows count once; the same prompt with another pair or payload is another prompt.
+    def __init__(self, prompts: Iterable[Prompt], shares: Sequence[Share] = ()):
+        super().__init__(prompts)
+        self.shares = tuple(shares)
+
+
+def load_prompts(
+    sources: str | Sequence[DataSource], tokenizer: Any, settings: DataSettings, pair_tokens: int | None = None
+) -> PromptSet:
+    """Read, check, render and tokenise the prompts of one source, or of several, in file order.
+
+    See `layouts` for what a row may be. It may have `chosen` and `rejected`: a response each, as text or as a chat that ends with it. All
+    other fields become the payload. Equal rows count once; the same prompt with another pair or payload is another prompt. Several
+    sources without weights are mixed by size.
 
     Args:
+        sources: paths as `data.prompts` has them.
         tokenizer: a transformers tokenizer.
         pair_tokens: for a method that learns from the pairs: the longest response it takes, in tokens. Every row then needs a
             pair. None: pairs are checked, but not tokenised.
@@ -35,22 +50,38 @@ def load_prompts(path: str, tokenizer: Any, settings: DataSettings, pair_tokens:
     """
     conversations = renderer(tokenizer, settings)
     conversations.check()
-    prompts: dict[str, Prompt] = {}
-    counts: Counter[str] = Counter()
-    for where, row in read_rows(path, MISSING, "a `prompt` or `messages` field"):
+    every = listed(sources, settings.columns)
+    seen: set[str] = set()
+    parts = [_read(source, conversations, settings, pair_tokens, seen) for source in every]
+    weights = [source.weight for source in every if source.weight is not None]
+    if not weights:
+        return PromptSet(interleaved(parts))
+    return PromptSet(chain.from_iterable(parts), [Share(len(part), w) for part, w in zip(parts, weights, strict=True)])
+
+
+def _read(
+    source: DataSource, conversations: Renderer, settings: DataSettings, pair_tokens: int | None, seen: set[str]
+) -> list[Prompt]:
+    """
+    Args:
+        seen: ids of the prompts that were read so far, also of other sources; those of this one are added.
+    """
+    path, prompts, counts = resolve(source.path), [], Counter[str]()
+    for where, row in read_rows(path, MISSING, "a `prompt` or `messages` field", source.columns):
         prompt = make_prompt(where, row, conversations, pairs=pair_tokens is not None)
         excess = _excess(prompt, settings.max_prompt_tokens, pair_tokens)
-        if prompt.id in prompts:
+        if prompt.id in seen:
             counts["duplicate"] += 1
         elif excess is None:
-            prompts[prompt.id] = prompt
+            seen.add(prompt.id)
+            prompts.append(prompt)
         elif settings.too_long == "drop":
             counts["too_long"] += 1
         else:
             raise DataError(f"{where}: {excess}. Raise it, shorten the text, or set data.too_long=drop.")
     if not prompts:
         raise DataError(f"{path}: no prompt is left to use ({dict(counts) or 'the file is empty'})")
-    return list(prompts.values())
+    return prompts
 
 
 def make_prompt(where: str, row: dict[str, Any], conversations: Renderer, pairs: bool = False) -> Prompt:
@@ -64,7 +95,7 @@ def make_prompt(where: str, row: dict[str, Any], conversations: Renderer, pairs:
     Raises:
         DataError: the row cannot be used.
     """
-    messages, payload = _messages(where, row)
+    messages, payload = read_prompt(where, row)
     whole = conversations.conversation(where, messages)
     pair = read_pair(where, payload, whole)
     content = {"messages": messages, "payload": payload, "system": conversations.system_prompt}
@@ -86,7 +117,7 @@ def make_prompt(where: str, row: dict[str, Any], conversations: Renderer, pairs:
 
 
 def text_prompt(where: str, row: dict[str, Any], others: Collection[str]) -> Prompt:
-    """What a row of texts to judge says of their prompt, without tokens: its `prompt` (text), its `messages`, or nothing.
+    """What a row of texts to judge says of their prompt, without tokens: its `prompt`, its `messages`, or nothing.
 
     Args:
         others: fields of the row that are no payload.
@@ -102,7 +133,8 @@ def text_prompt(where: str, row: dict[str, Any], others: Collection[str]) -> Pro
         return Prompt(identity(where, row), (), turns[-1].content, payload, conversation=turns)
     prompt = row.get("prompt", "")
     if not isinstance(prompt, str):
-        raise DataError(f"{where}: field `prompt` must be a text. A chat belongs in the field `messages`.")
+        turns = tuple(map(Turn.of, prompt_turns(where, prompt)))
+        return Prompt(identity(where, row), (), turns[-1].content, payload, conversation=turns)
     return Prompt(identity(where, row), (), prompt, payload)
 
 
@@ -131,23 +163,3 @@ def load_tokenizer(path: str, field: str = "policy.model") -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{field}: no tokenizer can be loaded from {path!r}: {error}") from error
-
-
-def _messages(where: str, row: dict[str, Any]) -> tuple[Messages, dict[str, Any]]:
-    if ("prompt" in row) == ("messages" in row):
-        remedy = "Remove one" if "prompt" in row else "Rename the field that holds the prompt"
-        raise DataError(
-            f"{where}: needs exactly one of the fields `prompt` and `messages`; it has {sorted(row)}. {remedy}."
-        )
-    payload = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
-    if "prompt" in row:
-        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-            chat = " A chat belongs in the field `messages`." if isinstance(row["prompt"], list) else ""
-            raise DataError(f"{where}: field `prompt` must be a text that is not empty.{chat}")
-        return [{"role": "user", "content": row["prompt"]}], payload
-    form = "a list of {role, content} that ends with the user's turn"
-    messages = read_turns(where, "messages", row["messages"], form)
-    if messages[-1]["role"] != "user":
-        raise DataError(f"{where}: field `messages` must be {form}")
-    require_words(where, "messages", messages)
-    return messages, payload

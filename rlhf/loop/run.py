@@ -80,12 +80,12 @@ class Training:
         self.algorithm = make(settings)
         self.tokenizer = load_tokenizer(resolve(settings.policy.model))
         pair_tokens = settings.rollout.max_tokens if self.algorithm.dataset_pairs else None
-        prompts = load_prompts(resolve(settings.data.prompts), self.tokenizer, settings.data, pair_tokens)
+        prompts = load_prompts(settings.data.prompts, self.tokenizer, settings.data, pair_tokens)
         self.contents = run_contents(resolve(settings.policy.model), prompts)
-        self.ledger = Ledger(prompts, settings.run.seed, settings.data.shuffle)
+        self.ledger = Ledger(prompts, settings.run.seed, settings.data.shuffle, prompts.shares)
         self.held_out_prompts: list[Prompt] = []
         if settings.data.eval_prompts is not None:
-            held = load_prompts(resolve(settings.data.eval_prompts), self.tokenizer, settings.data)
+            held = load_prompts(settings.data.eval_prompts, self.tokenizer, settings.data)
             self.held_out_prompts = held[: settings.loop.eval_limit]
         self.shaping = Shaping.start(settings, prompts, self.held_out_prompts)
         self.checkpoints = Checkpoints(settings.run.dir, settings.checkpoint.keep)

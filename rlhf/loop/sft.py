@@ -51,7 +51,7 @@ class Tuning:
                 log.warning("data.%s: %d examples are left out (%s)", field, count, reason)
         training = settings.training
         self.course = Course(
-            Conversations(self.examples.conversations), training.batch_size, training.epochs, settings.run.seed
+            Conversations(self.examples, settings.run.seed), training.batch_size, training.epochs, settings.run.seed
         )
         check_warm_up(settings, self.course.updates)
         self.contents = sft_contents(resolve(settings.policy.model), self.examples)
@@ -88,7 +88,7 @@ class Tuning:
         group = await SupervisedGroup.start(
             runtime, learner, settings.policy, settings.cluster, settings.run.seed, updates
         )
-        held_out = None if self.held_out is None else Conversations(self.held_out.conversations)
+        held_out = None if self.held_out is None else Conversations(self.held_out, settings.run.seed)
         await train(group, self.course, record, self._saving(), held_out, settings.training.eval_every)
         if settings.checkpoint.export:
             await group.export(str((record.folder / "export").absolute()))

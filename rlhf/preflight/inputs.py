@@ -17,11 +17,12 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.algorithms import make
 from rlhf.config import Settings, UserError
+from rlhf.config.data import in_words
 from rlhf.config.reward import SourceSettings
 from rlhf.config.sft import SftSettings
 from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.data.assets import resolve
-from rlhf.data.prompts import load_prompts, load_tokenizer
+from rlhf.data.prompts import PromptSet, load_prompts, load_tokenizer
 from rlhf.data.rendering import control_tokens
 from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.reward.folders import check_reward_model
@@ -53,7 +54,7 @@ class Inputs:
     model_path: str
     model_type: str
     shape: ModelShape
-    prompts: Sequence[Prompt]
+    prompts: PromptSet
     eval_prompts: Sequence[Prompt]
     reward: str
 
@@ -64,15 +65,16 @@ def read_inputs(settings: Settings) -> Inputs:
     config, tokenizer = open_model(settings, path)
     shape = _shape(settings, config, path)
     pair_tokens = settings.rollout.max_tokens if make(settings).dataset_pairs else None
-    prompts = load_prompts(resolve(settings.data.prompts), tokenizer, settings.data, pair_tokens)
+    prompts = load_prompts(settings.data.prompts, tokenizer, settings.data, pair_tokens)
     if len(prompts) < settings.loop.prompts_per_step:
         raise PlanError(
             f"`loop.prompts_per_step`: a step draws {settings.loop.prompts_per_step} prompts, but `data.prompts` "
-            f"({settings.data.prompts}) holds {len(prompts)}. Lower `loop.prompts_per_step` or add prompts"
+            f"({in_words(settings.data.prompts)}) holds {len(prompts)}. Lower `loop.prompts_per_step` or add prompts"
         )
+    _check_shares(settings, prompts)
     held_out: Sequence[Prompt] = ()
     if settings.data.eval_prompts is not None:
-        held_out = load_prompts(resolve(settings.data.eval_prompts), tokenizer, settings.data)
+        held_out = load_prompts(settings.data.eval_prompts, tokenizer, settings.data)
     read = chain.from_iterable(prompt.token_ids for prompt in (*prompts, *held_out))
     check_vocabulary(tokenizer, config, path, token_ids=read)
     if settings.data.chat_template:  # a text that is rendered already has them on purpose
@@ -80,10 +82,23 @@ def read_inputs(settings: Settings) -> Inputs:
     _check_critic(settings, config)
     for _, source in settings.reward.sources():
         if source.kind == "verifier":
-            check_prompts(source.path, prompts, settings.data.prompts)
-            check_prompts(source.path, held_out, settings.data.eval_prompts or "")
+            check_prompts(source.path, prompts, in_words(settings.data.prompts))
+            check_prompts(source.path, held_out, in_words(settings.data.eval_prompts or ""))
     Shaping.start(settings, prompts, held_out[: settings.loop.eval_limit])
     return Inputs(path, config.model_type, shape, prompts, held_out, _reward(settings, [*prompts, *held_out]))
+
+
+def _check_shares(settings: Settings, prompts: PromptSet) -> None:
+    """Raises PlanError if a source has fewer prompts than its share of one step, in which none comes twice."""
+    total = sum(share.weight for share in prompts.shares)
+    for place, share in enumerate(prompts.shares):
+        wanted = settings.loop.prompts_per_step * share.weight / total
+        if wanted > share.size:
+            raise PlanError(
+                f"`data.prompts[{place}].weight`: its share of a step is {wanted:.3g} of {settings.loop.prompts_per_step} prompts "
+                f"(`loop.prompts_per_step`), and the source has {share.size}, of which none comes twice in a step. Lower the weight or "
+                "`loop.prompts_per_step`, or add prompts"
+            )
 
 
 def open_model(settings: Settings | SftSettings, path: str) -> tuple[Any, Any]:
@@ -121,7 +136,10 @@ def _warn_of_control_tokens(tokenizer: Any, prompts: Sequence[Prompt]) -> None:
 
 
 def _written_out(tokenizer: Any, prompt: Prompt) -> set[str]:
-    return {name for turn in prompt.conversation for name in control_tokens(tokenizer, turn.content)}
+    """Control tokens in the texts of a prompt's turns and of its pair, whose last tokens end it."""
+    special = {token: str(name) for token, name in tokenizer.added_tokens_decoder.items() if name.special}
+    answers = {special[token] for response in prompt.pair or () for token in response[:-1] if token in special}
+    return answers | {name for turn in prompt.conversation for name in control_tokens(tokenizer, turn.content)}
 
 
 def _shape(settings: Settings, config: Any, path: str) -> ModelShape:

@@ -19,9 +19,11 @@ from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
 from rlhf.config.checks import largest_assignment, optimizer_steps
+from rlhf.config.data import DataSource, in_words
 from rlhf.config.method_checks import used_responses
 from rlhf.config.settings import single_process
 from rlhf.data.loading_time import with_startup_deadline
+from rlhf.data.order import Share
 from rlhf.preflight.estimate import Cluster, estimate
 from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
@@ -111,7 +113,9 @@ def _run(settings: Settings, going_on: Sequence[str]) -> Iterator[str]:
 def _inputs(settings: Settings, inputs: Inputs) -> Iterator[str]:
     millions = inputs.shape.parameters / 1e6
     yield f"policy and reference: {settings.policy.model}, {inputs.model_type}, {millions:,.1f} M parameters"
-    yield f"prompts: {_count(inputs.prompts)} from {settings.data.prompts}"
+    yield f"prompts: {_count(inputs.prompts)} from {in_words(settings.data.prompts)}"
+    drawn = settings.loop.steps * settings.loop.prompts_per_step
+    yield from mixture_lines(settings.data.prompts, inputs.prompts.shares, drawn)
     if inputs.eval_prompts:
         used = min(len(inputs.eval_prompts), settings.loop.eval_limit)
         every = f"every {settings.loop.eval_every} steps, and " if settings.loop.eval_every else ""
@@ -119,6 +123,21 @@ def _inputs(settings: Settings, inputs: Inputs) -> Iterator[str]:
     else:
         yield "held-out prompts: none, so nothing is evaluated"
     yield f"reward: {inputs.reward}"
+
+
+def mixture_lines(sources: str | Sequence[DataSource], shares: Sequence[Share], drawn: int) -> Iterator[str]:
+    """How often a run goes through each source of a mixture; nothing for what is none.
+
+    Args:
+        drawn: draws of the whole run.
+    """
+    total = sum(share.weight for share in shares)
+    for source, share in zip(sources if shares else (), shares, strict=True):
+        part = share.weight / total
+        yield (
+            f"  {part:.1%} of the draws from {source.path}: {share.size:,} rows, gone through "
+            f"{part * drawn / share.size:.2g} times in the run"
+        )
 
 
 def _count(prompts: Sequence[Prompt]) -> str:

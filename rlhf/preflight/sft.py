@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 
 from rlhf.cluster import uses_gpu
 from rlhf.cluster.precision import Choice, choose_here, settled
+from rlhf.config.data import in_words
 from rlhf.config.sft import SftSettings, one_rank
 from rlhf.config.sft_checks import check_warm_up
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import ReadConversations, read_examples
 from rlhf.preflight.inputs import PlanError, open_model
-from rlhf.preflight.plan import dtype_line, start_lines
+from rlhf.preflight.plan import dtype_line, mixture_lines, start_lines
 from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.tracking.record import recorded_dtype
 from rlhf.training.resume import sft_contents, starting_point
@@ -58,7 +59,8 @@ def describe_sft(settings: SftSettings, debug: bool = False, resume: bool = Fals
     kind, shape = read_model(settings)
     examples, held_out = read_examples(settings.policy.model, settings.data)
     training = settings.training
-    course = Course(Conversations(examples.conversations), training.batch_size, training.epochs, settings.run.seed)
+    seed = settings.run.seed
+    course = Course(Conversations(examples, seed), training.batch_size, training.epochs, seed)
     check_warm_up(settings, course.updates)
     going_on: list[str] = []
     if resume:
@@ -85,11 +87,14 @@ def _run(settings: SftSettings, going_on: Sequence[str]) -> Iterator[str]:
 
 
 def _examples(settings: SftSettings, examples: ReadConversations, held_out: ReadConversations | None) -> Iterator[str]:
-    yield f"{settings.data.examples}: {_count(examples)}"
+    yield f"{in_words(settings.data.examples)}: {_count(examples)}"
+    yield from mixture_lines(
+        settings.data.examples, examples.shares, len(examples.conversations) * settings.training.epochs
+    )
     if held_out is None:
         yield "held-out examples: none, so nothing is measured"
     else:
-        yield f"held-out, {settings.data.eval_examples}: {_count(held_out)}"
+        yield f"held-out, {in_words(settings.data.eval_examples)}: {_count(held_out)}"
 
 
 def _count(read: ReadConversations) -> str:

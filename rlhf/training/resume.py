@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from rlhf.config.settings import Settings
 from rlhf.config.sft import SftSettings
 from rlhf.data.conversations import ReadConversations
 from rlhf.data.model_identity import model_digest
+from rlhf.data.prompts import PromptSet
 from rlhf.tracking.record import check_run_folder
 from rlhf.training.checkpoints import Checkpoints
-from rlhf.types import Prompt, content_id
+from rlhf.types import content_id
 
 RUN = "run"
 """Key of a checkpoint's state that holds what `remembered` returns."""
@@ -46,9 +47,9 @@ FIXED = {
 """Field -> why a run cannot go on when it changes."""
 CONTENTS = {
     MODEL: "the model's configuration or weights are not those that the run began with, and it would become the reference",
-    PROMPTS: "these are other prompts, so some would be skipped or repeated",
+    PROMPTS: "these are other prompts, or other weights, so some would be skipped or repeated",
     TOKENS: "the prompts become other tokens: the tokenizer, its chat template or a field of `data` has changed",
-    "data.examples": "these are other examples, so some would be skipped or repeated",
+    "data.examples": "these are other examples, or other weights, so some would be skipped or repeated",
 }
 UNIMPORTANT = ("run.dir", "tracking.", "checkpoint.", "cluster.")
 """Fields that change nothing of what is learned."""
@@ -90,18 +91,18 @@ def remembered(settings: Section, contents: Mapping[str, str | None]) -> dict[st
     return {"settings": settings.model_dump(mode="json"), "contents": dict(contents)}
 
 
-def run_contents(model: str, prompts: Sequence[Prompt]) -> dict[str, str | None]:
+def run_contents(model: str, prompts: PromptSet) -> dict[str, str | None]:
     """The contents of an online run.
 
     Args:
         model: folder of the policy's starting weights.
     """
-    tokens = hashlib.sha256()
+    ids, tokens = [prompt.id for prompt in prompts], hashlib.sha256()
     for prompt in prompts:
         tokens.update(json.dumps([prompt.token_ids, prompt.pair]).encode())
     return {
         MODEL: model_digest(model),
-        PROMPTS: content_id([prompt.id for prompt in prompts]),
+        PROMPTS: content_id([ids, prompts.shares] if prompts.shares else ids),
         TOKENS: tokens.hexdigest()[:16],
     }
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from rlhf.config.policy import PolicySettings
 from rlhf.data.assets import resolve
-from rlhf.data.conversations import Conversation
+from rlhf.data.conversations import ReadConversations
+from rlhf.data.order import Order
 from rlhf.training import lora
 from rlhf.training.engine import sharding
 from rlhf.training.loading import load_causal_lm, save_causal_lm
@@ -39,13 +40,24 @@ class Sequences(NamedTuple):
 
 
 class Conversations:
-    """Conversations as `Examples`: a unit is one of them, a loss is a sum over learned tokens."""
+    """Conversations as `Examples`: a unit is one of them, a loss is a sum over learned tokens.
 
-    def __init__(self, conversations: Sequence[Conversation]):
-        self._conversations = conversations
+    An epoch has as many units as there are conversations; of a mixture they are drawn by its weights, so that some come more than once
+    and others not in each epoch.
 
-    def units(self, epoch: int) -> range:
-        return range(len(self._conversations))
+    Args:
+        seed: of the order in which a mixture's sources are gone through.
+    """
+
+    def __init__(self, read: ReadConversations, seed: int):
+        self._conversations = read.conversations
+        self._order = Order(len(read.conversations), seed, True, read.shares) if read.shares else None
+
+    def units(self, epoch: int) -> Sequence[int]:
+        count = len(self._conversations)
+        if self._order is None:
+            return range(count)
+        return [self._order.at(place) for place in range(epoch * count, (epoch + 1) * count)]
 
     def cost(self, unit: int) -> int:
         return len(self._conversations[unit].token_ids)

@@ -18,6 +18,7 @@ import pytest
 from rlhf.algorithms import make
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS, OwnAlgorithm
+from rlhf.config.data import DataSource
 from rlhf.config.reward import MemberSettings, SourceSettings
 from rlhf.config.sft import SftDataSettings, TrainingSettings
 from rlhf.config.transforms import TRANSFORMS
@@ -30,8 +31,9 @@ SECTIONS = {name: info.annotation for name, info in Settings.model_fields.items(
 SECTIONS["lora"] = SECTIONS["policy"].model_fields["lora"].annotation  # a section inside a section
 SECTIONS |= {
     "sft_data": SftDataSettings,
+    "data_source": DataSource,
     "training": TrainingSettings,
-}  # of `rlhf sft`; its others are those of `rlhf train`
+}  # of `rlhf sft`, and of lists of sources; its others are those of `rlhf train`
 MEMBER = set(MemberSettings.model_fields) - set(SourceSettings.model_fields)  # the others are those of `reward`
 FIELDS = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields} | {
     f"members.{field}" for field in MEMBER

@@ -68,10 +68,20 @@ def test_a_build_that_breaks_leaves_nothing(cache: Path, monkeypatch: pytest.Mon
 
 
 def test_errors_name_the_remedy(cache: Path):
+    (cache.parent / "outside").write_text("no part of an asset")
     with pytest.raises(AssetError, match="asset:tiny-llama"):
         resolve("asset:tiny-lama")
     with pytest.raises(AssetError, match="no file"):
         resolve("asset:tiny-llama/none.txt")
+    for name in ("../outside", "/etc/hostname", "config.json/x", "none/none", "x" * 5000, "a\0b"):
+        with pytest.raises(
+            AssetError, match="no file `asset:tiny-llama/(?s:.)* In this asset: .*asset:tiny-llama/config.json"
+        ):
+            resolve(f"asset:tiny-llama/{name}")
+    with pytest.raises(AssetError, match="it is a file itself: asset:tiny-prompts.jsonl"):
+        resolve("asset:tiny-prompts.jsonl/x")
+    with pytest.raises(AssetError, match=r"no asset `asset:\.\./x`"):
+        resolve("asset:../x")
 
 
 def test_a_changed_archive_is_refused(tmp_path: Path):

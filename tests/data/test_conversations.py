@@ -126,11 +126,11 @@ def test_a_template_that_changes_earlier_turns_is_found_out() -> None:
     [
         (
             {"prompt": "q"},
-            r"x:7: field `response` must be a text that is not empty; the row has \['prompt'\].*data.response_field",
+            r"x:7: field `response` must be a text that is not empty \(or turns\); the row has \['prompt'\].*data.response_field",
         ),
         ({"prompt": " ", "response": "a"}, "field `prompt` must be a text"),
         ({"prompt": "q", "response": 3}, "field `response` must be a text"),
-        ({"prompt": "q", "messages": []}, "`messages` and `prompt`"),
+        ({"prompt": "q", "messages": []}, "has `prompt` and `messages`"),
         ({"messages": [turn("user", "q")]}, "ends with the assistant's"),
         ({"messages": [turn("assistant", "q")]}, "begins with the user's"),
         ({"messages": "q"}, "must be a list"),
@@ -178,7 +178,7 @@ def test_files_are_read_in_order_and_checked(tmp_path: Path) -> None:
         read_conversations(str(tmp_path / "no.jsonl"), "data.examples", TOKENIZER, data())
     with pytest.raises(DataError, match=r"bad.jsonl:2: not JSON"):
         read_conversations(write(tmp_path / "bad.jsonl", rows[0], "{"), "data.examples", TOKENIZER, data())
-    with pytest.raises(DataError, match=r"list.jsonl:1: a list"):
+    with pytest.raises(DataError, match=r"list.jsonl, row 1: a int"):
         read_conversations(write(tmp_path / "list.jsonl", "[1]"), "data.examples", TOKENIZER, data())
     with pytest.raises(DataError, match="no chat template"):
         read_conversations(path, "data.examples", with_template(None), data())

@@ -83,8 +83,8 @@ def test_too_long_is_an_error_or_dropped(tmp_path: Path, tokenizer: Any) -> None
     [
         ("{broken", r"prompts\.jsonl:2: not JSON"),
         ([1], r"prompts\.jsonl:2: a list"),
-        ({"text": "a"}, r"exactly one of the fields `prompt` and `messages`; it has \['text'\]"),
-        ({"prompt": "a", "messages": []}, "exactly one"),
+        ({"text": "a"}, r"it has \['text'\]. .* data\.columns={prompt: text}"),
+        ({"prompt": "a", "messages": []}, "exactly one of them: data.columns={messages: null}"),
         ({"prompt": "  "}, "`prompt` must be a text"),
         ({"prompt": 3}, "`prompt` must be a text"),
         ({"messages": []}, "`messages` must be a list"),

@@ -89,14 +89,159 @@ def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
         ('{"prompt": "a", "score": NaN}', "not JSON: NaN is no number"),
         ('{"prompt": "a", "score": -Infinity}', "not JSON: -Infinity is no number"),
         ('{"n": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ('{"prompt": "a", "score": 1e999}', "not JSON: the number 1e999 is too large"),
+        ('{"n": ' + "[" * 201 + "]" * 201 + "}", r"nested too deeply \(more than 200 levels\)"),
         ('{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
     ],
-    ids=["half", "half-inside", "twice", "twice-inside", "nan", "infinity", "digits", "deep"],
+    ids=["half", "half-inside", "twice", "twice-inside", "nan", "infinity", "digits", "large", "too-deep", "deep"],
 )
 def test_lines_that_are_no_data_are_named(tmp_path: Path, line: str, says: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a whole emoji \\ud83d\\udc4d"}\n' + line)
     with pytest.raises(DataError, match=says):
         rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_brackets_in_a_text_are_not_nesting(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "[{" * 500, "deep": [[[["x"]]]]}))
+    assert rows(str(tmp_path / "rows.jsonl"))[0][1]["deep"] == [[[["x"]]]]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_row_by_row(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("\ufeff\n " + json.dumps(ROWS, indent=indent) + "\n\n")
+    assert rows(str(path)) == [
+        (f"{path}, row 1", {"prompt": "hello", "answer": 4, "response": "yes"}),
+        (f"{path}, row 2", {"prompt": "name one", "response": "no", "chosen": "good", "rejected": "bad"}),
+    ]
+    path.write_text("[ ]")
+    assert rows(str(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[{"a": 1} {"a": 2}]', "row 1: not JSON: a comma or the end"),
+        ('[{"a": 1},]', "row 2: not JSON: "),
+        ('[{"a": 1}', "row 1: not JSON: a comma or the end"),
+        ('[{"a": 1}]\n[{"a": 2}]', "not JSON: more follows the array"),
+        ('[{"a": 1}, {"a": 2, "a": 3}]', "row 2: the field `a` is there twice"),
+        ('[{"a": "\\ud83d"}]', "row 1: field `a` holds half of a character"),
+        ('[{"a": 1}, 2]', "row 2: a int, not an object with words"),
+        ("[", "row 1: not JSON"),
+        ('{"a": 1}{"a": 2}', ":1: not JSON: more follows the first value"),
+        ('{\n"a": 1}', ":1: not JSON: .*or the whole file one array"),
+    ],
+)
+def test_a_json_file_that_is_none_is_named(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=r"rows\.json.*" + says):
+        rows(str(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\x1f\x8b\x08\x00", "gzip"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"PK\x03\x04", "zip archive"),
+        ('{"prompt": "a"}'.encode("utf-16"), "UTF-16 text. Save it as UTF-8"),
+        (b"PAR1....", "Parquet file. Its name must end in .parquet"),
+        (b'{"prompt": "caf\xe9"}', "not UTF-8 text"),
+    ],
+)
+def test_other_files_are_named(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,answer\na,b\n")
+    for path, says in (
+        (str(tmp_path), "a folder, not a file.*`hf:"),
+        ("x" * 5000, "cannot be opened .*too long"),
+        ("a\0b", "no such file"),
+        (str(tmp_path / "rows.csv"), r"rows\.csv:1: not JSON: .*to_json"),
+    ):
+        with pytest.raises(DataError, match=says):
+            rows(path)
+
+
+def test_nan_in_a_table_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "d.parquet", [{"prompt": "a", "s": 1.0}, {"prompt": "b", "s": float("nan")}])
+    with pytest.raises(DataError, match=r"d\.parquet, row 2: the column `s` holds NaN"):
+        rows(path)
+    inside = write_parquet(tmp_path / "e.parquet", [{"prompt": "a", "s": [{"x": float("inf")}]}])
+    with pytest.raises(DataError, match="row 1: the column `s` holds NaN or an infinity"):
+        rows(inside)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="the column `prompt` is there twice"):
+        rows(str(tmp_path / "d.parquet"))
+
+
+def test_a_configuration_of_a_data_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the hub: gsm8k has `main` and `socratic`, of which one must be chosen."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    for name in ("main", "socratic"):
+        lines = "".join(json.dumps({"question": f"{name} {n}"}) + "\n" for n in range(3))
+        (folder / f"{name}.jsonl").write_text(lines)
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "socratic"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for path, texts in (
+        (f"hf:{folder}@main", ["main 0", "main 1", "main 2"]),
+        (f"hf:{folder}@socratic:train", ["socratic 0", "socratic 1", "socratic 2"]),
+        (f"hf:{folder}@main:train[:2]", ["main 0", "main 1"]),
+    ):
+        read = read_rows(path, "", "", {"prompt": "question"})
+        assert list(read) == [(f"{path}, row {n}", {"prompt": text}) for n, text in enumerate(texts, start=1)]
+    with pytest.raises(DataError, match=r"main.*socratic.*`hf:NAME@CONFIG\[:SPLIT\]`"):
+        rows(f"hf:{folder}")
+    with pytest.raises(DataError, match="no split `test`. It has train"):
+        rows(f"hf:{folder}@main:test")
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"prompt": "q"}, {"prompt": "a", "x": {"y": {"z": 1}}, "answer": "b"}),
+        ({"prompt": "q", "z": "x.y.z"}, {"prompt": "a", "x": {"y": {"z": 1}}, "answer": "b", "z": 1}),
+        ({"prompt": "q", "answer": None, "x": None}, {"prompt": "a"}),
+        ({"prompt": "answer", "answer": "q"}, {"prompt": "b", "answer": "a", "x": {"y": {"z": 1}}}),
+        ({"prompt": "q", "none": "none", "inside": "none.x"}, {"prompt": "a", "x": {"y": {"z": 1}}, "answer": "b"}),
+        ({"absent": None}, {"q": "a", "x": {"y": {"z": 1}}, "answer": "b"}),
+    ],
+)
+def test_columns_get_other_names(tmp_path: Path, columns: dict[str, str | None], expected: dict[str, Any]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "a", "x": {"y": {"z": 1}}, "answer": "b", "none": None}))
+    ((_, row),) = read_rows(str(tmp_path / "rows.jsonl"), "", "", columns)
+    assert row == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (
+            {"prompt": "question"},
+            r"rows\.jsonl:1: there is no column `question`.* as `prompt`. The row has answer, q, x",
+        ),
+        ({"prompt": "x.b"}, "no column `x.b`"),
+        ({"prompt": "q.b"}, "no column `q.b`"),
+        ({"answer": "q"}, r"reads `q` as `answer`, but the row has a column `answer` too.*\{own_answer: answer\}"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(tmp_path: Path, columns: dict[str, str | None], says: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "a", "x": {"y": 1}, "answer": "b"}))
+    with pytest.raises(DataError, match=says):
+        list(read_rows(str(tmp_path / "rows.jsonl"), "", "", columns))
 
 
 def test_prompts_and_examples_are_read_from_all_sources(source: str, tiny_model: Path) -> None:

@@ -138,7 +138,7 @@ def test_texts_of_a_row_answer_one_conversation(read, changed, says):
 
 def test_turns_without_a_role_are_named(read):
     chat = [{"content": "Which?"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(UserError, match=r":1, field `text\[0\]`: needs `role` and `content`"):
+    with pytest.raises(UserError, match=r":1: field `text` must be .*; text\[0\] needs `role` and `content`"):
         read({"text": chat, "rating": 1})
 
 

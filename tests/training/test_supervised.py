@@ -18,7 +18,7 @@ from rlhf.cluster import LocalRuntime, Runtime
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.loader import UserError
 from rlhf.config.sft import SftPolicySettings
-from rlhf.data.conversations import Conversation
+from rlhf.data.conversations import Conversation, ReadConversations
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.loading import load_causal_lm
 from rlhf.training.model import LogProbModel
@@ -93,7 +93,7 @@ def conversations(count: int = 8) -> list[Conversation]:
 
 def test_the_loss_is_transformers_own(tiny_model: Path) -> None:
     """Its labels are -100 wherever a token is not learned; the gradient is the same too."""
-    data = Conversations(conversations())
+    data = Conversations(ReadConversations(conversations(), {}), 0)
     learner = NextToken(SftPolicySettings(model=str(tiny_model), dtype="fp32"))
     model = LogProbModel(load_causal_lm(str(tiny_model), "fp32"), chunk_tokens=5)
     payload, count = data.batch(data.units(0))
@@ -161,7 +161,7 @@ def saving(folder: Path) -> Saving:
 
 async def learn(runtime: Runtime, settings: SftPolicySettings, folder: Path, learner: Any = None) -> tuple[Notes, dict]:
     """What was noted, and the weights in the end. Batches of 4, 4 and 1: with two ranks the last leaves one without work."""
-    data, notes = Conversations(conversations()), Notes()
+    data, notes = Conversations(ReadConversations(conversations(), {}), 0), Notes()
     course = Course(data, batch_size=4, epochs=2, seed=0)
     group = await SupervisedGroup.start(runtime, learner or NextToken(settings), settings, CLUSTER, 0, course.updates)
     await train(group, course, notes, saving(folder), held_out=data, eval_every=3)
@@ -244,7 +244,7 @@ def test_a_resumed_training_takes_the_present_learning_rate_and_decay(
     tiny_model: Path, run: Callable, tmp_path: Path, stage: int, dtype: str
 ) -> None:
     """Not those that DeepSpeed's checkpoint remembers: users resume to lower the rate."""
-    data = Conversations(conversations())
+    data = Conversations(ReadConversations(conversations(), {}), 0)
 
     async def step(restored: bool, **fields: Any) -> tuple[float, dict[str, Any]]:
         settings = policy(tiny_model, zero_stage=stage, dtype=dtype, schedule="constant", warmup_steps=0, **fields)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.config.data import Columns
 from rlhf.reward.errors import RewardError
 from rlhf.reward.reading import Comparison, Conversation, Example, Input, PromptOnly, Text
 from rlhf.reward.training.objectives import Labels
@@ -233,13 +234,16 @@ def _rated_pairs(ratings: np.ndarray, margin: float, limit: int, rng: np.random.
     return drawn[ratings[drawn[:, 0]] - ratings[drawn[:, 1]] > margin]
 
 
-def read_data(path: str) -> PreferenceData:
+def read_data(path: str, columns: Columns | None = None) -> PreferenceData:
     """Read a file (`rows.read_preferences`) of rated, paired or ranked rows; the first row decides which.
+
+    Args:
+        columns: names for its columns.
 
     Raises:
         RewardError: with the file, the line, the field and what is wrong with it.
     """
-    rows = read_preferences(path)
+    rows = read_preferences(path, columns)
     if not rows:
         raise RewardError(f"{path} has no rows.")
     kind, given = _kind(rows[0]), [row.prompt() for row in rows]
@@ -259,7 +263,8 @@ def _kind(row: Row) -> str:
             return kind
     raise RewardError(
         f"{row.place}: has the fields {', '.join(row.fields) or '(none)'}. Rated rows need `text` and "
-        "`rating` (or `ratings`), paired rows `chosen` and `rejected`, rankings `responses`."
+        "`rating` (or `ratings`), paired rows `chosen` and `rejected`, rankings `responses`. Columns of other names are given as "
+        "`--columns text=COLUMN rating=COLUMN`."
     )
 
 

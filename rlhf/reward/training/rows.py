@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.data import Columns
 from rlhf.data.rows import read_rows
+from rlhf.data.turns import dialogue, read_turns
 from rlhf.reward.errors import RewardError
 from rlhf.reward.reading import Conversation, as_text
 from rlhf.types import Turn
@@ -39,9 +41,14 @@ class Row:
         return self.as_text(name, self.field(name))
 
     def as_text(self, name: str, value: Any) -> str:
-        """The text; of a chat, what is said last."""
+        """The text; of a chat, what is said last, by the assistant."""
         if _is_chat(value):
-            value = value[-1]["content"]
+            last = self._turns(name, value)[-1]
+            if last.role != "assistant":
+                raise self.error(
+                    name, f"ends with the turn of `{last.role}`; the last turn is the response, the assistant's."
+                )
+            value = last.content
         if not isinstance(value, str) or not value.strip():
             raise self.error(name, f"must be text that is not empty, not {value!r:.60}.")
         return value
@@ -52,11 +59,15 @@ class Row:
         if self.has("prompt"):
             value = self.fields["prompt"]
             given = self._turns("prompt", value) if _is_chat(value) else as_text(self.text("prompt"))
+            if given[-1].role == "assistant":
+                raise self.error(
+                    "prompt", "ends with the assistant's turn, which is the response. Move it to the text."
+                )
         found = given
         for name, answer in self._answers():
             if not _is_chat(answer) or len(answer) < 2:
                 continue
-            turns = self._turns(name, answer[:-1])
+            turns = self._turns(name, answer)[:-1]
             # A prompt as text may be the last turn of what the chat holds whole.
             alike = found is None or turns == found or (found == given and as_text(turns[-1].content) == found)
             if not alike:
@@ -75,11 +86,8 @@ class Row:
         return named + [(name, self.fields.get(name)) for name in ("text", "chosen", "rejected")]
 
     def _turns(self, name: str, chat: list[dict[str, Any]]) -> Conversation:
-        for place, message in enumerate(chat):
-            if not isinstance(message.get("role"), str) or not isinstance(message["content"], str):
-                raise self.error(f"{name}[{place}]", "needs `role` and `content`, both text.")
         try:
-            return tuple(Turn.of(message) for message in chat)
+            return tuple(map(Turn.of, read_turns(self.place, name, chat, "a text, or a list of {role, content}")))
         except TypeError as error:
             raise self.error(name, f"holds what JSON has no form for ({error}). Convert or remove it.") from None
 
@@ -93,16 +101,24 @@ class Row:
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
-def read_preferences(path: str) -> list[Row]:
-    """The rows of a file, as `rlhf.data.rows` reads it.
+def read_preferences(path: str, columns: Columns | None = None) -> list[Row]:
+    """The rows of a file, as `rlhf.data.rows` reads it. In rows without a prompt, texts in the form of HH-RLHF become chats.
+
+    Args:
+        columns: names for its columns.
 
     Raises:
         DataError: nothing there, or not what it should be; with the place and the remedy.
     """
-    return [
-        Row(where, row)
-        for where, row in read_rows(path, "Name the file of ratings or pairs.", "what people said of texts")
-    ]
+    rows = read_rows(path, "Name the file of ratings or pairs.", "what people said of texts", columns)
+    return [Row(where, row if "prompt" in row else _dialogues(row)) for where, row in rows]
+
+
+def _dialogues(row: dict[str, Any]) -> dict[str, Any]:
+    read = {name: dialogue(row[name]) or row[name] for name in ("text", "chosen", "rejected") if name in row}
+    if isinstance(row.get("responses"), list):
+        read["responses"] = [dialogue(text) or text for text in row["responses"]]
+    return row | read

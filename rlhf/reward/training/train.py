@@ -56,8 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train",
         required=True,
-        help="JSONL, Parquet or hf:NAME[:SPLIT] with `text` and `rating` (or `ratings`), or `chosen` and `rejected`, or "
+        help="JSONL, Parquet or hf:NAME[@CONFIG][:SPLIT] with `text` and `rating` (or `ratings`), or `chosen` and `rejected`, or "
         "`responses`, best first; and perhaps `prompt`",
+    )
+    parser.add_argument(
+        "--columns",
+        type=_column,
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="names for the data's columns, such as chosen=better rating=scores.overall; NAME= leaves a column out",
     )
     parser.add_argument("--test", help="held-out data; default: a fifth of the training rows is held out")
     parser.add_argument("--output", required=True, help="folder to write; an older reward model there is replaced")
@@ -94,6 +102,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_group_arguments(parser)
 
 
+def _column(text: str) -> tuple[str, str | None]:
+    """An entry of `--columns`."""
+    name, equals, column = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=COLUMN, such as chosen=better")
+    return name, column or None
+
+
 def main(args: argparse.Namespace) -> int:
     """Train, measure, save, print. Returns 0.
 
@@ -104,11 +120,12 @@ def main(args: argparse.Namespace) -> int:
     _check_output(Path(args.output))
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     rng = np.random.default_rng(args.seed)
-    data = choices.weighted(args, read_data(resolve(args.train)))
+    columns = dict(args.columns)
+    data = choices.weighted(args, read_data(resolve(args.train), columns))
     choices.check(args, data, _ready_made(args))
     group = read_group(args)
     if args.test:
-        test = choices.weighted(args, read_data(resolve(args.test)))
+        test = choices.weighted(args, read_data(resolve(args.test), columns))
         _check_test(args, data, test)
     else:
         data, test = data.divide(TEST_FRACTION, rng)
