@@ -41,7 +41,17 @@ TEMPLATE_ARGUMENTS = (
 )
 
 
-Columns = dict[str, str | None]
+def _columns(columns: dict[str, Any]) -> dict[str, Any]:
+    for name, column in columns.items():
+        if column is not None and (not isinstance(column, str) or not column.strip()):
+            raise ValueError(
+                f"reads `{name}` from {column!r}. Give the name of a column as text, or null to leave `{name}` out"
+            )
+    return columns
+
+
+Columns = Annotated[dict[str, Any], AfterValidator(_columns)]
+"""Our name -> the name of a column, or None."""
 COLUMNS = (
     "Names for the columns of the data: {prompt: question} reads the column `question` as `prompt`, {answer: reward_model.ground_truth} a "
     "field inside one, and {messages: null} leaves the column `messages` out."

@@ -59,7 +59,9 @@ def explain(details: Sequence[Any], places: dict[yamls.Path, str], tree: type[Se
     kind, (field, method, inside) = detail["type"], _place(detail, tree)
     outwards = (field[:depth] for depth in range(len(field), 0, -1))
     place = next((places[path] for path in outwards if path in places), None) or _within(field, places)
-    if len(inside) > 1 or kind in ("union_tag_invalid", "model_attributes_type") or (inside and "tag" in kind):
+    if kind == "value_error":  # a validator of ours says what is wrong
+        what = f"`{'.'.join(field)}{''.join(inside)}` {detail['ctx']['error']}"
+    elif len(inside) > 1 or kind in ("union_tag_invalid", "model_attributes_type") or (inside and "tag" in kind):
         what = _explain_inside(details, f"{'.'.join(field)}{''.join(inside)}")
     elif kind == "missing" and not inside:
         what = _missing(tree, field)
@@ -72,8 +74,6 @@ def explain(details: Sequence[Any], places: dict[yamls.Path, str], tree: type[Se
         what = _unknown_method(detail["input"])
     elif kind == "missing":
         what = f"`{'.'.join(field)}` needs a value at position {int(inside[0][1:-1]) + 1} of its list"
-    elif kind == "value_error":  # a validator of ours says what is wrong
-        what = f"`{'.'.join(field)}{''.join(inside)}` {detail['ctx']['error']}"
     else:
         expected = " or ".join(_expected(detail) for detail in details)
         what = f"`{'.'.join(field)}{''.join(inside)}` must be {expected}, not {describe(detail['input'])}"

@@ -171,11 +171,19 @@ def test_examples_of_a_mixture_are_drawn_by_weight(tmp_path: Path) -> None:
         ("data.prompts=[3]", r"`data\.prompts\[0\]` must be"),
         ("data.prompts=[{path: a, weigth: 1}]", r"`data\.prompts\[0\]\.weigth` is not a known field"),
         ("data.prompts=[{weight: 1}]", r"`data\.prompts\[0\]\.path` is missing"),
-        ("data.prompts=[{path: a, weight: 0}]", r"`data\.prompts\[0\]\.weight` must be greater than 0"),
+        (
+            "data.prompts=[{path: a, weight: 0}]",
+            r"`data\.prompts\[0\]\.weight` must be greater than or equal to 0.000001",
+        ),
         ("data.prompts=[{path: a, weight: 1}, b]", r"`data\.prompts\[1\]\.weight` is missing, but other sources"),
         ("data.prompts={path: a}", "`data.prompts` must be a list"),
         ("data.eval_prompts=[{path: a, weight: 1}]", r"`data\.eval_prompts`: held-out rows .* Remove `weight`"),
-        ("data.columns={prompt: 3}", r"`data\.columns.*` must be text"),
+        (
+            "data.columns={prompt: 3}",
+            "`data.columns` reads `prompt` from 3. Give the name of a column as text, or null",
+        ),
+        ("data.prompts=[{path: a, columns: {prompt: ''}}]", r"`data\.prompts\[0\]\.columns` reads `prompt` from ''"),
+        ("data.prompts=[{path: ''}]", r"`data\.prompts\[0\]\.path` is empty text"),
         ("data.columns=[a]", "`data.columns` must be a mapping"),
     ],
 )
