@@ -47,6 +47,8 @@ test-fast: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: install
 	$(BIN)/python -m rlhf.config.reference

@@ -223,7 +223,10 @@ def test_other_data_have_another_fingerprint(data: PreferenceData) -> None:
         (["--ranks", "2"], "--ranks is an option of --method full"),
         (["--gradient-checkpointing"], "--gradient-checkpointing is an option of --method full"),
         (["--method", "full", "--ranks", "0"], "--ranks: `0` is not a whole number of at least 1"),
-        (["--method", "full", "--checkpoint-every", "-1"], "--checkpoint-every: `-1` is not a whole number of at least 0"),
+        (
+            ["--method", "full", "--checkpoint-every", "-1"],
+            "--checkpoint-every: `-1` is not a whole number of at least 0",
+        ),
         (["--method", "full", "--address", "auto"], "--address: a single rank runs in this process"),
         (["--method", "full", "--resume"], "--resume goes on from a checkpoint"),
     ],
