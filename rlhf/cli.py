@@ -43,31 +43,36 @@ def _cut_off_quietly() -> Iterator[None]:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from rlhf.tracking.folder import check_run_folder
+
     settings = load(args.config, args.overrides)
     for warning in method_warnings(settings):
         print(f"warning: {warning}", file=sys.stderr)
+    check_run_folder(settings.run.dir, args.resume)  # before anything is imported that takes seconds
     if args.dry_run:
         from rlhf.preflight.plan import describe
 
         print(describe(settings, debug=args.debug, resume=args.resume))
         return
     from rlhf.loop.run import train
-    from rlhf.preflight.inputs import read_inputs
+    from rlhf.preflight.ready import ready
 
-    read_inputs(settings)  # what cannot work is said before anything starts
+    ready(settings, debug=args.debug, resume=args.resume)  # what cannot work is said before anything starts
     train(settings, debug=args.debug, resume=args.resume)
 
 
 def _sft(args: argparse.Namespace) -> None:
     from rlhf.config.sft_checks import load_sft
+    from rlhf.tracking.folder import check_run_folder
 
     settings = load_sft(args.config, args.overrides)
-    from rlhf.preflight.sft import describe_sft, read_model
+    check_run_folder(settings.run.dir, args.resume)
+    from rlhf.preflight.sft import describe_sft, ready_sft
 
     if args.dry_run:
         print(describe_sft(settings, debug=args.debug, resume=args.resume))
         return
-    read_model(settings)  # what cannot work is said before anything starts
+    ready_sft(settings, debug=args.debug, resume=args.resume)  # what cannot work is said before anything starts
     from rlhf.loop.sft import sft
 
     sft(settings, debug=args.debug, resume=args.resume)

@@ -45,7 +45,8 @@ from rlhf.reward.reference_scores import members_need_references
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
-from rlhf.tracking.record import Record, check_run_folder, recorded_dtype
+from rlhf.tracking.folder import check_run_folder
+from rlhf.tracking.record import Record, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.resume import RUN, remembered, run_contents, starting_point
 from rlhf.transfer import TransferSession

@@ -14,7 +14,8 @@ from rlhf.data.assets import resolve
 from rlhf.data.conversations import read_examples
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.tracking.console import SupervisedConsole
-from rlhf.tracking.record import Record, check_run_folder, recorded_dtype
+from rlhf.tracking.folder import check_run_folder
+from rlhf.tracking.record import Record, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.resume import remembered, sft_contents, starting_point
 from rlhf.training.sft import Conversations, NextToken

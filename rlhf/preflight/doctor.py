@@ -43,8 +43,8 @@ from rlhf.preflight.checks_reward import Pair, check_reward
 from rlhf.preflight.checks_step import Train, check_step
 from rlhf.preflight.checks_text import check_template
 from rlhf.preflight.finding import Finding
-from rlhf.preflight.inputs import Inputs, read_inputs
-from rlhf.preflight.memory import BYTES, trained_parameters
+from rlhf.preflight.inputs import read_inputs
+from rlhf.preflight.machine import kept_on_disk
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def examine(settings: Settings | None, wanted: Wanted) -> Iterator[Finding]:
         "ok",
         f"{inputs.shape.parameters / 1e6:,.1f} M parameters, {len(inputs.prompts):,} prompts, {inputs.reward}",
     )
-    yield check_disk(settings.run.dir, kept_on_disk(settings, inputs))
+    yield check_disk(settings.run.dir, kept_on_disk(settings, inputs.shape, settings.loop.steps))
     yield check_template(tokenizer, engine_stops(inputs.model_path, tokenizer, settings.data), settings.data)
     yield check_reward(settings, tokenizer, wanted.pair or Pair(payload=inputs.prompts[0].payload))
     if wanted.train is None:
@@ -160,15 +160,6 @@ def _paths(settings: Settings) -> list[str]:
     named = [settings.policy.model, getattr(settings.algorithm, "critic_model", None)]
     named += [source.model for _, source in settings.reward.sources()]
     return [path for path in named if path and not path.startswith("asset:") and os.path.exists(resolve(path))]
-
-
-def kept_on_disk(settings: Settings, inputs: Inputs) -> float:
-    """Bytes of the checkpoints that a run keeps, one more while it is written, and its export."""
-    size, checkpoint = BYTES[settings.policy.dtype], settings.checkpoint
-    state = trained_parameters(inputs.shape, settings.policy) * (size + 12)
-    models = 2 if settings.algorithm.name == "ppo" else 1
-    copies = (checkpoint.keep + 1) * models if checkpoint.every else 0
-    return state * copies + (inputs.shape.parameters * size if checkpoint.export else 0)
 
 
 def fit(findings: Sequence[Finding]) -> bool:

@@ -1,9 +1,11 @@
-"""What a check of `rlhf doctor` says: what was seen, whether that is sound, and what to do if not."""
+"""What a check says: of `rlhf doctor`, what was seen, whether that is sound, and what to do if not; before a run, why it cannot be."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from rlhf.config import UserError
 
 State = Literal["ok", "warning", "failed", "skipped"]
 
@@ -25,3 +27,7 @@ class Finding:
     def __post_init__(self) -> None:
         if self.state in ("warning", "failed") and not self.remedy:
             raise ValueError(f"the finding `{self.name}` has no remedy")
+
+
+class PlanError(UserError):
+    """The run cannot work as configured; the message names the field and the remedy."""

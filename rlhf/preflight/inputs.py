@@ -5,6 +5,8 @@ Each check raises a `UserError` whose message names the field, what is wrong wit
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -16,19 +18,24 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.algorithms import make
-from rlhf.config import Settings, UserError
+from rlhf.config import Settings
 from rlhf.config.data import in_words
+from rlhf.config.extras import remedy
 from rlhf.config.reward import SourceSettings
 from rlhf.config.sft import SftSettings
 from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.data.assets import resolve
 from rlhf.data.prompts import PromptSet, load_prompts, load_tokenizer
 from rlhf.data.rendering import control_tokens
+from rlhf.preflight.finding import PlanError
+from rlhf.preflight.machine import check_tensor_parallel
 from rlhf.preflight.shapes import ModelShape, model_shape
+from rlhf.preflight.trial import try_out
 from rlhf.reward.folders import check_reward_model
-from rlhf.reward.functions import COMPARE, SCORE, load_function
 from rlhf.reward.judges.ensemble import read_common_set
 from rlhf.reward.judges.llm_judge import check_llm_judge
+from rlhf.reward.judges.llm_judge_endpoint import Endpoint
+from rlhf.reward.judges.remote import RemoteJudge
 from rlhf.reward.reading import Conversation
 from rlhf.reward.serving.canaries import load_canaries
 from rlhf.reward.shaping import Shaping
@@ -39,16 +46,13 @@ from rlhf.types import Prompt
 log = logging.getLogger(__name__)
 
 
-class PlanError(UserError):
-    """The run cannot work as configured; the message names the field and the remedy."""
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What was found.
 
     Attributes:
         reward: what judges, in words.
+        verdicts: what each judge that can be asked said about a trial response, or that it answers, in words.
     """
 
     model_path: str
@@ -57,6 +61,7 @@ class Inputs:
     prompts: PromptSet
     eval_prompts: Sequence[Prompt]
     reward: str
+    verdicts: Sequence[str]
 
 
 def read_inputs(settings: Settings) -> Inputs:
@@ -64,6 +69,9 @@ def read_inputs(settings: Settings) -> Inputs:
     path = resolve(settings.policy.model)
     config, tokenizer = open_model(settings, path)
     shape = _shape(settings, config, path)
+    check_tensor_parallel(
+        config, settings.rollout.tensor_parallel_size, "rollout.tensor_parallel_size", settings.policy.model
+    )
     pair_tokens = settings.rollout.max_tokens if make(settings).dataset_pairs else None
     prompts = load_prompts(settings.data.prompts, tokenizer, settings.data, pair_tokens)
     if len(prompts) < settings.loop.prompts_per_step:
@@ -85,7 +93,13 @@ def read_inputs(settings: Settings) -> Inputs:
             check_prompts(source.path, prompts, in_words(settings.data.prompts))
             check_prompts(source.path, held_out, in_words(settings.data.eval_prompts or ""))
     Shaping.start(settings, prompts, held_out[: settings.loop.eval_limit])
-    return Inputs(path, config.model_type, shape, prompts, held_out, _reward(settings, [*prompts, *held_out]))
+    reward = _reward(settings, [*prompts, *held_out])
+    verdicts = [
+        f"{place}: {said}"
+        for place, source in settings.reward.sources()
+        if (said := _said(place, source, settings, prompts))
+    ]
+    return Inputs(path, config.model_type, shape, prompts, held_out, reward, verdicts)
 
 
 def _check_shares(settings: Settings, prompts: PromptSet) -> None:
@@ -115,6 +129,8 @@ def open_model(settings: Settings | SftSettings, path: str) -> tuple[Any, Any]:
     check_vocabulary(tokenizer, config, path)
     if settings.policy.lora.rank:
         check_adapters(config, settings.policy.lora)
+    if settings.policy.lora.quantize_base != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise PlanError(f"`policy.lora.quantize_base`: the package bitsandbytes is not installed. {remedy('qlora')}")
     if settings.data.chat_template and not tokenizer.chat_template:
         raise PlanError(
             f"`data.chat_template`: the tokenizer of `{name}` has no chat template. Set `data.chat_template: false`, "
@@ -163,22 +179,22 @@ def _check_critic(settings: Settings, policy: Any) -> None:
     if name is None:
         return
     path = resolve(name)
-    remedy = (
+    instead = (
         f"Give the folder of a sequence classifier of the policy's architecture ({policy.model_type}) with one label, or set "
         "`algorithm.critic_model: null` to start from the policy's own body"
     )
     if not os.path.isfile(os.path.join(path, "config.json")):
-        raise PlanError(f"`algorithm.critic_model`: there is no model in `{path}` (no config.json). {remedy}")
+        raise PlanError(f"`algorithm.critic_model`: there is no model in `{path}` (no config.json). {instead}")
     critic = read_config(path, "`algorithm.critic_model`")
     kind = (critic.model_type, critic.get_text_config().hidden_size, critic.num_labels)
     if kind != (policy.model_type, policy.get_text_config().hidden_size, 1):
         raise PlanError(
-            f"`algorithm.critic_model`: `{name}` is a {kind[0]} of hidden size {kind[1]} with {kind[2]} labels. {remedy}"
+            f"`algorithm.critic_model`: `{name}` is a {kind[0]} of hidden size {kind[1]} with {kind[2]} labels. {instead}"
         )
     classifier = architecture_of(AutoModelForSequenceClassification, critic)
     if classifier is None or classifier.__name__ not in (critic.architectures or ()):
         raise PlanError(
-            f"`algorithm.critic_model`: `{name}` is a {'/'.join(critic.architectures or ['body alone'])}. {remedy}"
+            f"`algorithm.critic_model`: `{name}` is a {'/'.join(critic.architectures or ['body alone'])}. {instead}"
         )
     check_folder(Path(path), classifier, critic, "`algorithm.critic_model`")
 
@@ -205,7 +221,6 @@ def _source(place: str, source: SourceSettings, conversations: Sequence[Conversa
     if source.url is not None:
         return f"the service at {source.url}"
     if source.is_function:
-        load_function(source.path, COMPARE if source.compares else SCORE)
         return f"the {'pairwise ' if source.compares else ''}function {source.path}"
     folder = resolve(source.path)
     what = "pairwise model" if source.compares else "reward model"
@@ -216,3 +231,18 @@ def _source(place: str, source: SourceSettings, conversations: Sequence[Conversa
         )
     check_reward_model(source, folder, f"`{place}.path`", conversations)
     return f"the {what} in {folder}"
+
+
+def _said(place: str, source: SourceSettings, settings: Settings, prompts: Sequence[Prompt]) -> str:
+    """What a judge says when it is asked before the run; empty for those that load a model."""
+    if source.is_function or source.kind == "verifier":
+        return try_out(place, source, settings, prompts)
+    if source.url is None:
+        return ""
+    if settings.cluster.address is not None:  # this host may not reach what the cluster's nodes reach
+        return f"{source.url} is not asked from here, because the reward servers run in the cluster"
+    if source.kind == "llm_judge":
+        asyncio.run(Endpoint.start(source))
+    else:
+        asyncio.run(RemoteJudge.start(source))
+    return f"{source.url} answers"

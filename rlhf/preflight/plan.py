@@ -5,32 +5,32 @@ Reads configuration, tokenizer and prompts (through `inputs`); loads no weights 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from rlhf.algorithms import Algorithm, PolicyGradient, Source, catalogue, make
+from rlhf.algorithms import Algorithm, PolicyGradient, Source, catalogue
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule
-from rlhf.cluster.devices import shared_engines, shared_rewards, uses_gpu
-from rlhf.cluster.precision import Choice, choose_here, settled
+from rlhf.cluster.devices import shared_rewards, uses_gpu
+from rlhf.cluster.precision import Choice
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
 from rlhf.config.checks import largest_assignment, optimizer_steps
 from rlhf.config.data import DataSource, in_words
 from rlhf.config.method_checks import used_responses
-from rlhf.config.settings import single_process
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.order import Share
 from rlhf.preflight.estimate import Cluster, estimate
+from rlhf.preflight.finding import PlanError
 from rlhf.preflight.gpus import visible_gpu
-from rlhf.preflight.inputs import Inputs, PlanError, read_inputs
+from rlhf.preflight.inputs import Inputs
+from rlhf.preflight.machine import check_memory, in_words
 from rlhf.preflight.memory import GIB, engine_memory, policy_memory
+from rlhf.preflight.ready import ready
 from rlhf.preflight.report import judge_bytes
 from rlhf.rollout.pool import choose_backend
-from rlhf.tracking.record import recorded_dtype
 from rlhf.training.resume import Start, run_contents, starting_point
 from rlhf.types import Prompt
 
@@ -45,45 +45,20 @@ def describe(settings: Settings, debug: bool = False, resume: bool = False) -> s
     Raises:
         UserError: the run cannot work as configured.
     """
-    if debug:
-        settings = single_process(settings)
-    asked, choice = settings, choose_here(settings, recorded_dtype(settings.run.dir) if resume else None)
-    settings = settled(settings, choice)
-    algorithm = make(settings)
-    inputs = read_inputs(settings)
+    found = ready(settings, debug, resume)
+    settings, inputs, algorithm = found.settings, found.inputs, found.algorithm
     device = "cuda" if uses_gpu(settings.cluster) else "cpu"
-    if device == "cuda" and settings.cluster.address is None:
-        _check_gpus(settings, 1 if debug else _devices(settings))
     parts = {
-        "Run": _run(settings, _going_on(asked, inputs) if resume else []),
+        "Run": _run(settings, _going_on(found.asked, inputs) if resume else []),
         "Inputs": _inputs(settings, inputs),
         "Algorithm": _algorithm(settings, inputs, algorithm),
-        "Roles": _roles(settings, inputs, device, debug, choice),
+        "Roles": _roles(settings, inputs, device, debug, found.choice),
         "Batches": _batches(settings, inputs, algorithm),
         "Tokens": _tokens(settings, inputs, algorithm),
-        "Memory (estimates)": _memory(settings, inputs, algorithm, device),
+        "Memory (estimates)": _memory(settings, inputs, algorithm, device, debug),
+        "Checked": [*inputs.verdicts, *found.seen],
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts.items())
-
-
-def _devices(settings: Settings) -> int:
-    """GPUs of all engines that have their own, policy ranks and reward servers together."""
-    rollout, reward = settings.rollout, settings.reward
-    engines = rollout.engines - len(shared_engines(settings, debug=False))
-    return engines * rollout.tensor_parallel_size + settings.policy.ranks + math.ceil(reward.servers * reward.gpus)
-
-
-def _check_gpus(settings: Settings, needed: int) -> None:
-    visible = torch.cuda.device_count()
-    if visible < needed:
-        engines = settings.rollout.engines - len(shared_engines(settings, debug=False))
-        raise PlanError(
-            f"the run needs {needed} GPU(s): {engines} x {settings.rollout.tensor_parallel_size} for engines with GPUs of their "
-            f"own (`rollout.engines` x `rollout.tensor_parallel_size`), {settings.policy.ranks} for `policy.ranks` and "
-            f"{settings.reward.servers} x {settings.reward.gpus:g} for `reward.servers` x `reward.gpus`, but this machine shows "
-            f"{visible}. Lower them, let engines share the policy's GPUs (`cluster.placement: colocated`), join a cluster with "
-            "`cluster.address`, use `--debug` (all roles on one GPU), or set `cluster.device: cpu`"
-        )
 
 
 def _going_on(settings: Settings, inputs: Inputs) -> list[str]:
@@ -100,9 +75,7 @@ def start_lines(start: Start | None) -> list[str]:
 def _run(settings: Settings, going_on: Sequence[str]) -> Iterator[str]:
     checkpoint, tracking = settings.checkpoint, settings.tracking
     folder = os.path.abspath(settings.run.dir)
-    held = not going_on and os.path.exists(os.path.join(folder, "manifest.json"))
-    state = ", which holds a run: continue it with --resume, or choose another `run.dir`" if held else ""
-    yield f"folder {folder}{state}; seed {settings.run.seed}"
+    yield f"folder {folder}; seed {settings.run.seed}"
     yield from going_on
     every = f"every {checkpoint.every} steps, the last {checkpoint.keep} kept" if checkpoint.every else "never"
     yield f"checkpoints: {every}; export of the final policy: {'yes' if checkpoint.export else 'no'}"
@@ -269,53 +242,50 @@ def _tokens(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterato
     )
 
 
-def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str) -> Iterator[str]:
+def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str, debug: bool) -> Iterator[str]:
     gpu, evaluates = device == "cuda", settings.data.eval_prompts is not None
     need = policy_memory(inputs.shape, settings.policy, algorithm, evaluates, largest_assignment(settings), gpu)
-    words = ", ".join(f"{name} {_size(size)}" for name, size in need.parts().items())
-    yield f"each policy rank: {_size(need.device)} ({words})"
+    words = ", ".join(f"{name} {in_words(size)}" for name, size in need.parts().items())
+    yield f"each policy rank: {in_words(need.device)} ({words})"
     if need.host:
-        yield f"kept in host memory by each policy rank: {_size(need.host)}"
+        yield f"kept in host memory by each policy rank: {in_words(need.host)}"
     if gpu:
         reader = "the first policy rank" if settings.policy.zero_stage == 3 else "each policy rank"
-        yield f"in host memory of {reader} while models are loaded: {_size(need.loading_host)}"
+        yield f"in host memory of {reader} while models are loaded: {in_words(need.loading_host)}"
     engine = engine_memory(inputs.shape, settings.rollout, settings.policy, algorithm.mixes, gpu)
-    shown = f"weights {_size(engine.weights)}" + (" for two models" if algorithm.mixes else "")
+    shown = f"weights {in_words(engine.weights)}" + (" for two models" if algorithm.mixes else "")
     if gpu:
         fraction = settings.rollout.gpu_memory_utilization
         token = f"{engine.cached_token / 2**10:,.0f} KiB per token"
         yield f"each engine worker: {fraction:.0%} of its GPU: {shown}, the rest key-value cache ({token})"
-        yield from _gpu_fit(settings, inputs, algorithm)
+        yield from _gpu_fit(settings, inputs, algorithm, debug)
         return
     cache = settings.rollout.cpu_kv_cache_gb * GIB
     yield (
-        f"each engine: {_size(engine.weights + cache)} ({shown}, key-value cache {_size(cache)}: room for "
+        f"each engine: {in_words(engine.weights + cache)} ({shown}, key-value cache {in_words(cache)}: room for "
         f"{engine.room(cache):,} tokens)"
     )
-    policy, rollout = settings.policy.ranks * need.device, settings.rollout.engines * (engine.weights + cache)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    verdict = "fits" if policy + rollout <= machine else "DOES NOT FIT"
-    yield f"all ranks and engines: {_size(policy + rollout)}; this machine has {_size(machine)}: {verdict}"
+    yield check_memory(settings, inputs.shape, algorithm)
 
 
-def _gpu_fit(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterator[str]:
-    """What this machine's GPUs are, and whether the layout fits them."""
+def _gpu_fit(settings: Settings, inputs: Inputs, algorithm: Algorithm, debug: bool) -> Iterator[str]:
+    """What this machine's GPUs are, and whether the layout fits them. Raises PlanError if it does not, and no other GPUs are meant."""
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     for index, properties in enumerate(found):
-        yield f"GPU {index}: {properties.name}, {_size(properties.total_memory)}"
+        yield f"GPU {index}: {properties.name}, {in_words(properties.total_memory)}"
     kind = visible_gpu([properties.name for properties in found])
     if kind is None:
         yield "whether it fits: `rlhf plan --gpu KIND` says so for the kinds of GPU that it knows"
         return
     cluster = Cluster(1, len(found), replace(kind, memory=float(min(one.total_memory for one in found))))
     problems = estimate(settings, inputs.shape, algorithm, cluster, judge_bytes(settings)).problems
+    if problems and settings.cluster.address is None and not debug:
+        raise PlanError(
+            f"the run does not fit this machine's GPUs: {'; '.join(problems)}. `rlhf plan --gpu {kind.name}` proposes a layout"
+        )
     yield from (f"DOES NOT FIT: {problem}" for problem in problems)
     if not problems:
         yield "fits"
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def _n(count: int, noun: str, plural: str = "s") -> str:

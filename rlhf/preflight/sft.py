@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rlhf.cluster import uses_gpu
 from rlhf.cluster.precision import Choice, choose_here, settled
@@ -12,9 +13,12 @@ from rlhf.config.sft import SftSettings, one_rank
 from rlhf.config.sft_checks import check_warm_up
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import ReadConversations, read_examples
-from rlhf.preflight.inputs import PlanError, open_model
+from rlhf.preflight.finding import PlanError
+from rlhf.preflight.inputs import open_model
+from rlhf.preflight.machine import check_rank_devices, check_room
 from rlhf.preflight.plan import dtype_line, mixture_lines, start_lines
 from rlhf.preflight.shapes import ModelShape, model_shape
+from rlhf.tracking.folder import check_run_folder
 from rlhf.tracking.record import recorded_dtype
 from rlhf.training.resume import sft_contents, starting_point
 from rlhf.training.sft import Conversations
@@ -42,43 +46,74 @@ def read_model(settings: SftSettings) -> tuple[str, ModelShape]:
     return config.model_type, shape
 
 
-def describe_sft(settings: SftSettings, debug: bool = False, resume: bool = False) -> str:
-    """The plan, after everything that can be validated without weights has been.
+@dataclass(frozen=True)
+class Ready:
+    """What was found before a supervised run.
+
+    Attributes:
+        settings: with what was left open decided.
+        asked: as they were given, or as debug mode has them.
+        kind: the model's type.
+        seen: what this machine has of what the run needs, a line each.
+    """
+
+    settings: SftSettings
+    asked: SftSettings
+    choice: Choice
+    kind: str
+    shape: ModelShape
+    examples: ReadConversations
+    held_out: ReadConversations | None
+    course: Course
+    seen: Sequence[str]
+
+
+def ready_sft(settings: SftSettings, debug: bool = False, resume: bool = False) -> Ready:
+    """Everything that is looked at before a supervised run starts, as `ready` has it for an online one.
 
     Args:
-        debug: plan for `--debug`: one rank in this process.
-        resume: plan for `--resume`: the run in `run.dir` goes on.
+        debug: one rank in this process.
+        resume: the run in `run.dir` goes on.
 
     Raises:
         UserError: the run cannot work as configured.
     """
+    check_run_folder(settings.run.dir, resume)
     if debug:
         settings = one_rank(settings)
     asked, choice = settings, choose_here(settings, recorded_dtype(settings.run.dir) if resume else None)
     settings = settled(settings, choice)
+    seen = list(check_rank_devices(settings, debug))
     kind, shape = read_model(settings)
     examples, held_out = read_examples(settings.policy.model, settings.data)
     training = settings.training
     seed = settings.run.seed
     course = Course(Conversations(examples, seed), training.batch_size, training.epochs, seed)
     check_warm_up(settings, course.updates)
+    seen.append(check_room(settings, shape, course.updates, resume))
+    return Ready(settings, asked, choice, kind, shape, examples, held_out, course, seen)
+
+
+def describe_sft(settings: SftSettings, debug: bool = False, resume: bool = False) -> str:
+    """The plan, after everything that can be validated without weights has been. Arguments and errors as those of `ready_sft`."""
+    found = ready_sft(settings, debug, resume)
+    settings = found.settings
     going_on: list[str] = []
     if resume:
-        contents = sft_contents(resolve(settings.policy.model), examples)
-        going_on = start_lines(starting_point(asked, contents, course.updates))
+        contents = sft_contents(resolve(settings.policy.model), found.examples)
+        going_on = start_lines(starting_point(found.asked, contents, found.course.updates))
     parts = {
         "Run": _run(settings, going_on),
-        "Examples": _examples(settings, examples, held_out),
-        "Training": _training(settings, choice, kind, shape, course),
+        "Examples": _examples(settings, found.examples, found.held_out),
+        "Training": _training(settings, found.choice, found.kind, found.shape, found.course),
+        "Checked": found.seen,
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts.items())
 
 
 def _run(settings: SftSettings, going_on: Sequence[str]) -> Iterator[str]:
     folder, checkpoint = os.path.abspath(settings.run.dir), settings.checkpoint
-    held = not going_on and os.path.exists(os.path.join(folder, "manifest.json"))
-    state = ", which holds a run: continue it with --resume, or choose another `run.dir`" if held else ""
-    yield f"folder {folder}{state}; seed {settings.run.seed}"
+    yield f"folder {folder}; seed {settings.run.seed}"
     yield from going_on
     every = (
         f"every {checkpoint.every} optimizer steps, the last {checkpoint.keep} kept" if checkpoint.every else "never"

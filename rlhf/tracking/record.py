@@ -24,6 +24,7 @@ from rlhf.config.loader import UserError
 from rlhf.config.sft import SftSettings
 from rlhf.tracking import manifest
 from rlhf.tracking.console import make_console
+from rlhf.tracking.folder import check_run_folder
 from rlhf.tracking.jsonl import JsonLines
 from rlhf.tracking.wandb import Wandb
 
@@ -192,36 +193,6 @@ class Record:
                 "%s failed and is off for the rest of this run (the files in %s go on): %r", name, self.folder, error
             )
             return None
-
-
-def check_run_folder(folder: str, resume: bool) -> None:
-    """Whether a run may begin in this folder, or go on in it, as far as its record says; quick, to be asked before anything starts.
-
-    Raises:
-        UserError: it holds a run and `resume` is False; it holds none and it is True, or one whose manifest is damaged.
-    """
-    path = Path(folder) / "manifest.json"
-    if not resume:
-        if path.exists():
-            raise UserError(
-                f"run.dir={folder}: this folder already holds a run. "
-                "Choose another run.dir, continue that run with --resume, or delete the folder."
-            )
-        return
-    if not path.exists():
-        raise UserError(
-            f"run.dir={folder}: --resume found no run in this folder. "
-            "Set run.dir to the folder of the run to continue, or leave out --resume to start a new one."
-        )
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(described["run_id"], str) and isinstance(described["resumed"], list)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(
-            f"{path}: the file is damaged, so that the run cannot be continued. Restore it, or start a new run in another run.dir."
-        )
 
 
 def recorded_dtype(folder: str) -> Any:

@@ -21,7 +21,7 @@ from rlhf.config.sft import SftSettings
 from rlhf.data.conversations import ReadConversations
 from rlhf.data.model_identity import model_digest
 from rlhf.data.prompts import PromptSet
-from rlhf.tracking.record import check_run_folder
+from rlhf.tracking.folder import check_run_folder
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.types import content_id
 

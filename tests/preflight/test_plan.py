@@ -25,7 +25,7 @@ TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
 
 def tiny(*overrides: str) -> Settings:
-    return load(TINY, overrides)
+    return load(TINY, ["run.dir=runs/none-of-this-name", *overrides])
 
 
 def test_the_plan_spells_out_the_arithmetic() -> None:
@@ -38,7 +38,7 @@ def test_the_plan_spells_out_the_arithmetic() -> None:
         "2 x vLLM engine",
         "2 x DeepSpeed rank (fp32, ZeRO 1)",
         "wandb: off",
-        "runs/tiny",
+        "runs/none-of-this-name",
     ):
         assert words in plan
 
@@ -155,14 +155,13 @@ def test_a_pairwise_function_is_looked_at(tmp_path: Path) -> None:
         describe(tiny(*good, "reward.path=rlhf.reward.functions:share_of_letter_a"))
 
 
-def test_a_service_and_its_canaries_are_looked_at(tmp_path: Path) -> None:
-    service = ["reward.kind=remote", "reward.path=null", "reward.url=http://rewards:8000"]
+def test_canaries_are_looked_at(tmp_path: Path) -> None:
     canaries = tmp_path / "canaries.jsonl"
     canaries.write_text('{"good": "a", "bad": "b"}\n')
-    assert "the service at http://rewards:8000" in describe(tiny(*service, f"reward.canaries={canaries}"))
+    describe(tiny(f"reward.canaries={canaries}"))
     canaries.write_text('{"good": "a"}\n')
     with pytest.raises(UserError, match=r"canaries\.jsonl:1: a pair needs"):
-        describe(tiny(*service, f"reward.canaries={canaries}"))
+        describe(tiny(f"reward.canaries={canaries}"))
 
 
 def test_every_prompt_has_what_the_verifier_needs(tmp_path: Path) -> None:
