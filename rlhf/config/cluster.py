@@ -15,6 +15,7 @@ Role = Literal["policy", "rollout", "reward"]
 class ClusterSettings(Section):
     address: str | None = Field(
         None,
+        pattern=r"^(auto|local|(ray://)?[\w.:\-\[\]]+:[0-9]{1,5})$",
         description="Address of a running Ray cluster (`auto` finds the one on this host). None: start one on this "
         "machine for this run.",
     )

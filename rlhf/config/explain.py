@@ -179,7 +179,6 @@ _KINDS = {
     "model_type": "a section: indented `field: value` lines",
     "union_tag_not_found": "a section: indented `field: value` lines",
     "dict_type": "a mapping: indented `name: value` lines, or {name: value}",
-    "string_pattern_mismatch": "an import path, `module:name`",
 }
 
 
@@ -188,6 +187,9 @@ def _expected(detail: Any) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in _KINDS:
         return _KINDS[kind]
+    if kind == "string_pattern_mismatch":
+        address = detail["loc"][-1] == "address"
+        return "`auto`, HOST:PORT or ray://HOST:PORT" if address else "an import path, `module:name`"
     if kind == "literal_error":
         return f"one of {context['expected']}" + _nearest_choice(detail["input"], context["expected"])
     if kind == "too_long":

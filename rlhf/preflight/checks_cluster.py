@@ -148,7 +148,7 @@ class Team:
 
 def check_address(address: str | None) -> Finding | None:
     """A quick look at whether anything listens, before Ray tries for minutes; None if there is nothing to object."""
-    host, colon, port = (address or "").rpartition(":")
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal() or "/" in host:
         return None
     try:
@@ -157,7 +157,7 @@ def check_address(address: str | None) -> Finding | None:
         return Finding(
             "Ray",
             "failed",
-            f"nothing answers at `cluster.address` {address}: {error.strerror or error}",
+            f"nothing answers at {address}: {error.strerror or error}",
             "start the head with `ray start --head --port=...`, correct `cluster.address`, or open the port in the firewall; "
             "`cluster.address: null` starts a cluster on this machine",
         )

@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -20,6 +18,7 @@ from rlhf.cluster.devices import shared_engines, uses_gpu
 from rlhf.config import Settings
 from rlhf.config.checks import largest_assignment
 from rlhf.config.sft import SftSettings
+from rlhf.preflight.checks_cluster import check_address
 from rlhf.preflight.checks_host import SHARED_MEMORY, check_disk
 from rlhf.preflight.finding import PlanError
 from rlhf.preflight.memory import BYTES, GIB, engine_memory, policy_memory, trained_parameters
@@ -27,7 +26,6 @@ from rlhf.preflight.shapes import ModelShape
 
 PADDED_ROWS = 64
 """vLLM rounds the vocabulary up to a multiple of this before it divides it."""
-ANSWER_S = 5.0
 
 
 def check_machine(settings: Settings, debug: bool) -> Iterator[str]:
@@ -184,18 +182,7 @@ def _shared_memory() -> Iterator[str]:
 
 def _check_address(address: str) -> str:
     """The cluster's address in words, after something has answered there."""
-    unchecked = "its GPUs, memory and disks are not looked at here; `rlhf doctor` does"
-    if ":" not in address:
-        return f"cluster `{address}`: {unchecked}"
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        host, port = parts.hostname, parts.port
-        if not host or not port:
-            raise ValueError("no host and port")
-        with socket.create_connection((host, port), ANSWER_S):
-            return f"cluster `{address}`: something answers there; {unchecked}"
-    except (OSError, ValueError, OverflowError) as error:
-        raise PlanError(
-            f"`cluster.address`: nothing answers at `{address}` ({error}). Start the cluster (`ray start --head`), give its HOST:PORT, or "
-            "remove it to start one on this machine"
-        ) from None
+    silent = check_address(address)
+    if silent is not None:
+        raise PlanError(f"`cluster.address`: {silent.seen}. To put it right, {silent.remedy}")
+    return f"cluster `{address}`: its GPUs, memory and disks are not looked at from here; `rlhf doctor` does"

@@ -77,3 +77,14 @@ def test_a_number_out_of_bounds_names_its_field(valid: str, field: str, value: s
 def test_absurd_sizes_and_deadlines(valid: str, override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         load(valid, [override])
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host:port", "http://head:8265", "head:123456", "''"])
+def test_what_is_no_address(valid: str, address: str) -> None:
+    with pytest.raises(ConfigError, match="`cluster.address` must be `auto`, HOST:PORT or ray://HOST:PORT"):
+        load(valid, [f"cluster.address={address}"])
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "ray://head.of-this:10001", "'[::1]:6379'"])
+def test_what_is_an_address(valid: str, address: str) -> None:
+    assert load(valid, [f"cluster.address={address}"]).cluster.address == address.strip("'")

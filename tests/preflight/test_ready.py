@@ -197,12 +197,11 @@ def test_services_are_asked(tiny, service: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_head_of_a_cluster_is_looked_for(tiny) -> None:
     away = f"127.0.0.1:{closed_port()}"
-    assert f"`cluster.address`: nothing answers at `{away}`" in refusal(tiny(f"cluster.address={away}"))
-    assert "`cluster.address`: nothing answers at `nonsense:port`" in refusal(tiny("cluster.address='nonsense:port'"))
+    assert f"`cluster.address`: nothing answers at {away}" in refusal(tiny(f"cluster.address={away}"))
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         seen = ready(tiny(f"cluster.address={address}")).seen
-    assert f"cluster `{address}`: something answers there; its GPUs, memory and disks are not looked at here" in seen[0]
+    assert f"cluster `{address}`: its GPUs, memory and disks are not looked at from here" in seen[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
