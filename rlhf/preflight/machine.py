@@ -97,11 +97,11 @@ def check_memory(settings: Settings, shape: ModelShape, algorithm: Algorithm) ->
     ranks = settings.policy.ranks * need.device
     engines = settings.rollout.engines * (engine.weights + settings.rollout.cpu_kv_cache_gb * GIB)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    seen = f"all ranks and engines: {in_words(ranks + engines)}; this machine has {in_words(machine)}"
+    seen = f"all ranks and engines: {size_in_words(ranks + engines)}; this machine has {size_in_words(machine)}"
     if ranks + engines > machine and settings.cluster.address is None:
         raise PlanError(
-            f"`policy.ranks`, `rollout.engines`: {settings.policy.ranks} rank(s) take about {in_words(ranks)} and "
-            f"{settings.rollout.engines} engine(s) {in_words(engines)}, and this machine has {in_words(machine)}. Lower them, "
+            f"`policy.ranks`, `rollout.engines`: {settings.policy.ranks} rank(s) take about {size_in_words(ranks)} and "
+            f"{settings.rollout.engines} engine(s) {size_in_words(engines)}, and this machine has {size_in_words(machine)}. Lower them, "
             "`rollout.cpu_kv_cache_gb` or `policy.micro_batch_tokens`, or take a smaller `policy.model`"
         )
     return f"{seen}: {'fits' if ranks + engines <= machine else 'DOES NOT FIT into this one'}"
@@ -133,7 +133,7 @@ def kept_on_disk(settings: Settings | SftSettings, shape: ModelShape, steps: int
     return state * copies + (shape.parameters * size if checkpoint.export else 0)
 
 
-def in_words(size: float) -> str:
+def size_in_words(size: float) -> str:
     """Bytes, for people."""
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
@@ -175,8 +175,8 @@ def _shared_memory() -> Iterator[str]:
     """A warning where Ray's object store would go to the disk."""
     if os.path.isdir("/dev/shm") and (free := shutil.disk_usage("/dev/shm").free) < SHARED_MEMORY:
         yield (
-            f"/dev/shm: {in_words(free)} free, less than {in_words(SHARED_MEMORY)}: Ray's object store may fall back to the disk (in a "
-            "container, `--shm-size=16g`)"
+            f"/dev/shm: {size_in_words(free)} free, less than {size_in_words(SHARED_MEMORY)}: Ray's object store may fall back to the disk "
+            "(in a container: `--shm-size=16g`)"
         )
 
 

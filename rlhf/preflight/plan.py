@@ -26,7 +26,7 @@ from rlhf.preflight.estimate import Cluster, estimate
 from rlhf.preflight.finding import PlanError
 from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.inputs import Inputs
-from rlhf.preflight.machine import check_memory, in_words
+from rlhf.preflight.machine import check_memory, size_in_words
 from rlhf.preflight.memory import GIB, engine_memory, policy_memory
 from rlhf.preflight.ready import ready
 from rlhf.preflight.report import judge_bytes
@@ -245,15 +245,15 @@ def _tokens(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterato
 def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str, debug: bool) -> Iterator[str]:
     gpu, evaluates = device == "cuda", settings.data.eval_prompts is not None
     need = policy_memory(inputs.shape, settings.policy, algorithm, evaluates, largest_assignment(settings), gpu)
-    words = ", ".join(f"{name} {in_words(size)}" for name, size in need.parts().items())
-    yield f"each policy rank: {in_words(need.device)} ({words})"
+    words = ", ".join(f"{name} {size_in_words(size)}" for name, size in need.parts().items())
+    yield f"each policy rank: {size_in_words(need.device)} ({words})"
     if need.host:
-        yield f"kept in host memory by each policy rank: {in_words(need.host)}"
+        yield f"kept in host memory by each policy rank: {size_in_words(need.host)}"
     if gpu:
         reader = "the first policy rank" if settings.policy.zero_stage == 3 else "each policy rank"
-        yield f"in host memory of {reader} while models are loaded: {in_words(need.loading_host)}"
+        yield f"in host memory of {reader} while models are loaded: {size_in_words(need.loading_host)}"
     engine = engine_memory(inputs.shape, settings.rollout, settings.policy, algorithm.mixes, gpu)
-    shown = f"weights {in_words(engine.weights)}" + (" for two models" if algorithm.mixes else "")
+    shown = f"weights {size_in_words(engine.weights)}" + (" for two models" if algorithm.mixes else "")
     if gpu:
         fraction = settings.rollout.gpu_memory_utilization
         token = f"{engine.cached_token / 2**10:,.0f} KiB per token"
@@ -262,7 +262,7 @@ def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: st
         return
     cache = settings.rollout.cpu_kv_cache_gb * GIB
     yield (
-        f"each engine: {in_words(engine.weights + cache)} ({shown}, key-value cache {in_words(cache)}: room for "
+        f"each engine: {size_in_words(engine.weights + cache)} ({shown}, key-value cache {size_in_words(cache)}: room for "
         f"{engine.room(cache):,} tokens)"
     )
     yield check_memory(settings, inputs.shape, algorithm)
@@ -272,7 +272,7 @@ def _gpu_fit(settings: Settings, inputs: Inputs, algorithm: Algorithm, debug: bo
     """What this machine's GPUs are, and whether the layout fits them. Raises PlanError if it does not, and no other GPUs are meant."""
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     for index, properties in enumerate(found):
-        yield f"GPU {index}: {properties.name}, {in_words(properties.total_memory)}"
+        yield f"GPU {index}: {properties.name}, {size_in_words(properties.total_memory)}"
     kind = visible_gpu([properties.name for properties in found])
     if kind is None:
         yield "whether it fits: `rlhf plan --gpu KIND` says so for the kinds of GPU that it knows"
