@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rlhf.config.loader import UserError
+
 
 class DeadlineExpired(TimeoutError):
     """A remote wait took longer than its deadline."""
@@ -103,7 +105,7 @@ class RayHandle:
         return await self._wait(head, method, deadline), payload
 
     async def _wait(self, reference: Any, method: str, deadline: float) -> Any:
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayTaskError
 
         try:
             return await asyncio.wait_for(asyncio.wrap_future(reference.future()), deadline)
@@ -111,6 +113,10 @@ class RayHandle:
             raise DeadlineExpired(f"the driver waited {deadline:g} s for {self.name}.{method}") from None
         except RayActorError as error:
             raise ActorDied(f"{self.name} died while the driver waited for its {method}: {error}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):  # without the actor's traceback, which Ray makes its text
+                raise error.cause from error
+            raise
 
 
 class LocalHandle:

@@ -161,10 +161,10 @@ class Training:
     async def _save(self, step: int) -> None:
         tag = self.checkpoints.tag(step)
         async with self.loop.policy_turn():
-            await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
+            written = await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
         state = {"step": step, "ledger": self.ledger.state(), RUN: remembered(self.settings, self.contents)}
         state |= {"policy": self.loop.roles.policy.state(), "shaping": self.shaping.state()}
-        self.checkpoints.complete(tag, state)
+        self.checkpoints.complete(tag, state, written)
 
     def _rewound(self) -> int:
         """Steps already done; the record of later ones is cut off, as they are done again."""

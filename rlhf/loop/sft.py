@@ -97,9 +97,13 @@ class Tuning:
 
     def _saving(self) -> Saving:
         settings = self.settings
-        checkpoints = Checkpoints(settings.run.dir, settings.checkpoint.keep)
         return Saving(
-            checkpoints, settings.checkpoint.every, self.resume, identity={}, run=remembered(settings, self.contents)
+            Checkpoints(settings.run.dir, settings.checkpoint.keep),
+            settings.checkpoint.every,
+            self.resume,
+            identity={},
+            run=remembered(settings, self.contents),
+            found=None if self.start is None else (self.start.tag, self.start.state),
         )
 
 

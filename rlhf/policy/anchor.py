@@ -13,7 +13,7 @@ import torch
 
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule, due
 from rlhf.policy.learner import InvariantBroken
-from rlhf.training import lora
+from rlhf.training import lora, torch_files
 from rlhf.training.engine import Trainer
 from rlhf.training.packing import Experience
 from rlhf.training.resting import Resting
@@ -98,18 +98,19 @@ class Anchor:
         """Whether the weights are in host memory."""
         return self._resting.nbytes > 0
 
-    def save(self, folder: Path, rank: int) -> None:
-        """Write this rank's shard, unless the rule is `Fixed`: then the model's own files hold it."""
+    def save(self, folder: Path, rank: int) -> dict[str, str]:
+        """Write this rank's shard, unless the rule is `Fixed`: then the model's own files hold it. Returns the file's checksum by its
+        name."""
         if isinstance(self.rule, Fixed):
-            return
-        shards = [shard.detach().cpu() for shard in self._shards()]
-        torch.save({"shards": shards, "memory": self._memory}, self._file(folder, rank))
+            return {}
+        file, shards = self._file(folder, rank), [shard.detach().cpu() for shard in self._shards()]
+        return {file.name: torch_files.write({"shards": shards, "memory": self._memory}, file)}
 
     def load(self, folder: Path, rank: int) -> None:
         """Restore what `save` wrote."""
         if isinstance(self.rule, Fixed):
             return
-        state = torch.load(self._file(folder, rank), weights_only=True)
+        state = torch_files.read(self._file(folder, rank))
         with torch.no_grad():
             self._take(iter(state["shards"]))
         self._memory = state["memory"]

@@ -188,9 +188,11 @@ class PolicyGroup:
         """Undo `rest`; before everything but `send_weights`."""
         await self._all("wake", deadline=self._settings.cluster.learn_deadline_s)
 
-    async def save(self, folder: str, tag: str) -> None:
-        """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share)."""
-        await self._all("save", folder, tag, deadline=self._settings.cluster.learn_deadline_s)
+    async def save(self, folder: str, tag: str) -> dict[str, str]:
+        """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share). Returns the files' checksums, for
+        `Checkpoints.complete`."""
+        ranks = await self._all("save", folder, tag, deadline=self._settings.cluster.learn_deadline_s)
+        return {name: digest for written in ranks for name, digest in written.items()}
 
     async def load(self, folder: str, tag: str) -> None:
         """Restore a checkpoint that `save` wrote."""

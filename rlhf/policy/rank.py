@@ -272,13 +272,15 @@ class PolicyRank:
 
     # Files
 
-    def save(self, folder: str, tag: str) -> None:
-        """Write this rank's part of a checkpoint. Collective."""
+    def save(self, folder: str, tag: str) -> dict[str, str]:
+        """Write this rank's part of a checkpoint. Collective. Returns the checksum of each large file of this rank, by its path inside."""
+        written: dict[str, str] = {}
         for name, trainer in self.learner.trainers.items():
-            trainer.save(Path(folder) / tag, name)
+            written |= trainer.save(Path(folder) / tag, name)
         for anchor in self._anchors():
-            anchor.save(Path(folder) / tag, self.rank)
+            written |= anchor.save(Path(folder) / tag, self.rank)
         self._save_adapter(Path(folder) / tag / "adapter")
+        return written
 
     def load(self, folder: str, tag: str) -> None:
         """Restore what `save` wrote. Collective."""

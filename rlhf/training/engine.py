@@ -20,6 +20,7 @@ from rlhf.config.policy import PolicySettings
 from rlhf.training.attention import avoid_plans_per_shape
 from rlhf.training.masters import masters, set_masters
 from rlhf.training.resting import Resting
+from rlhf.training.torch_files import PlainCheckpointEngine
 from rlhf.training.weights import local_shard
 
 FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
@@ -118,6 +119,8 @@ class Trainer:
         self.engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=config
         )
+        self.engine.checkpoint_engine = PlainCheckpointEngine(self.engine._config)
+        self.engine._copy_recovery_script = lambda folder: None  # it would unpickle whatever lies beside it
         self.ranks = torch.distributed.get_world_size()
         self._resting = Resting()
         self._norm = 0.0
@@ -198,15 +201,20 @@ class Trainer:
             found = getattr(outer, name, None)
             yield from [found] if torch.is_tensor(found) else found or ()
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write weights that learn, optimizer and schedule to `folder/name`; collective."""
+    def save(self, folder: Path, name: str) -> dict[str, str]:
+        """Write weights that learn, optimizer and schedule to `folder/name`; collective. Returns the checksum of each file of this rank,
+        by its path inside the folder."""
+        files = self.engine.checkpoint_engine.written
+        files.clear()
         self.engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
+        return {str(file.relative_to(folder)): digest for file, digest in files.items()}
 
     def load(self, folder: Path, name: str) -> None:
         """Restore what `save` wrote, but for the optimizer's settings, which are those of now; collective.
 
         Raises:
             FileNotFoundError: no such checkpoint.
+            UserError: a file is damaged, or holds what would have to be executed.
         """
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"no DeepSpeed checkpoint {name!r} in {folder}")

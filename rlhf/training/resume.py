@@ -22,7 +22,7 @@ from rlhf.data.conversations import ReadConversations
 from rlhf.data.model_identity import model_digest
 from rlhf.data.prompts import PromptSet
 from rlhf.tracking.folder import check_run_folder
-from rlhf.training.checkpoints import Checkpoints
+from rlhf.training.checkpoints import CHECKSUMS, Checkpoints
 from rlhf.types import content_id
 
 RUN = "run"
@@ -150,7 +150,8 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
             f"run.dir={run_dir}: the run ends after step {steps} ({field}), but its last complete checkpoint is {tag}. Raise {field}, or "
             "delete the newer checkpoints to go on from an earlier one."
         )
-    unchecked = [name for name in now["contents"] if name not in before["contents"]]
+    unchecked = [] if CHECKSUMS in state else ["the checksums of its files"]
+    unchecked += [name for name in now["contents"] if name not in before["contents"]]
     unchecked += [
         field for field in FIXED if field not in _flat(before["settings"]) and field in _flat(now["settings"])
     ]

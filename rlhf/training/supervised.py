@@ -153,9 +153,11 @@ class SupervisedGroup:
             count += sum(batch.count for batch in batches)
         return shares, count
 
-    async def save(self, folder: str, tag: str) -> None:
-        """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share)."""
-        await self._all("save", folder, tag, deadline=self._cluster.learn_deadline_s)
+    async def save(self, folder: str, tag: str) -> dict[str, str]:
+        """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share). Returns the files' checksums, for
+        `Checkpoints.complete`."""
+        ranks = await self._all("save", folder, tag, deadline=self._cluster.learn_deadline_s)
+        return {name: digest for written in ranks for name, digest in written.items()}
 
     async def load(self, folder: str, tag: str) -> None:
         """Restore a checkpoint that `save` wrote."""
@@ -189,9 +191,10 @@ class Saving:
 
     Attributes:
         every: optimizer steps between two; 0: none.
-        resume: go on from the last complete one.
+        resume: go on from `found`.
         identity: what a resumed run must share with the one it continues (name -> value, as JSON).
         run: what else the checkpoints keep of the run (see `rlhf.training.resume`).
+        found: with `resume`, what `checkpoints.latest()` gave before anything was loaded.
     """
 
     checkpoints: Checkpoints
@@ -199,6 +202,7 @@ class Saving:
     resume: bool
     identity: Mapping[str, Any]
     run: Mapping[str, Any] = field(default_factory=dict)
+    found: tuple[str, dict[str, Any]] | None = None
 
 
 async def train(
@@ -247,11 +251,10 @@ async def _starting_point(group: SupervisedGroup, journal: Journal, saving: Savi
     """Steps already done; their weights are loaded."""
     if not saving.resume:
         return 0
-    found = saving.checkpoints.latest()
-    if found is None:
+    if saving.found is None:
         journal.rewind(-1)  # also of what was measured before the first step
         return 0
-    tag, state = found
+    tag, state = saving.found
     before = state["identity"]  # of an earlier version it may lack some
     differ = [name for name, value in saving.identity.items() if before.get(name, value) != value]
     if differ:
@@ -266,5 +269,6 @@ async def _starting_point(group: SupervisedGroup, journal: Journal, saving: Savi
 
 async def _save(group: SupervisedGroup, saving: Saving, step: int) -> None:
     tag = saving.checkpoints.tag(step)
-    await group.save(str(saving.checkpoints.folder), tag)
-    saving.checkpoints.complete(tag, {"step": step, "identity": dict(saving.identity), RUN: dict(saving.run)})
+    written = await group.save(str(saving.checkpoints.folder), tag)
+    state = {"step": step, "identity": dict(saving.identity), RUN: dict(saving.run)}
+    saving.checkpoints.complete(tag, state, written)

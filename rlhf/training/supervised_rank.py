@@ -18,6 +18,7 @@ from torch import nn
 
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.policy import PolicySettings
+from rlhf.training import torch_files
 from rlhf.training.engine import Trainer
 from rlhf.training.ranks import Member, join, leave, rendezvous
 
@@ -153,17 +154,18 @@ class SupervisedRank:
             total += self.learner.loss(outputs, batch).item()
         return total
 
-    def save(self, folder: str, tag: str) -> None:
-        """Write this rank's part of a checkpoint. Collective."""
-        self.trainer.save(Path(folder) / tag, "module")
+    def save(self, folder: str, tag: str) -> dict[str, str]:
+        """Write this rank's part of a checkpoint. Collective. Returns the checksum of each of its files, by the path inside."""
+        written = self.trainer.save(Path(folder) / tag, "module")
         if self.rank == 0 and self.learner.state():
-            torch.save(self.learner.state(), Path(folder) / tag / STATE)
+            written[STATE] = torch_files.write(self.learner.state(), Path(folder) / tag / STATE)
+        return written
 
     def load(self, folder: str, tag: str) -> None:
         """Restore what `save` wrote. Collective."""
         self.trainer.load(Path(folder) / tag, "module")
         if (Path(folder) / tag / STATE).exists():
-            self.learner.restore(torch.load(Path(folder) / tag / STATE, weights_only=True))
+            self.learner.restore(torch_files.read(Path(folder) / tag / STATE))
 
     def export(self, folder: str) -> None:
         """Write the result to `folder` on rank 0's machine. Collective."""

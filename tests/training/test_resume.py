@@ -53,6 +53,12 @@ def settings(folder: Path, tiny_settings: Callable[..., Settings]) -> Callable[.
     return make
 
 
+def rewrite(checkpoint: Path, state: dict[str, Any]) -> None:
+    """As an earlier version wrote it: without checksums."""
+    (checkpoint / "SHA256SUMS").unlink(missing_ok=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
 def save(settings: Settings, step: int = STEP, **more: Any) -> Path:
     """A complete checkpoint of these settings; returns its folder."""
     training = Training(settings, debug=False, resume=True)
@@ -191,7 +197,7 @@ def test_without_a_checkpoint_nothing_recorded_is_deleted(settings: Callable[...
 def test_a_damaged_checkpoint_is_refused_before_models_load(settings: Callable[..., Settings]) -> None:
     checkpoint = save(settings())
     (checkpoint / "state.json").write_text("{")
-    assert "state.json: cannot be read" in refusal(settings())
+    assert "state.json: the file is damaged" in refusal(settings())
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_it_cannot_check(
@@ -202,11 +208,12 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_it_cannot_chec
     state = json.loads((checkpoint / "state.json").read_text())
     earlier = {name: state[name] for name in ("step", "ledger", "policy", "shaping")}
     earlier |= {"seed": 0, "data": training.contents["data.prompts"]}
-    (checkpoint / "state.json").write_text(json.dumps(earlier))
+    rewrite(checkpoint, earlier)
     start = Training(settings(), debug=False, resume=True).start
-    assert start.step == STEP and {"policy.model", "policy.ranks", "algorithm.name"} <= set(start.unchecked)
+    assert start.step == STEP and start.unchecked[0] == "the checksums of its files"
+    assert {"policy.model", "policy.ranks", "algorithm.name"} <= set(start.unchecked)
     assert "run.seed: was 0, is 1" in refusal(settings(run={"dir": settings().run.dir, "seed": 1}))
-    (checkpoint / "state.json").write_text(json.dumps(earlier | {"data": "0123"}))
+    rewrite(checkpoint, earlier | {"data": "0123"})
     assert "data.prompts: these are other prompts" in refusal(settings())
 
 
@@ -217,8 +224,8 @@ def test_an_extrapolation_does_not_go_on_from_weights_that_an_earlier_version_ro
     checkpoint = save(extrapolated)
     assert Training(extrapolated, debug=False, resume=True).start.step == STEP
     state = json.loads((checkpoint / "state.json").read_text())
-    del state[RUN]
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    del state[RUN], state["checksums"]
+    rewrite(checkpoint, state)
     assert "does not hold the last iterate's fp32 weights" in refusal(extrapolated)
 
 

@@ -232,7 +232,9 @@ async def _fine_tune(
     journal = Journal(folder, course.updates, group.resume)
     identity = {"data or objective": examples.fingerprint(), "seed": settings.seed, "batch size": settings.batch_size}
     identity |= {"ranks": group.ranks, "zero stage": group.zero_stage, "dtype": group.dtype}
-    saving = Saving(Checkpoints(str(folder), keep=1), group.checkpoint_every, group.resume, identity)
+    checkpoints = Checkpoints(str(folder), keep=1)
+    found = checkpoints.latest() if group.resume else None
+    saving = Saving(checkpoints, group.checkpoint_every, group.resume, identity, found=found)
     model.module.to("cpu")
     cluster = _cluster(group, model)
     runtime = _runtime(group, cluster)
