@@ -510,9 +510,9 @@ METHODS: dict[str, type[Section]] = {
 def tag(value: Any) -> str | None:
     """Which method's fields a value (a mapping, or settings) is to have; None for a name nobody knows."""
     name = value.get("name", "online_dpo") if isinstance(value, dict) else getattr(value, "name", None)
-    if isinstance(name, str) and ":" in name:
-        return OWN
-    return name if name in METHODS else None
+    if not isinstance(name, str):
+        return None
+    return OWN if ":" in name else name if name in METHODS else None
 
 
 AlgorithmSettings = Annotated[

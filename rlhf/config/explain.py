@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from rlhf.config import yamls
-from rlhf.config.algorithm import METHODS, OwnAlgorithm
+from rlhf.config.algorithm import METHODS, OWN, OwnAlgorithm
 from rlhf.config.base import Section
 from rlhf.config.transforms import TRANSFORMS
 
@@ -156,6 +156,10 @@ def suggestion(tree: type[Section], field: yamls.Path, method: str | None) -> st
     if field[0] == "algorithm" and method in METHODS and owners:  # left over from another method
         most = f"{', '.join(owners[:5])} and {len(owners) - 5} more" if len(owners) > 6 else ", ".join(owners)
         return f", but of {most}. Remove it, or choose another `algorithm.name`"
+    if field[0] == "algorithm" and method == OWN and len(field) == 2:
+        return (
+            ". Known fields are: name, options. What your own algorithm wants to know stands under `algorithm.options`"
+        )
     siblings = list(fields_of(tree, field[:-1], method))
     near = [(*field[:-1], name) for name in difflib.get_close_matches(field[-1], siblings, 1)]
     if not near:

@@ -135,7 +135,12 @@ def method_problems(settings: Settings) -> Iterator[str]:
 
 def method_warnings(settings: Settings) -> Iterator[str]:
     """What may be meant, but costs the method a property that its page promises."""
-    algorithm, rollout = settings.algorithm, settings.rollout
+    algorithm, rollout, loop = settings.algorithm, settings.rollout, settings.loop
+    if loop.eval_every > loop.steps:
+        yield (
+            f"`loop.eval_every`: {loop.eval_every} is more than the run's steps (`loop.steps` is {loop.steps}), so the held-out prompts "
+            f"are answered before and after the run only. Set it to {max(1, loop.steps // 4)}, say, or to 0"
+        )
     if isinstance(algorithm, OnlineIpo | IpoMd):
         off = [name for name, on in (("temperature", 1), ("top_p", 1), ("top_k", 0)) if getattr(rollout, name) != on]
         if off:

@@ -5,7 +5,9 @@ Transforms and ensembles have checks of their own (`shaping_checks`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from rlhf.config.method_checks import changed
 from rlhf.config.reward import VERIFIERS, SourceSettings
@@ -54,9 +56,31 @@ def _remote(place: str, source: SourceSettings) -> Iterator[str]:
         yield (
             f"`{place}.url` is missing: where the service answers, such as `http://host:8000`. `rlhf reward serve` starts one"
         )
-    elif not source.url.startswith(("http://", "https://")):
-        yield f"`{place}.url`: `{source.url}` does not begin with http:// or https://. Write it as `http://host:8000`"
+    else:
+        yield from _url(place, source.url, "http://host:8000", "RLHF_REWARD_TOKEN")
     yield from _unused(source, place, "path", instead="the service knows what it judges with")
+
+
+def _url(place: str, url: str, example: str, secret: str) -> Iterator[str]:
+    """What an address must be. It is written into the run folder, so it holds no secret, and a message shows none."""
+    remedy = f"Write it as `{example}`"
+    if not url.startswith(("http://", "https://")):
+        shown = url.rpartition("@")[2]
+        yield f"`{place}.url`: `{shown:.80}` does not begin with http:// or https://. {remedy}"
+        return
+    try:
+        parts = urlsplit(url)
+        sound = bool(parts.hostname) and parts.port != 0 and re.fullmatch(r"[\x21-\x7e]+", url) is not None
+    except ValueError:  # a port or an IPv6 address that is none
+        yield f"`{place}.url` is no address of a service (a port is at most 65535, an IPv6 address stands in brackets). {remedy}"
+        return
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        yield (
+            f"`{place}.url` holds a user name, a password, a query or a fragment, and the run folder would keep it. Give the bare address, "
+            f"such as `{example}`, and the secret in the environment variable {secret}"
+        )
+    elif not sound:
+        yield f"`{place}.url`: `{url!a:.80}` names no host, or has blanks or letters that no address has. {remedy}"
 
 
 def _function(place: str, source: SourceSettings) -> Iterator[str]:
@@ -93,11 +117,8 @@ def _llm_judge(place: str, source: SourceSettings) -> Iterator[str]:
             f"`{place}.path` is missing: the folder of the language model that judges, or, with `{place}.url`, the name that the "
             "endpoint knows it by"
         )
-    if source.url is not None and not source.url.startswith(("http://", "https://")):
-        yield (
-            f"`{place}.url`: `{source.url}` does not begin with http:// or https://. Write the endpoint's base address, such as "
-            "`http://host:8000/v1`"
-        )
+    if source.url is not None:
+        yield from _url(place, source.url, "http://host:8000/v1", "OPENAI_API_KEY")
 
 
 def _is_import_path(path: str) -> bool:

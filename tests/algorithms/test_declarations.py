@@ -5,14 +5,16 @@ from __future__ import annotations
 import pickle
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlhf.algorithms import AlgorithmError, Contrast, Preference, Source, catalogue, make
+from rlhf.algorithms import Algorithm, AlgorithmError, Contrast, Preference, Source, catalogue, make
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous
 from rlhf.algorithms.contrast import preference_loss
+from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
 from rlhf.types import Assignment
 from tests.algorithms.tabular import REFERENCE, World, answered, declared, packed, scored_by, settings_of
@@ -183,12 +185,18 @@ def test_the_page_on_own_algorithms_shows_this_code() -> None:
     assert shown == (Path(__file__).parent / "own_algorithm.py").read_text()
 
 
+def without_responses(settings: Settings) -> Algorithm:
+    """A user's algorithm that nothing comes out of."""
+    return replace(make(settings_of("online_dpo")), sources=())
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         ("no_such_module:make", "cannot import"),
         ("rlhf.algorithms:nothing", "has no function `nothing`"),
         ("rlhf.types:Score", "not an Algorithm"),
+        ("tests.algorithms.test_declarations:without_responses", "has no responses to learn from"),
     ],
 )
 def test_a_name_that_leads_nowhere(name: str, says: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import ConfigError, Settings, load
+from rlhf.config.method_checks import method_warnings
 from rlhf.config.sft import SftSettings
 
 LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
@@ -88,3 +89,45 @@ def test_what_is_no_address(valid: str, address: str) -> None:
 @pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "ray://head.of-this:10001", "'[::1]:6379'"])
 def test_what_is_an_address(valid: str, address: str) -> None:
     assert load(valid, [f"cluster.address={address}"]).cluster.address == address.strip("'")
+
+
+SECRET = "correct-horse"
+
+
+@pytest.mark.parametrize("kind", ["remote", "llm_judge"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://user:{SECRET}@host:8000",
+        f"http://{SECRET}@host:8000",
+        f"http://host:8000/?token={SECRET}",
+        f"http://host:8000/#{SECRET}",
+        f"ftp://user:{SECRET}@host",
+        f"user:{SECRET}@host",
+        "http://",
+        "http://:8000",
+        "http://host:99999",
+        "http://host:0",
+        "http://host:port",
+        "http://[::1",
+        "http://ho st",
+        "http://höst",
+        "http:///path",
+    ],
+)
+def test_what_is_no_address_of_a_service(valid: str, kind: str, url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(
+            valid,
+            [f"reward.kind={kind}", "reward.path=" + ("null" if kind == "remote" else "name"), f"reward.url='{url}'"],
+        )
+    message = str(caught.value)
+    assert "`reward.url`" in message and "http://host:8000" in message
+    assert SECRET not in message
+
+
+def test_an_evaluation_that_never_comes_is_said(valid: str) -> None:
+    held_out = ("data.eval_prompts=held_out.jsonl", "loop.steps=8")
+    assert not list(method_warnings(load(valid, [*held_out, "loop.eval_every=8"])))
+    (warning,) = method_warnings(load(valid, [*held_out, "loop.eval_every=9"]))
+    assert warning.startswith("`loop.eval_every`: 9 is more than the run's steps")

@@ -232,3 +232,8 @@ def test_the_configuration_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["[]", "{a: b}", "null", "[{name: ppo}]"])
+def test_a_method_whose_name_is_no_text(valid: str, name: str) -> None:
+    assert "`algorithm.name`: there is no built-in algorithm" in error_of(valid, f"algorithm.name={name}")
