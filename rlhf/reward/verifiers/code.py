@@ -28,7 +28,12 @@ class CodeFields(Payload):
         True, description="True: 1 if all tests pass, else 0. False: the share of the tests that pass."
     )
     time_limit_s: float = Field(5.0, gt=0, le=60, description="Seconds for the statements together, or for each run.")
-    memory_mb: int = Field(512, ge=64, le=65536, description="Address space of each process, in MiB.")
+    memory_mb: int = Field(512, ge=64, le=65536, description="Memory, in MiB: the address space of a process.")
+    forks: bool = Field(
+        False,
+        description="True: the program may start others (`subprocess`, `multiprocessing`), eight with all threads, each with "
+        "`memory_mb` of its own. False: it is one process, with threads.",
+    )
 
 
 class CodeVerifier(Verifier[CodeFields]):
@@ -48,6 +53,7 @@ class CodeVerifier(Verifier[CodeFields]):
             wall_s=fields.time_limit_s,
             cpu_s=max(1, round(fields.time_limit_s)),
             memory_bytes=fields.memory_mb * 2**20,
+            forks=fields.forks,
         )
         if isinstance(fields.tests[0], str):
             passed = _statements(blocks[-1], fields.tests, limits)

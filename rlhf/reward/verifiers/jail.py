@@ -5,8 +5,9 @@
         program             what was asked for, under resource limits and without rights
 
 The program sees no network (not even its own loopback), no process but its own, and of the files the operating system's and
-Python's, read-only, and an empty folder in memory. Needs Linux 5.14 (`mount_setattr`; processes counted per user namespace)
-that lets an ordinary user make user namespaces. `sandbox` describes the plan, which comes as JSON on a file descriptor.
+Python's, read-only, and an empty folder in memory. It may make few system calls. Needs Linux 5.14 (`mount_setattr`; processes
+counted per user namespace) that lets an ordinary user make user namespaces. `sandbox` describes the plan, which comes as JSON on a
+file descriptor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+SECCOMP_MODE_FILTER = 2
 SYS_MOUNT_SETATTR = 442
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 NOBODY = 65534
@@ -36,6 +38,12 @@ DEVICES = ("null", "zero", "random", "urandom")
 OURS = 2  # processes of the process space's user that are not the program's: launcher and init
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Filter(ctypes.Structure):
+    """The kernel's `sock_fprog`: a BPF program, of instructions of 8 bytes."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
 def call(what: str, result: int) -> None:
@@ -185,6 +193,9 @@ def be_program(plan: dict, problem: int) -> None:
     resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
     call("giving up new rights", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     os.chdir(WORK)
+    instructions = bytes.fromhex(plan["filter"])
+    allowed = Filter(len(instructions) // 8, instructions)
+    call("limiting system calls", libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(allowed), 0, 0))
     os.execve(plan["argv"][0], plan["argv"], plan["environment"])
 
 

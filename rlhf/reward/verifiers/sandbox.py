@@ -5,6 +5,7 @@ Owns what a program may see and use. How that is enforced is in `jail`, a script
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from rlhf.reward.verifiers.syscalls import NoFilter, syscall_filter
 
 JAIL = Path(__file__).with_name("jail.py")
 HARNESS = Path(__file__).with_name("harness.py")
@@ -46,6 +49,7 @@ class Limits:
         wall_s, cpu_s: seconds from start to end, and of computing (of each process).
         memory_bytes: address space of each process.
         processes: how many there may be at once, threads included.
+        forks: the program may start others. If not, `memory_bytes` is all that it and its threads can have together.
         disk_bytes: files in its folder, which are kept in memory.
         output_bytes: what is read of its output; a program that writes more is ended.
     """
@@ -54,6 +58,7 @@ class Limits:
     cpu_s: int | None = 5
     memory_bytes: int | None = 512 * 2**20
     processes: int = 8
+    forks: bool = False
     disk_bytes: int = 32 * 2**20
     output_bytes: int = 2**20
 
@@ -154,7 +159,15 @@ def _plan(
     seen: Sequence[str],
     limits: Limits,
 ) -> dict[str, Any]:
-    """What the jail is told, but for the descriptors."""
+    """What the jail is told, but for the descriptors.
+
+    Raises:
+        SandboxError: no filter of system calls can be made.
+    """
+    try:
+        calls = syscall_filter(limits.forks)
+    except NoFilter as error:
+        raise SandboxError(str(error)) from None
     resources = {
         "RLIMIT_CPU": limits.cpu_s,
         "RLIMIT_AS": limits.memory_bytes,
@@ -170,6 +183,7 @@ def _plan(
         "wall_s": limits.wall_s,
         "processes": limits.processes,
         "disk_bytes": limits.disk_bytes,
+        "filter": calls.hex(),
         "limits": {name: value for name, value in resources.items() if value is not None},
     }
 
@@ -211,7 +225,11 @@ def _watch(process: subprocess.Popen[bytes], reports: BinaryIO, verdicts: Binary
 
 def _in_memory(text: str) -> BinaryIO:
     """A file with this text that has no name, to be read from its start."""
-    file = os.fdopen(os.memfd_create("rlhf"), "w+b", buffering=0)
+    file = os.fdopen(os.memfd_create("rlhf", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b", buffering=0)
     file.write(text.encode())
     file.seek(0)
+    # Whoever reads it must not keep something in it.
+    fcntl.fcntl(
+        file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    )
     return file

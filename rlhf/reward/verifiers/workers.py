@@ -105,9 +105,9 @@ def _require_sandbox(name: str) -> None:
     except SandboxError as error:
         raise RewardError(
             f"the verifier `{name}` does not run what a model wrote on this machine, because it cannot be shut off from network and "
-            f"files: {error}. That takes Linux 5.14 or newer on which ordinary users may make user namespaces (sysctl "
-            "user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns; in a "
-            "container a seccomp profile that allows unshare and mount)"
+            f"files: {error}. That takes pyseccomp with libseccomp 2, and Linux 5.14 or newer on which ordinary users may make user "
+            "namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+            "kernel.apparmor_restrict_unprivileged_userns; in a container a seccomp profile that allows unshare and mount)"
         ) from None
 
 
