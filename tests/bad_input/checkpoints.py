@@ -163,7 +163,7 @@ def _resume(damage: Damage, *overrides: str) -> Callable[[Place], Sequence[str]]
     return prepare
 
 
-def cases() -> Iterator[Case]:
+def cases(every: bool = False) -> Iterator[Case]:
     about = ("run.dir", "state.json", "manifest.json", "step-", "mp_rank")
     for name, damage in _damages():
         yield Case(f"checkpoint/{name}", _resume(damage), about, right=MAY.get(name))

@@ -204,9 +204,15 @@ SIZES = (
     "max_position_embeddings",
     "head_dim",
 )
+NO_DAMAGE = (
+    ("head_dim", "null"),
+    ("num_key_value_heads", "null"),
+    ("max_position_embeddings", "odd"),
+    ("max_position_embeddings", "huge"),
+)
 for _size in SIZES:
     for _how, _value in {"zero": 0, "negative": -4, "text": "64", "fraction": 64.5, "null": None, "huge": 2**62, "list": [64], "odd": 7}.items():
-        if (_size, _how) not in (("head_dim", "null"), ("max_position_embeddings", "odd"), ("max_position_embeddings", "huge")):
+        if (_size, _how) not in NO_DAMAGE:
             BOTH[f"config/{_size}-{_how}"] = _json(CONFIG, **{_size: _value})
 MAY: dict[str, tuple[Damage, str]] = {
     "config/num_key_value_heads-null": (_json(CONFIG, num_key_value_heads=None), "as many as heads, which the weights must agree with"),
@@ -318,7 +324,7 @@ NAMES = {
 }
 
 
-def cases() -> Iterator[Case]:
+def cases(every: bool = False) -> Iterator[Case]:
     about = ("model/", "policy.model", "reward.path", "--model", "`model`", "'model'")
     for who, command in {"policy": _policy, "judge": _judge}.items():
         for name, damage in BOTH.items():
@@ -342,7 +348,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 f"model/name/{field}/{how}",
                 lambda place, c=changes: ["train", place.configuration(c), "--dry-run"],
-                (field, "asset:", "algorithm.critic"),
+                (field, "asset:", "bad.yaml, line"),
             )
 
 

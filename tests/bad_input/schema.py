@@ -190,6 +190,8 @@ def _case(command: str, field: Field, how: str, value: Any) -> Iterator[Case]:
     about = (field.name, *_inner(field)) if right is None else tuple(f"{section}." for section in SECTIONS)
     if how in ("null", "empty") or field.schema.get("properties"):
         about += (field.place[0],)
+    if how in OF_TEXTS:
+        about += ("bad.yaml, line",)  # what no text may hold is found by its place
     preparation = _preparation(command, field, value, dry=right is not None)
     yield Case(f"schema/{command}/{field.name}{f'@{method}' if method else ''}/{how}", preparation, about, right)
 

@@ -113,6 +113,12 @@ def run(case: Case, place: Place) -> Answer:
     return Answer(verdict, why, argv, said)
 
 
+def bad_answers(cases: Sequence[Case], place: Place) -> str:
+    """What is wrong with the answers to these cases, in words; empty if nothing is."""
+    answers = ((case, run(case, place)) for case in cases)
+    return "\n".join(f"{case.name}: {answer}" for case, answer in answers if not answer.good)
+
+
 def _call(argv: Sequence[str]) -> tuple[int | BaseException, str, str]:
     """Exit status, or what was raised; standard error and standard output."""
     from rlhf.cli import main
@@ -170,7 +176,7 @@ STARTS = (
     "rlhf.rollout.pool.RolloutPool.start",
     "rlhf.reward.serving.pool.RewardPool.start",
     "rlhf.training.supervised.SupervisedGroup.start",
-    "rlhf.reward.training.train.new_model",
+    "rlhf.reward.models.RewardModel.encode",
     "socket.socket.bind",
     "socket.socket.connect",
 )
@@ -223,7 +229,7 @@ def _accepted(case: Case, shown: str) -> tuple[Verdict, str]:
 REMEDY = re.compile(
     r"\b(must|needs?|give|set|use|choose|choice|remove|rename|lower|raise|write|did you mean|known|put|correct|restore|delete|make|"
     r"install|leave|add|check|name|start|run|train|replace|expected|required|invalid|one of|at least|at most|only|save|convert|"
-    r"cannot be set|is not a known|shorten|free|download|copy)\b",
+    r"shorten|free|download|copy|cut|indent|flatten|look)\b",
     re.IGNORECASE,
 )
 RAW = re.compile(r"object at 0x[0-9a-f]{6}|<class '|\bNoneType\b|Traceback \(|^\w*Error\(", re.MULTILINE)
