@@ -20,7 +20,6 @@ MODULES = {
     "raises-a-key-error": "{}['anwser']\n",
     "exits": "import sys\nsys.exit(0)\n",
     "exits-with-a-text": "raise SystemExit('bye')\n",
-    "raises-keyboard-interrupt": "raise KeyboardInterrupt\n",
     "raises-generator-exit": "raise GeneratorExit\n",
     "raises-a-base-exception": "class Own(BaseException):\n    pass\nraise Own('x')\n",
     "raises-an-exception-group": "raise ExceptionGroup('several', [ValueError('x')])\n",
@@ -31,7 +30,6 @@ MODULES = {
     "recursion": "def f():\n    return f()\nf()\n",
     "imports-nothing-there": "import no_such_package_at_all\n",
     "imports-itself": "import bad_rewards\nbad_rewards.nothing\n",
-    "endless": "while True:\n    pass\n",
     "no-function": "x = 1\n",
     "a-number": "score = 3\n",
     "none": "score = None\n",
@@ -158,7 +156,6 @@ ALGORITHMS = {
     "exits-in-the-call": "import sys\ndef make(settings):\n    sys.exit(0)\n",
     "base-exception-in-the-call": "def make(settings):\n    raise GeneratorExit\n",
     "recursion-in-the-call": "def make(settings):\n    return make(settings)\n",
-    "endless-in-the-call": "def make(settings):\n    while True:\n        pass\n",
     "generator": "def make(settings):\n    yield 1\n",
     "async": "async def make(settings):\n    return 1\n",
     "a-class": "class make:\n    def __init__(self, settings):\n        pass\n",
@@ -191,7 +188,7 @@ def cases(every: bool = False) -> Iterator[Case]:
         reward = {"kind": "function", "path": "bad_rewards:score"}
         yield Case(f"code/reward/{name}", _rewarded(reward, module), about)
     for name, body in CALLS.items():
-        reward = {"kind": "function", "path": "bad_rewards:score"}
+        reward = {"kind": "function", "path": "bad_rewards:score", "deadline_s": 1.0}
         yield Case(f"code/reward/{name}", _rewarded(reward, FUNCTION.format(body)), about)
     for kind in ("function", "pairwise_function"):
         for name, path in PATHS.items():

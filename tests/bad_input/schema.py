@@ -92,8 +92,7 @@ def _fields(
     section: Schema, defs: Schema, place: tuple[str, ...], around: tuple[tuple[str, Any], ...], seen: set[tuple]
 ) -> Iterator[Field]:
     for name, schema in section["properties"].items():
-        here = (*place, name)
-        schema = _resolved(schema, defs)
+        here, schema = (*place, name), _plain(schema, defs)
         key = (*(("algorithm",) if place[:1] == ("algorithm",) else place), name, _shape(schema))
         if key in seen:
             continue
@@ -101,14 +100,12 @@ def _fields(
         yield Field(here, schema, around)
         if name == "name" and around:  # the name that chooses the section
             continue
-        if schema.get("properties"):
-            yield from _fields(schema, defs, here, (), seen)
-        for choice in _choices(schema, defs):
-            yield from _fields(choice, defs, here, _named(choice, ""), seen)
-        if schema.get("type") == "array":
-            item = _resolved(schema.get("items", {}), defs)
-            for choice in _choices(item, defs) or ([item] if item.get("properties") else []):
-                yield from _fields(choice, defs, (*place, f"{name}[0]"), _named(choice, "one"), seen)
+        for one in _alternatives(schema):
+            if "properties" in one:
+                yield from _fields(one, defs, here, _named(one, "") if "anyOf" in schema else (), seen)
+            for item in _alternatives(_plain(one.get("items", {}), defs)):
+                if "properties" in item:
+                    yield from _fields(item, defs, (*place, f"{name}[0]"), _named(item, "one"), seen)
 
 
 def _named(section: Schema, otherwise: str) -> tuple[tuple[str, Any], ...]:
@@ -119,30 +116,33 @@ def _named(section: Schema, otherwise: str) -> tuple[tuple[str, Any], ...]:
         given[name] = schema.get("const", {"string": otherwise or "own_algorithm:make", "integer": 1}.get(schema["type"], 1.0))
     if "kind" in section["properties"]:  # a member
         given |= {"kind": "function", "path": "rewards:score"}
+    if given.get("path") == "one":  # a source
+        given["path"] = "prompts.jsonl"
     return tuple(given.items())
 
 
-def _choices(schema: Schema, defs: Schema) -> list[Schema]:
-    return [_resolved(one, defs) for one in schema.get("oneOf", ())]
-
-
-def _resolved(schema: Schema, defs: Schema) -> Schema:
+def _plain(schema: Schema, defs: Schema) -> Schema:
+    """The same without references, and one flat `anyOf` for all alternatives."""
     while "$ref" in schema:
         schema = defs[schema["$ref"].rpartition("/")[2]]
-    return schema
+    several = schema.get("anyOf") or schema.get("oneOf")
+    if several is None:
+        return schema
+    return {"anyOf": [one for part in several for one in _alternatives(_plain(part, defs))]}
+
+
+def _alternatives(schema: Schema) -> Sequence[Schema]:
+    return schema.get("anyOf", [schema])
 
 
 def _shape(schema: Schema) -> str:
-    return repr({key: value for key, value in schema.items() if key not in ("title", "description", "default")})
+    return repr({key: value for key, value in schema.items() if key not in ("title", "description", "default", "const")})
 
 
 def fits(value: Any, schema: Schema) -> bool:
     """Whether the schema admits a value: its type, choices and bounds; nothing inside lists and mappings."""
-    for one in schema.get("anyOf", ()):
-        if fits(value, one):
-            return True
     if "anyOf" in schema:
-        return False
+        return any(fits(value, one) for one in schema["anyOf"])
     kinds = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "null": type(None), "array": list}
     kind = schema.get("type", "object")
     if not isinstance(value, kinds.get(kind, dict)) or (isinstance(value, bool) and kind != "boolean"):
@@ -154,7 +154,7 @@ def fits(value: Any, schema: Schema) -> bool:
     if isinstance(value, list):
         return schema.get("minItems", 0) <= len(value) and not value
     if isinstance(value, dict):
-        return kind == "object" and not schema.get("oneOf") and not (value and "additionalProperties" not in schema)
+        return not schema.get("required") and not (value and "additionalProperties" not in schema)
     if value is None or isinstance(value, bool):
         return True
     return (
@@ -204,11 +204,11 @@ def _inner(field: Field) -> tuple[str, ...]:
 
 
 def _takes_text(schema: Schema) -> bool:
-    return any(one.get("type") == "string" and not one.get("enum") for one in (schema, *schema.get("anyOf", ())))
+    return any(one.get("type") == "string" and not one.get("enum") for one in _alternatives(schema))
 
 
 def _right(field: Field, how: str, value: Any) -> str | None:
-    if how in ("mapping", "null") and (field.schema.get("properties") or field.schema.get("oneOf")):
+    if how in ("mapping", "null") and any("properties" in one for one in _alternatives(field.schema)):
         return "a section of defaults"
     if not fits(value, field.schema):
         return None
