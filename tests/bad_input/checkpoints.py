@@ -22,7 +22,7 @@ def _made(place: Place) -> Path:
     """A run folder after two steps, but for its weights: what the driver writes, by the driver's own code."""
     import torch
 
-    from rlhf.config import load
+    from rlhf.config import load, show
     from rlhf.loop.run import Training
     from rlhf.training.checkpoints import Checkpoints
     from rlhf.training.resume import RUN, remembered
@@ -37,7 +37,8 @@ def _made(place: Place) -> Path:
         torch.save({"module": {}}, folder / WEIGHTS)
         state = {"step": 2, "ledger": training.ledger.state(), RUN: remembered(settings, training.contents)}
         checkpoints.complete("step-000002", state | {"policy": {}, "shaping": training.shaping.state()})
-        (folder / "manifest.json").write_text("{}")
+        (folder / "manifest.json").write_text('{"run_id": "walk", "resumed": []}')
+        (folder / "config.yaml").write_text(show(settings))
         (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
         shutil.move(folder, saved)
     shutil.copytree(saved, folder, dirs_exist_ok=True)
@@ -103,6 +104,8 @@ def _damages() -> Iterator[tuple[str, Damage]]:
         yield f"{what}/deep-closed", _write(name, '{"a":' * 100_000 + "1" + "}" * 100_000)
         yield f"{what}/int-of-5000-digits", _write(name, '{"step": ' + "9" * 5000 + "}")
         yield f"{what}/nan", _write(name, '{"step": NaN}')
+    for how, text in {"empty": "", "not-yaml": "{", "list": "[]", "binary": "\x00\x01", "dtype": "policy: {dtype: banana}"}.items():
+        yield f"config/{how}", _write("config.yaml", text)
     yield "state/empty-object", _write(STATE, "{}")
     yield "state/folder", _folder(STATE)
     yield "state/fifo", lambda folder: ((folder / STATE).unlink(), os.mkfifo(folder / STATE))
@@ -135,7 +138,7 @@ def _damages() -> Iterator[tuple[str, Damage]]:
 
 
 MAY = {
-    "state/step-negative": None,
+    "config/dtype": "policy.dtype is given, so that of the record is not asked for",
     "state/prompts-digest-null": "a checkpoint of an earlier version does not say, and the dry run says so",
     "state/without-run": "a checkpoint of an earlier version does not say, and the dry run says so",
     "state/without-files": "of an earlier format",

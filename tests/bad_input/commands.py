@@ -16,7 +16,7 @@ BASES: Mapping[str, Sequence[str]] = {
     "sft": ["sft.yaml", "--dry-run"],
     "plan": ["run.yaml"],
     "doctor": ["run.yaml", "--no-step"],
-    "submit": ["run.yaml", "--address", "http://127.0.0.1:9"],
+    "submit": ["run.yaml", "--address", "http://127.0.0.1:9", "run.dir=/shared/run", "policy.model=asset:tiny-llama"],
     "config show": ["run.yaml"],
     "reward train": ["--model", "tiny", "--train", "ratings.jsonl", "--output", "out", "--method", "full", "--device", "cpu"],
     "reward serve": ["run.yaml", "--local"],
@@ -25,9 +25,21 @@ BASES: Mapping[str, Sequence[str]] = {
     "generate": ["tiny", "--prompt", "say"],
     "eval": ["run.yaml", "--policy", "tiny", "data.eval_prompts=prompts.jsonl"],
     "fetch": ["asset:tiny-prompts.jsonl"],
-    "export": ["no-such-checkpoint", "out"],
 }
 """Good arguments of each command. A command without an entry gets none."""
+PARTNERS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "--prompts": ("--prompt", []),
+    "--reward-config": ("", ["--best-of", "4"]),
+    "--at-least": ("", ["--best-of", "4", "--reward-config", "run.yaml"]),
+    "--best-of": ("", ["--reward-config", "run.yaml"]),
+    "--nodes": ("", ["--gpu", "h100-80gb"]),
+    "--gpus-per-node": ("", ["--gpu", "h100-80gb"]),
+    "--good": ("", ["--bad", "b", "--prompt", "c"]),
+    "--bad": ("", ["--good", "a", "--prompt", "c"]),
+}
+"""Option -> one of the base that it excludes, and others that it needs."""
+MAKES_FOLDERS = ("reward train", "reward calibrate")
+"""Their outputs may lie in folders that are not there yet."""
 KINDS: Sequence[Mapping[str, str]] = (
     {"empty": "", "blank": " "},
     {"text": "banana", "list": "[1]", "brace": "{", "null": "null"},
@@ -88,6 +100,7 @@ def _options(argv: Sequence[str]) -> list[str]:
 
 def _of_command(words: str, parser: argparse.ArgumentParser, base: list[str], every: bool) -> Iterator[Case]:
     where = f"command/{words.replace(' ', '-')}"
+    yield Case(f"{where}/good", lambda place: base, (), "good arguments", required=True, starts=True, leaves=("work/", "home/"))
     yield Case(f"{where}/unknown-option", lambda place: [*base, "--banana"], ("--banana",))
     yield Case(f"{where}/unknown-letter", lambda place: [*base, "-z"], ("-z",))
     for number, action in enumerate(parser._actions):  # noqa: SLF001
@@ -101,10 +114,13 @@ def _of_command(words: str, parser: argparse.ArgumentParser, base: list[str], ev
             argv = [*base, f"{option}=banana"]
             yield Case(f"{where}/{option}/a-value", lambda place, argv=argv: argv, (option,))
             continue
-        without = _without(base, option)
+        excluded, needed = PARTNERS.get(option, ("", []))
+        without = [*_without(_without(base, option), excluded), *needed]
+        if (words, option) == ("plan", "--model"):
+            without.remove("run.yaml")
         yield Case(f"{where}/{option}/no-value", lambda place, a=[*without, option]: a, (option,))
         for how, value in _values(number, every, all_of=action.metavar == "FILE"):
-            yield _valued(f"{where}/{option}/{how}", action, option, how, [*without, f"{option}={value}"])
+            yield _valued(f"{where}/{option}/{how}", words, action, how, [*without, f"{option}={value}"])
 
 
 def _values(number: int, every: bool, all_of: bool) -> Iterator[tuple[str, str]]:
@@ -120,16 +136,20 @@ def _without(argv: list[str], option: str) -> list[str]:
     return argv[:at] + argv[at + 2 :]
 
 
-def _valued(name: str, action: argparse.Action, option: str, how: str, argv: list[str]) -> Case:
+def _valued(name: str, words: str, action: argparse.Action, how: str, argv: list[str]) -> Case:
+    option = action.option_strings[-1]
     right: str | None = "a text, or the name of what only the command looks up"
     if _is_number(action):
         finite = tuple(kind for kind in FINITE if kind != "negative") if option in ANY_SIGN else FINITE
         right = None if how in finite else "a number within the option's bounds"
     elif action.choices is not None or how == "not-utf-8":
         right = None
-    elif (action.metavar == "FILE" or option in ("--output", "--out")) and how in NO_FILE:
-        right = None
-    return Case(name, lambda place: argv, (option, "argument", "UTF-8", "config", "model"), right, starts=True, leaves=("work/", "home/"))
+    elif action.metavar == "FILE" or option in ("--output", "--out"):
+        refused = how in NO_FILE and not (how == "no-folder" and words in MAKES_FOLDERS)
+        right = None if refused else "a file of that name can be written"
+    value = argv[-1].partition("=")[2]
+    about = (option, "argument", "UTF-8", *([ascii(value)[1:21], value[:20]] if value.strip() else ["``", "''"]))
+    return Case(name, lambda place: argv, about, right, starts=True, leaves=("work/", "home/"))
 
 
 def _is_number(action: argparse.Action) -> bool:
@@ -165,7 +185,8 @@ def _positional(where: str, words: str, action: argparse.Action, base: list[str]
     for how, value in _values(0, every, all_of=True):
         argv = [*base[:first], value, *base[first + 1 :]]
         about = (action.dest, str(action.metavar), value[:20] or "``", "argument", "configuration", "asset", "model", "unknown", "algorithm")
-        yield Case(f"{where}/{action.dest}/{how}", lambda place, argv=argv: argv, about, starts=False)
+        right = "the good model itself" if (words, how) == ("generate", "folder") else None
+        yield Case(f"{where}/{action.dest}/{how}", lambda place, argv=argv: argv, about, right, starts=right is not None)
 
 
 TOGETHER: Mapping[str, Sequence[object]] = {}
@@ -183,9 +204,8 @@ def _together() -> dict[str, tuple[list[str], str]]:
         "reward-alone": (["reward"], "COMMAND"),
         "reward-unknown": (["reward", "banana"], "banana"),
         "config-alone": (["config"], "COMMAND"),
-        "only-an-option": (["--banana"], "banana"),
+        "only-an-option": (["--banana"], "COMMAND"),
         "two-configs": (["train", "run.yaml", "run.yaml", "--dry-run"], "run.yaml"),
-        "show-of-an-sft-file": (["config", "show", "sft.yaml"], "sft"),
         "plan-of-an-sft-file": (["plan", "sft.yaml"], "sft"),
         "train-of-an-sft-file": (["train", "sft.yaml", "--dry-run"], "sft"),
         "sft-of-a-train-file": (["sft", "run.yaml", "--dry-run"], "run.yaml"),

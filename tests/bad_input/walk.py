@@ -229,7 +229,7 @@ def _accepted(case: Case, shown: str) -> tuple[Verdict, str]:
 REMEDY = re.compile(
     r"\b(must|needs?|give|set|use|choose|choice|remove|rename|lower|raise|write|did you mean|known|put|correct|restore|delete|make|"
     r"install|leave|add|check|name|start|run|train|replace|expected|required|invalid|one of|at least|at most|only|save|convert|"
-    r"shorten|free|download|copy|cut|indent|flatten|look|let|it has)\b",
+    r"shorten|free|download|copy|cut|indent|flatten|look|let|it has|see|such as|ask for|belongs? to|not both)\b",
     re.IGNORECASE,
 )
 RAW = re.compile(r"object at 0x[0-9a-f]{6}|<class '|\bNoneType\b|Traceback \(|^\w*Error\(", re.MULTILINE)
