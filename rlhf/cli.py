@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rlhf.commands.grammar import parse
 from rlhf.config import Settings, UserError, load, show
+from rlhf.config.arguments import printable
 from rlhf.config.method_checks import method_warnings
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         status = COMMANDS[args.command](args)
     except UserError as error:
-        sys.stderr.write(f"rlhf: {error}\n")
+        sys.stderr.write(f"rlhf: {printable(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("rlhf: interrupted\n")

@@ -150,3 +150,10 @@ def test_help_needs_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
+
+
+def test_a_message_shows_what_a_user_wrote_without_driving_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "run\x1b[31m.yaml"]) == 2
+    assert main(["train", "x/" * 4000]) == 2
+    said = capsys.readouterr().err
+    assert "run\\x1b[31m.yaml" in said and "\x1b" not in said and len(said) < 1500

@@ -173,3 +173,9 @@ def shortened(text: str) -> str:
     """For a message: on one line, and not all of a long one."""
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def printable(message: str) -> str:
+    """A message for a terminal, whatever it quotes: control characters are escaped, and of very long words the beginning is shown."""
+    message = re.sub(r"\S{400,}", lambda word: f"{word[0][:300]}...", message)
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in message)

@@ -83,7 +83,15 @@ def _folder(name: str) -> Damage:
     return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
 
 
-WRONG: Mapping[str, Any] = {"null": None, "text": "x", "list": [], "number": 3, "negative": -1, "huge": 10**30, "nested": {"a": {"b": []}}}
+WRONG: Mapping[str, Any] = {
+    "null": None,
+    "text": "x",
+    "list": [],
+    "number": 3,
+    "negative": -1,
+    "huge": 10**30,
+    "nested": {"a": {"b": []}},
+}
 
 
 def _damages() -> Iterator[tuple[str, Damage]]:
@@ -104,7 +112,13 @@ def _damages() -> Iterator[tuple[str, Damage]]:
         yield f"{what}/deep-closed", _write(name, '{"a":' * 100_000 + "1" + "}" * 100_000)
         yield f"{what}/int-of-5000-digits", _write(name, '{"step": ' + "9" * 5000 + "}")
         yield f"{what}/nan", _write(name, '{"step": NaN}')
-    for how, text in {"empty": "", "not-yaml": "{", "list": "[]", "binary": "\x00\x01", "dtype": "policy: {dtype: banana}"}.items():
+    for how, text in {
+        "empty": "",
+        "not-yaml": "{",
+        "list": "[]",
+        "binary": "\x00\x01",
+        "dtype": "policy: {dtype: banana}",
+    }.items():
         yield f"config/{how}", _write("config.yaml", text)
     yield "state/empty-object", _write(STATE, "{}")
     yield "state/folder", _folder(STATE)
@@ -171,6 +185,10 @@ def cases(every: bool = False) -> Iterator[Case]:
     for name, damage in _damages():
         yield Case(f"checkpoint/{name}", _resume(damage), about, right=MAY.get(name))
     for name, overrides in OVERRIDES.items():
-        yield Case(f"checkpoint/with/{name}", _resume(lambda folder: None, *overrides), (*about, overrides[0].split("=")[0], "judge"))
+        yield Case(
+            f"checkpoint/with/{name}",
+            _resume(lambda folder: None, *overrides),
+            (*about, overrides[0].split("=")[0], "judge"),
+        )
     more = _resume(lambda folder: None, "loop.steps=3")
     yield Case("checkpoint/good", more, about, right="a good checkpoint, and more steps", required=True)

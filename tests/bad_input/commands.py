@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from unittest import mock
 
-from tests.bad_input.place import Place
 from tests.bad_input.walk import Case
 
 BASES: Mapping[str, Sequence[str]] = {
@@ -18,7 +17,18 @@ BASES: Mapping[str, Sequence[str]] = {
     "doctor": ["run.yaml", "--no-step"],
     "submit": ["run.yaml", "--address", "http://127.0.0.1:9", "run.dir=/shared/run", "policy.model=asset:tiny-llama"],
     "config show": ["run.yaml"],
-    "reward train": ["--model", "tiny", "--train", "ratings.jsonl", "--output", "out", "--method", "full", "--device", "cpu"],
+    "reward train": [
+        "--model",
+        "tiny",
+        "--train",
+        "ratings.jsonl",
+        "--output",
+        "out",
+        "--method",
+        "full",
+        "--device",
+        "cpu",
+    ],
     "reward serve": ["run.yaml", "--local"],
     "reward calibrate": ["run.yaml", "--output", "scores.jsonl"],
     "algorithms": [],
@@ -46,11 +56,31 @@ KINDS: Sequence[Mapping[str, str]] = (
     {"negative": "-1", "zero": "0", "fraction": "1.5"},
     {"nan": "nan", "inf": "inf", "huge": "1e308"},
     {"5000-digits": "9" * 5000, "long": "x" * 5000},
-    {"no-folder": "no/such/folder/x", "folder": "tiny", "below-a-file": "run.yaml/x", "in-proc": "/proc/x", "home": "~/x"},
+    {
+        "no-folder": "no/such/folder/x",
+        "folder": "tiny",
+        "below-a-file": "run.yaml/x",
+        "in-proc": "/proc/x",
+        "home": "~/x",
+    },
     {"not-utf-8": os.fsdecode(b"\xff\xfe"), "control": "\x1b[31m", "newline": "a\nb"},
 )
 """Values by kind. An option is tried with one of each kind, the next option with the next; `--all` tries all."""
-NO_NUMBER = ("empty", "blank", "text", "nan", "inf", "5000-digits", "long", "list", "brace", "null", "folder", "no-folder", "home")
+NO_NUMBER = (
+    "empty",
+    "blank",
+    "text",
+    "nan",
+    "inf",
+    "5000-digits",
+    "long",
+    "list",
+    "brace",
+    "null",
+    "folder",
+    "no-folder",
+    "home",
+)
 NO_FILE = ("empty", "folder", "no-folder", "below-a-file", "in-proc", "long")
 FINITE = (*NO_NUMBER, "huge", "negative")
 ANY_SIGN = ("--at-least",)
@@ -78,7 +108,7 @@ def commands() -> Mapping[str, argparse.ArgumentParser]:
 
 
 def _leaves(parser: argparse.ArgumentParser, words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not groups:
         yield words.strip(), parser
     for group in groups:
@@ -100,12 +130,14 @@ def _options(argv: Sequence[str]) -> list[str]:
 
 def _of_command(words: str, parser: argparse.ArgumentParser, base: list[str], every: bool) -> Iterator[Case]:
     where = f"command/{words.replace(' ', '-')}"
-    yield Case(f"{where}/good", lambda place: base, (), "good arguments", required=True, starts=True, leaves=("work/", "home/"))
+    yield Case(
+        f"{where}/good", lambda place: base, (), "good arguments", required=True, starts=True, leaves=("work/", "home/")
+    )
     yield Case(f"{where}/unknown-option", lambda place: [*base, "--banana"], ("--banana",))
     yield Case(f"{where}/unknown-letter", lambda place: [*base, "-z"], ("-z",))
-    for number, action in enumerate(parser._actions):  # noqa: SLF001
+    for number, action in enumerate(parser._actions):
         option = action.option_strings[-1] if action.option_strings else None
-        if isinstance(action, argparse._HelpAction | argparse._VersionAction):  # noqa: SLF001
+        if isinstance(action, argparse._HelpAction | argparse._VersionAction):
             continue
         if option is None:
             yield from _positional(where, words, action, base, every)
@@ -184,9 +216,21 @@ def _positional(where: str, words: str, action: argparse.Action, base: list[str]
         return
     for how, value in _values(0, every, all_of=True):
         argv = [*base[:first], value, *base[first + 1 :]]
-        about = (action.dest, str(action.metavar), value[:20] or "``", "argument", "configuration", "asset", "model", "unknown", "algorithm")
+        about = (
+            action.dest,
+            str(action.metavar),
+            value[:20] or "``",
+            "argument",
+            "configuration",
+            "asset",
+            "model",
+            "unknown",
+            "algorithm",
+        )
         right = "the good model itself" if (words, how) == ("generate", "folder") else None
-        yield Case(f"{where}/{action.dest}/{how}", lambda place, argv=argv: argv, about, right, starts=right is not None)
+        yield Case(
+            f"{where}/{action.dest}/{how}", lambda place, argv=argv: argv, about, right, starts=right is not None
+        )
 
 
 TOGETHER: Mapping[str, Sequence[object]] = {}
@@ -216,18 +260,27 @@ def _together() -> dict[str, tuple[list[str], str]]:
         "plan-unknown-model": (["plan", "--model", "banana"], "banana"),
         "plan-unknown-gpu": (["plan", "run.yaml", "--gpu", "banana"], "banana"),
         "plan-too-many-nodes": (["plan", "run.yaml", "--gpu", "h100-80gb", "--nodes", "100000000"], "--nodes"),
-        "plan-too-many-gpus": (["plan", "run.yaml", "--gpu", "h100-80gb", "--gpus-per-node", "100000000"], "--gpus-per-node"),
+        "plan-too-many-gpus": (
+            ["plan", "run.yaml", "--gpu", "h100-80gb", "--gpus-per-node", "100000000"],
+            "--gpus-per-node",
+        ),
         "doctor-half-a-pair": (["doctor", "--good", "a"], "--good"),
         "doctor-two-thirds": (["doctor", "--good", "a", "--bad", "b"], "--prompt"),
         "doctor-empty-texts": (["doctor", "--good", "", "--bad", "", "--prompt", ""], "--prompt"),
         "doctor-pair-without-config": (["doctor", "--good", "a", "--bad", "b", "--prompt", "c"], "CONFIG"),
-        "doctor-pair-alike": (["doctor", "run.yaml", "--no-step", "--good", "a", "--bad", "a", "--prompt", "c"], "--bad"),
+        "doctor-pair-alike": (
+            ["doctor", "run.yaml", "--no-step", "--good", "a", "--bad", "a", "--prompt", "c"],
+            "--bad",
+        ),
         "submit-no-address": (["submit", "run.yaml"], "--address"),
         "submit-nonsense": (["submit", "run.yaml", "--address", "nonsense"], "--address"),
         "submit-ray-address": (["submit", "run.yaml", "--address", "ray://head:10001"], "--address"),
         "submit-password": (["submit", "run.yaml", "--address", "http://a:b@head:8265"], "--address"),
         "submit-port": (["submit", "run.yaml", "--address", "http://head:99999"], "--address"),
-        "submit-unknown-command": (["submit", "run.yaml", "--address", "http://head:8265", "--command", "eval"], "--command"),
+        "submit-unknown-command": (
+            ["submit", "run.yaml", "--address", "http://head:8265", "--command", "eval"],
+            "--command",
+        ),
         "submit-wrong-file": (["submit", "sft.yaml", "--address", "http://head:8265"], "sft.yaml"),
         "generate-no-prompt": (["generate", "tiny"], "--prompt"),
         "generate-both": ([*generate, "--prompts", "prompts.jsonl"], "--prompts"),
@@ -249,20 +302,32 @@ def _together() -> dict[str, tuple[list[str], str]]:
         "generate-best-of": ([*generate, "--best-of", "4"], "--reward-config"),
         "generate-best-of-one": ([*generate, "--best-of", "1", "--reward-config", "run.yaml"], "--best-of"),
         "generate-best-of-n": ([*generate, "--best-of", "4", "--n", "2", "--reward-config", "run.yaml"], "--n"),
-        "generate-best-of-greedy": ([*generate, "--best-of", "4", "--temperature", "0", "--reward-config", "run.yaml"], "--temperature"),
+        "generate-best-of-greedy": (
+            [*generate, "--best-of", "4", "--temperature", "0", "--reward-config", "run.yaml"],
+            "--temperature",
+        ),
         "generate-best-of-nowhere": ([*generate, "--best-of", "4", "--reward-config", "nowhere.yaml"], "nowhere.yaml"),
         "generate-best-of-sft": ([*generate, "--best-of", "4", "--reward-config", "sft.yaml"], "sft.yaml"),
         "generate-arguments-list": ([*generate, "--template-arguments", "[]"], "--template-arguments"),
         "generate-arguments-taken": ([*generate, "--template-arguments", '{"tokenize": true}'], "template"),
-        "generate-arguments-deep": ([*generate, "--template-arguments", '{"a":' * 3000 + "1" + "}" * 3000], "--template-arguments"),
+        "generate-arguments-deep": (
+            [*generate, "--template-arguments", '{"a":' * 3000 + "1" + "}" * 3000],
+            "--template-arguments",
+        ),
         "generate-arguments-twice": ([*generate, "--template-arguments", '{"a": 1, "a": 2}'], "--template-arguments"),
         "generate-arguments-nan": ([*generate, "--template-arguments", '{"a": NaN}'], "--template-arguments"),
         "eval-no-policy": (["eval", "run.yaml"], "--policy"),
         "eval-no-prompts": (["eval", "run.yaml", "--policy", "tiny"], "data.eval_prompts"),
         "eval-nowhere": (["eval", "run.yaml", "--policy", "nowhere", "data.eval_prompts=prompts.jsonl"], "nowhere"),
         "eval-baseline-nowhere": (["eval", *BASES["eval"], "--baseline", "nowhere"], "nowhere"),
-        "eval-policy-a-file": (["eval", "run.yaml", "--policy", "prompts.jsonl", "data.eval_prompts=prompts.jsonl"], "prompts.jsonl"),
-        "eval-policy-a-classifier": (["eval", "run.yaml", "--policy", "judge", "data.eval_prompts=prompts.jsonl"], "judge"),
+        "eval-policy-a-file": (
+            ["eval", "run.yaml", "--policy", "prompts.jsonl", "data.eval_prompts=prompts.jsonl"],
+            "prompts.jsonl",
+        ),
+        "eval-policy-a-classifier": (
+            ["eval", "run.yaml", "--policy", "judge", "data.eval_prompts=prompts.jsonl"],
+            "judge",
+        ),
         "eval-json-folder": (["eval", *BASES["eval"], "--json", "tiny"], "--json"),
         "serve-port-99999": (["reward", "serve", "run.yaml", "--local", "--port", "99999"], "--port"),
         "serve-host-nowhere": (["reward", "serve", "run.yaml", "--local", "--host", "no.such.host.invalid"], "--host"),
@@ -271,7 +336,10 @@ def _together() -> dict[str, tuple[list[str], str]]:
             "reward",
         ),
         "calibrate-no-output": (["reward", "calibrate", "run.yaml"], "--output"),
-        "calibrate-pairwise": (["reward", "calibrate", "run.yaml", "reward.kind=pairwise_function", "--output", "x"], "reward.kind"),
+        "calibrate-pairwise": (
+            ["reward", "calibrate", "run.yaml", "reward.kind=pairwise_function", "--output", "x"],
+            "reward.kind",
+        ),
         "fetch-nothing": (["fetch"], "ASSET"),
         "fetch-no-asset": (["fetch", "banana"], "banana"),
         "fetch-unknown": (["fetch", "asset:banana"], "banana"),

@@ -164,9 +164,13 @@ BOTH: dict[str, Damage] = {
     "config/model-type-null": _json(CONFIG, model_type=None),
     "config/an-encoder": _json(CONFIG, model_type="bert", architectures=["BertModel"]),
     "config/vision": _json(CONFIG, model_type="vit", architectures=["ViTForImageClassification"]),
-    "config/encoder-decoder": _json(CONFIG, model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True),
+    "config/encoder-decoder": _json(
+        CONFIG, model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True
+    ),
     "config/another-architecture": _json(CONFIG, model_type="gpt2", architectures=["GPT2LMHeadModel"]),
-    "config/code-of-its-own": _json(CONFIG, auto_map={"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Z"}, model_type="mine"),
+    "config/code-of-its-own": _json(
+        CONFIG, auto_map={"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Z"}, model_type="mine"
+    ),
     "config/architectures-a-text": _json(CONFIG, architectures="LlamaForCausalLM"),
     "config/dtype-unknown": _json(CONFIG, dtype="banana"),
     "config/rope-unknown": _json(CONFIG, rope_parameters={"rope_type": "banana", "rope_theta": 1e4}),
@@ -186,7 +190,9 @@ BOTH: dict[str, Damage] = {
     "tokenizer/config-a-list": _write("tokenizer_config.json", "[]"),
     "tokenizer/class-unknown": _json("tokenizer_config.json", tokenizer_class="Banana"),
     "tokenizer/class-a-number": _json("tokenizer_config.json", tokenizer_class=3),
-    "tokenizer/code-of-its-own": _json("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}, tokenizer_class="Mine"),
+    "tokenizer/code-of-its-own": _json(
+        "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}, tokenizer_class="Mine"
+    ),
     "tokenizer/token-beyond-the-embedding": _json(
         "tokenizer_config.json", added_tokens_decoder={"5000": {"content": "<new>", "special": True}}
     ),
@@ -211,11 +217,23 @@ NO_DAMAGE = (
     ("max_position_embeddings", "huge"),
 )
 for _size in SIZES:
-    for _how, _value in {"zero": 0, "negative": -4, "text": "64", "fraction": 64.5, "null": None, "huge": 2**62, "list": [64], "odd": 7}.items():
+    for _how, _value in {
+        "zero": 0,
+        "negative": -4,
+        "text": "64",
+        "fraction": 64.5,
+        "null": None,
+        "huge": 2**62,
+        "list": [64],
+        "odd": 7,
+    }.items():
         if (_size, _how) not in NO_DAMAGE:
             BOTH[f"config/{_size}-{_how}"] = _json(CONFIG, **{_size: _value})
 MAY: dict[str, tuple[Damage, str]] = {
-    "config/num_key_value_heads-null": (_json(CONFIG, num_key_value_heads=None), "as many as heads, which the weights must agree with"),
+    "config/num_key_value_heads-null": (
+        _json(CONFIG, num_key_value_heads=None),
+        "as many as heads, which the weights must agree with",
+    ),
     "config/eos-beyond-the-vocabulary": (_json(CONFIG, eos_token_id=10**6), "the tokenizer's is used"),
     "config/pad-beyond-the-vocabulary": (_json(CONFIG, pad_token_id=10**6), "no text holds it"),
     "config/eos-a-text": (_json(CONFIG, eos_token_id="x"), "the tokenizer's is used"),
@@ -224,13 +242,23 @@ MAY: dict[str, tuple[Damage, str]] = {
     "config/unknown-key": (_json(CONFIG, banana=3), "others may read it"),
     "config/norm-negative": (_json(CONFIG, rms_norm_eps=-1.0), "a number of the model's own"),
     "weights/more-tensors": (
-        _tensors(lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": tensors[_layer(tensors)][0].clone()})),
+        _tensors(
+            lambda tensors: tensors.update(
+                {"model.layers.0.self_attn.rotary_emb.inv_freq": tensors[_layer(tensors)][0].clone()}
+            )
+        ),
         "buffers of older versions, which transformers passes over",
     ),
     "weights/type-half": (_replace(lambda tensor: tensor.half()), "converted when it is loaded"),
-    "tokenizer/config-missing": (lambda folder: (folder / "tokenizer_config.json").unlink(), "tokenizer.json holds the tokens"),
+    "tokenizer/config-missing": (
+        lambda folder: (folder / "tokenizer_config.json").unlink(),
+        "tokenizer.json holds the tokens",
+    ),
     "tokenizer/no-eos": (_json("tokenizer_config.json", eos_token=...), "the model's configuration names one"),
-    "tokenizer/no-pad": (_json("tokenizer_config.json", pad_token=...), "nothing is padded, or the end of the sequence pads"),
+    "tokenizer/no-pad": (
+        _json("tokenizer_config.json", pad_token=...),
+        "nothing is padded, or the end of the sequence pads",
+    ),
     "tokenizer/max-length-zero": (_json("tokenizer_config.json", model_max_length=0), "the model's context counts"),
     "tokenizer/max-length-text": (_json("tokenizer_config.json", model_max_length="x"), "the model's context counts"),
     "generation/not-json": (_write("generation_config.json", "{"), "only its end-of-sequence tokens are read"),
@@ -293,7 +321,18 @@ def _sft(damage: Damage) -> Callable[[Place], Sequence[str]]:
 def _encoder(damage: Damage) -> Callable[[Place], Sequence[str]]:
     def prepare(place: Place) -> Sequence[str]:
         damage(place.model())
-        return ["reward", "train", "--model", "model", "--train", "ratings.jsonl", "--output", "judge-out", "--device", "cpu"]
+        return [
+            "reward",
+            "train",
+            "--model",
+            "model",
+            "--train",
+            "ratings.jsonl",
+            "--output",
+            "judge-out",
+            "--device",
+            "cpu",
+        ]
 
     return prepare
 
@@ -333,12 +372,21 @@ def cases(every: bool = False) -> Iterator[Case]:
             yield Case(f"model/{who}/{name}", command(damage), about, right=right)
     for name, text in TEMPLATES.items():
         yield Case(f"model/policy/template/{name}", _policy(_write(TEMPLATE, text)), (*about, "template"))
-    for name in ("weights/missing", "weights/half", "config/not-json", "config/an-encoder", "tokenizer/missing", "tokenizer/not-json"):
+    for name in (
+        "weights/missing",
+        "weights/half",
+        "config/not-json",
+        "config/an-encoder",
+        "tokenizer/missing",
+        "tokenizer/not-json",
+    ):
         yield Case(f"model/sft/{name}", _sft(BOTH[name]), about)
         yield Case(f"model/reward-train/{name}", _encoder(BOTH[name]), about)
     yield Case("model/policy/good", _policy(lambda folder: None), about, right="a good model", required=True)
     yield Case("model/judge/good", _judge(lambda folder: None), about, right="a good model", required=True)
-    yield Case("model/policy/a-classifier", lambda place: ["train", "run.yaml", "policy.model=judge", "--dry-run"], ("judge",))
+    yield Case(
+        "model/policy/a-classifier", lambda place: ["train", "run.yaml", "policy.model=judge", "--dry-run"], ("judge",)
+    )
     for how, name in NAMES.items():
         for field, changes in {
             "policy.model": {"policy": {"model": name}},

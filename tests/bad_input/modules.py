@@ -140,7 +140,14 @@ URLS = {
     "javascript": "javascript:alert(1)",
     "list": "http://a:1,http://b:2",
 }
-VERIFIERS = {"empty": "", "unknown": "banana", "near": "maths", "upper": "MATH", "a-function": "rewards:score", "nul": "math\0"}
+VERIFIERS = {
+    "empty": "",
+    "unknown": "banana",
+    "near": "maths",
+    "upper": "MATH",
+    "a-function": "rewards:score",
+    "nul": "math\0",
+}
 ALGORITHMS = {
     "empty": "",
     "does-not-parse": "def make(:\n",
@@ -192,18 +199,30 @@ def cases(every: bool = False) -> Iterator[Case]:
         yield Case(f"code/reward/{name}", _rewarded(reward, FUNCTION.format(body)), about)
     for kind in ("function", "pairwise_function"):
         for name, path in PATHS.items():
-            yield Case(f"code/{kind}-path/{name}", _rewarded({"kind": kind, "path": path}), ("reward.path", "bad.yaml, line"))
+            yield Case(
+                f"code/{kind}-path/{name}", _rewarded({"kind": kind, "path": path}), ("reward.path", "bad.yaml, line")
+            )
     for kind in ("remote", "pairwise_remote"):
         for name, url in URLS.items():
-            yield Case(f"code/{kind}-url/{name}", _rewarded({"kind": kind, "path": None, "url": url}), ("reward.url", "bad.yaml, line"))
+            yield Case(
+                f"code/{kind}-url/{name}",
+                _rewarded({"kind": kind, "path": None, "url": url}),
+                ("reward.url", "bad.yaml, line"),
+            )
     for name, url in URLS.items():
         reward = {"kind": "llm_judge", "path": "judge", "url": url}
         yield Case(f"code/llm_judge-url/{name}", _rewarded(reward), ("reward.url", "bad.yaml, line"))
     for name, verifier in VERIFIERS.items():
-        yield Case(f"code/verifier/{name}", _rewarded({"kind": "verifier", "path": verifier}), ("reward.path", "bad.yaml, line"))
+        yield Case(
+            f"code/verifier/{name}",
+            _rewarded({"kind": "verifier", "path": verifier}),
+            ("reward.path", "bad.yaml, line"),
+        )
     for name, module in ALGORITHMS.items():
         yield Case(f"code/algorithm/{name}", _own("bad_algorithm:make", module), ("algorithm.name", "bad_algorithm"))
     for name, path in ALGORITHM_PATHS.items():
         yield Case(f"code/algorithm-path/{name}", _own(path, None), ("algorithm.name", "`algorithm`", "bad.yaml, line"))
     good = {"kind": "function", "path": "bad_rewards:score"}
-    yield Case("code/reward/good", _rewarded(good, FUNCTION.format("return 1.0 * len(response)")), about, "a good one", True)
+    yield Case(
+        "code/reward/good", _rewarded(good, FUNCTION.format("return 1.0 * len(response)")), about, "a good one", True
+    )

@@ -49,7 +49,20 @@ def _sft(place: Place, file: str) -> Sequence[str]:
 
 
 def _reward(place: Place, file: str) -> Sequence[str]:
-    return ["reward", "train", "--model", "tiny", "--train", file, "--output", "judge-out", "--method", "full", "--device", "cpu"]
+    return [
+        "reward",
+        "train",
+        "--model",
+        "tiny",
+        "--train",
+        file,
+        "--output",
+        "judge-out",
+        "--method",
+        "full",
+        "--device",
+        "cpu",
+    ]
 
 
 KINDS = {
@@ -63,7 +76,9 @@ KINDS = {
     ),
     "examples": Kind({"prompt": "say", "response": "yes"}, "response", _sft, ("prompt", "response")),
     "ratings": Kind({"text": "a text", "rating": 1.5}, "text", _reward, ("text", "rating"), starts=True),
-    "preferences": Kind({"prompt": "say", "chosen": "yes", "rejected": "no"}, "chosen", _reward, ("rejected",), starts=True),
+    "preferences": Kind(
+        {"prompt": "say", "chosen": "yes", "rejected": "no"}, "chosen", _reward, ("rejected",), starts=True
+    ),
     "canaries": Kind({"good": "yes", "bad": "no"}, "good", _train({"reward": {"canaries": "FILE"}}), ("good", "bad")),
 }
 GOOD_ROWS = 24
@@ -146,7 +161,11 @@ CHATS: dict[str, Any] = {
     "other-name": [{"role": "human", "content": "say"}],
     "only-system": [{"role": "system", "content": "say"}],
     "assistant-last": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "yes"}],
-    "empty-turn-before": [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "say"}],
+    "empty-turn-before": [
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "say"},
+    ],
     "surrogate": [{"role": "user", "content": "half \ud83d"}],
 }
 
@@ -210,18 +229,43 @@ def _loop(place: Place) -> str:
 
 def cases(every: bool = False) -> Iterator[Case]:
     for name, kind in KINDS.items():
-        yield _case(f"rows/{name}/good", kind, lambda place, k=kind: place.write("bad.jsonl", _lines(k, json.dumps(k.row))), "good rows", True)
+        yield _case(
+            f"rows/{name}/good",
+            kind,
+            lambda place, k=kind: place.write("bad.jsonl", _lines(k, json.dumps(k.row))),
+            "good rows",
+            True,
+        )
         for how, line in _bad_lines(kind):
-            right = "a response may be empty" if name in ("pairs", "canaries") and how.endswith(("-empty", "-blank")) else None
-            yield _case(f"rows/{name}/{how}", kind, lambda place, k=kind, one=line: place.write("bad.jsonl", _lines(k, one)), right)
+            right = (
+                "a response may be empty"
+                if name in ("pairs", "canaries") and how.endswith(("-empty", "-blank"))
+                else None
+            )
+            yield _case(
+                f"rows/{name}/{how}",
+                kind,
+                lambda place, k=kind, one=line: place.write("bad.jsonl", _lines(k, one)),
+                right,
+            )
         for how, make in _files(kind):
             yield _case(f"rows/{name}/file-{how}", kind, make)
     prompts = KINDS["prompts"]
     for how, chat in CHATS.items():
         line = json.dumps({"messages": chat})
-        yield _case(f"rows/prompts/messages-{how}", prompts, lambda place, one=line: place.write("bad.jsonl", _lines(prompts, one)))
+        yield _case(
+            f"rows/prompts/messages-{how}",
+            prompts,
+            lambda place, one=line: place.write("bad.jsonl", _lines(prompts, one)),
+        )
     for how, text in GOOD_FILES.items():
-        yield _case(f"rows/prompts/good-{how}", prompts, lambda place, one=text: place.write("bad.jsonl", one), "another way to write good rows", True)
+        yield _case(
+            f"rows/prompts/good-{how}",
+            prompts,
+            lambda place, one=text: place.write("bad.jsonl", one),
+            "another way to write good rows",
+            True,
+        )
 
 
 _GOOD = _lines(KINDS["prompts"], '{"prompt": "x"}')
@@ -238,7 +282,9 @@ GOOD_FILES: dict[str, str | bytes] = {
 }
 
 
-def _case(name: str, kind: Kind, make: Callable[[Place], str], right: str | None = None, required: bool = False) -> Case:
+def _case(
+    name: str, kind: Kind, make: Callable[[Place], str], right: str | None = None, required: bool = False
+) -> Case:
     return Case(
         name,
         lambda place: kind.command(place, make(place)),

@@ -113,7 +113,9 @@ def _named(section: Schema, otherwise: str) -> tuple[tuple[str, Any], ...]:
     given: dict[str, Any] = {}
     for name in section.get("required", ()):
         schema = section["properties"][name]
-        given[name] = schema.get("const", {"string": otherwise or "own_algorithm:make", "integer": 1}.get(schema["type"], 1.0))
+        given[name] = schema.get(
+            "const", {"string": otherwise or "own_algorithm:make", "integer": 1}.get(schema["type"], 1.0)
+        )
     if "kind" in section["properties"]:  # a member
         given |= {"kind": "function", "path": "rewards:score"}
     if given.get("path") == "one":  # a source
@@ -136,7 +138,9 @@ def _alternatives(schema: Schema) -> Sequence[Schema]:
 
 
 def _shape(schema: Schema) -> str:
-    return repr({key: value for key, value in schema.items() if key not in ("title", "description", "default", "const")})
+    return repr(
+        {key: value for key, value in schema.items() if key not in ("title", "description", "default", "const")}
+    )
 
 
 def fits(value: Any, schema: Schema) -> bool:

@@ -16,7 +16,11 @@ def _bomb(levels: int, each: int, form: str) -> str:
     """Anchors that each hold several of the one before: small to write, endless to walk."""
     lines = [f"a0: &a0 {form.format('x')}"]
     for level in range(1, levels):
-        inner = ", ".join([f"*a{level - 1}"] * each) if "[" in form else ", ".join(f"k{n}: *a{level - 1}" for n in range(each))
+        inner = (
+            ", ".join([f"*a{level - 1}"] * each)
+            if "[" in form
+            else ", ".join(f"k{n}: *a{level - 1}" for n in range(each))
+        )
         lines.append(f"a{level}: &a{level} {form.format(inner)}")
     return "\n".join(lines) + "\n"
 
@@ -258,7 +262,9 @@ def cases(every: bool = False) -> Iterator[Case]:
         right = "a value as good as any"
         yield Case(f"override/good-{name}", _overridden(overrides), about=("override",), right=right, required=True)
     for name, path in PATHS.items():
-        yield Case(f"config-path/{name}", _path(path), about=(".yaml", "CONFIG", "the file", "configuration", "/dev/", name))
+        yield Case(
+            f"config-path/{name}", _path(path), about=(".yaml", "CONFIG", "the file", "configuration", "/dev/", name)
+        )
 
 
 def _file(text: str | bytes) -> Callable[[Place], Sequence[str]]:
