@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,21 @@ def test_a_call_of_a_tool_may_be_without_content(load: Any) -> None:
 def test_canaries_and_common_sets_may_have_turns_as_prompt() -> None:
     prompt = text_prompt("x:1", {"prompt": [SYSTEM, user("q")], "good": "g"}, ("good",))
     assert prompt.conversation == (Turn("system", "Be brief."), Turn("user", "q")) and prompt.text == "q"
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| .+? \| `(\{.+\})` \| .+ \|$", PAGE, re.MULTILINE))
+def test_the_rows_of_the_page_are_read(load: Any, line: str) -> None:
+    row = json.loads(line)
+    columns = {"instruction": {"prompt": "instruction"}, "conversations": {"messages": "conversations"}}
+    (prompt,) = load(row, columns=next((columns[name] for name in columns if name in row), {}))
+    assert prompt.text in ("A film?", "1 + 1?") and (prompt.pair is not None) == ("chosen" in row)
+
+
+def test_the_page_has_every_layout() -> None:
+    assert len(re.findall(r"^\| .+? \| `\{", PAGE, re.MULTILINE)) == 11
 
 
 # Pairs
