@@ -8,6 +8,7 @@ job is `rlhf train` or `rlhf sft` on the cluster's head; nothing of the run happ
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sys
 import tempfile
@@ -85,14 +86,14 @@ def travelling_files(settings: Settings | SftSettings, here: Path | None = None)
     if isinstance(settings, Settings):
         folders |= {f"{place}.path": source.model for place, source in settings.reward.sources()}
     for field, path in folders.items():
-        if path is not None and not Path(path).is_absolute() and (here / path).exists():
+        if path is not None and not Path(path).is_absolute() and os.path.exists(here / path):
             raise UserError(
                 f"{field}={path}: a relative path, and the model does not travel with the job. Give its absolute path on storage that "
                 "all nodes share"
             )
     for field, name in settings.data.files().items():
         folder = hub_parts(name)[0]
-        if name.startswith(HUB) and not Path(folder).is_absolute() and (here / folder).is_dir():
+        if name.startswith(HUB) and not Path(folder).is_absolute() and os.path.isdir(here / folder):
             raise UserError(
                 f"data.{field}={name}: a data set in a folder does not travel with the job. Give its absolute path on storage that all "
                 "nodes share"
@@ -122,7 +123,7 @@ def _files(settings: Settings | SftSettings, here: Path) -> Iterator[Path]:
     if isinstance(settings, Settings):
         named |= _reward_files(settings.reward)
     for field, name in named.items():
-        if name is None or Path(name).is_absolute() or not (here / name).is_file():
+        if name is None or Path(name).is_absolute() or not os.path.isfile(here / name):
             continue
         if ".." in Path(name).parts:
             raise UserError(f"{field}={name}: leads out of this folder, which is what travels. Give an absolute path")

@@ -85,6 +85,7 @@ def test_a_supervised_run_travels_too(here: Path, tmp_path_factory: pytest.TempP
 
 def test_absolute_paths_and_assets_stay_where_they_are(here: Path) -> None:
     assert travelling_files(settings(data={"prompts": str(here / "prompts.jsonl")})) == []
+    assert travelling_files(settings(data={"prompts": "x" * 300})) == [], "a name that no file can have"
     assert travelling_files(settings(data={"prompts": "asset:tiny-prompts.jsonl"}, policy={"model": "org/name"})) == []
 
 
@@ -97,6 +98,11 @@ def test_absolute_paths_and_assets_stay_where_they_are(here: Path) -> None:
         ({"reward": {"kind": "model", "path": "model"}}, "reward.path=model: a relative path"),
         ({"data": {"prompts": "../here/prompts.jsonl"}}, "data.prompts=../here/prompts.jsonl: leads out"),
         ({"data": {"prompts": "big.jsonl"}}, "would travel with the job"),
+        (
+            {"data": {"prompts": ["prompts.jsonl", "../here/prompts.jsonl"]}},
+            "data.prompts[1]=../here/prompts.jsonl: leads out",
+        ),
+        ({"data": {"prompts": "hf:model@main:train"}}, "data.prompts=hf:model@main:train: a data set in a folder"),
         ({"data": {"prompts": "hf:model:train"}}, "data.prompts=hf:model:train: a data set in a folder"),
     ],
 )
