@@ -16,7 +16,7 @@ from rlhf.config import Settings
 from rlhf.config.arguments import unwritable
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
-from rlhf.data.assets import resolve
+from rlhf.data.model_folder import find_model
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.reward.reference_scores import (
     REWARD,
@@ -57,7 +57,7 @@ def calibrate(settings: Settings, samples: int, output: str | None) -> None:
         raise UserError(
             f"`reward.kind: {settings.reward.kind}` compares responses, and there are no scores to calibrate. Choose a kind that scores"
         )
-    tokenizer = load_tokenizer(resolve(settings.policy.model))
+    tokenizer = load_tokenizer(find_model(settings.policy.model, "`policy.model`", weights=False))
     prompts = load_prompts(settings.data.prompts, tokenizer, settings.data)
     if members_need_references(settings.reward) and settings.data.eval_prompts is not None:
         held_out = load_prompts(settings.data.eval_prompts, tokenizer, settings.data)

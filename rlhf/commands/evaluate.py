@@ -18,8 +18,8 @@ from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
-from rlhf.data.assets import resolve
 from rlhf.data.loading_time import with_startup_deadline
+from rlhf.data.model_folder import find_model
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.loop.evaluation import evaluation_sampling, held_out
 from rlhf.loop.judged import Judged
@@ -92,7 +92,7 @@ def held_out_prompts(settings: Settings, models: Mapping[str, str]) -> list[Aske
     """
     read = {}
     for name, model in models.items():
-        tokenizer = load_tokenizer(resolve(model), name)
+        tokenizer = load_tokenizer(find_model(model, name, weights=False), name)
         read[name] = Asked(model, load_prompts(settings.data.eval_prompts or (), tokenizer, settings.data), tokenizer)
     common = set.intersection(*({prompt.id for prompt in one.prompts} for one in read.values()))
     if not common:

@@ -15,8 +15,8 @@ from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
-from rlhf.data.assets import resolve
 from rlhf.data.loading_time import with_startup_deadline
+from rlhf.data.model_folder import find_model
 from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
 from rlhf.data.rendering import renderer
 from rlhf.rollout.pool import RolloutPool
@@ -76,7 +76,7 @@ def ask(
     Raises:
         UserError: a model or prompt that cannot be used.
     """
-    tokenizer = load_tokenizer(resolve(model))
+    tokenizer = load_tokenizer(find_model(model, "MODEL", weights=False), "MODEL")
     chat = tokenizer.chat_template is not None
     data = {"prompts": prompts_file or "--prompt", "chat_template": chat, "max_prompt_tokens": 2**20}
     data["template_arguments"] = dict(template_arguments or {})

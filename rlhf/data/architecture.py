@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 
-from rlhf.data.weight_files import PICKLED, Difference, WeightsError, compare, read_headers
+from rlhf.data.errors import in_a_line
+from rlhf.data.model_folder import lacks_weights
+from rlhf.data.weight_files import PICKLED, Difference, WeightsError, compare, read_headers, read_index
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
 DTYPES |= {"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -26,11 +30,32 @@ REMEDY = "Give a folder that holds the whole model as it was saved, or save it a
 
 
 def check_folder(folder: Path, model: type, config: Any, where: str, new: Collection[str] = ()) -> None:
-    """Compare a folder's weights with an architecture, from the headers of its files; arguments and errors as `build_empty`'s."""
-    if not hasattr(config, "quantization_config"):
+    """Compare a folder's weights with an architecture, from the headers of its files; arguments and errors as `build_empty`'s. A hub's
+    model whose weights have not been fetched is passed over."""
+    if lacks_weights(folder):
+        log.warning(
+            "%s: the weights of %s are not in this machine's cache yet; they are checked when they are loaded",
+            where,
+            folder,
+        )
+    elif not hasattr(config, "quantization_config"):
         build_empty(folder, model, config, where, new)
-    elif read_headers(folder, where) is None:  # the names and types of quantized weights are the quantizer's
-        _pickled(folder, where)
+    else:
+        _check_quantizer(config, where, folder)
+        if read_headers(folder, where) is None:  # the names and types of quantized weights are the quantizer's
+            _pickled(folder, where)
+
+
+def _check_quantizer(config: Any, where: str, folder: Path) -> None:
+    """Raises WeightsError for a quantization that transformers does not know."""
+    from transformers.quantizers import AutoQuantizationConfig
+
+    try:
+        AutoQuantizationConfig.from_dict(dict(config.quantization_config))
+    except Exception as error:
+        raise WeightsError(
+            f"{where}: the `quantization_config` in {folder / 'config.json'} is none that transformers knows: {in_a_line(error)}. {REMEDY}"
+        ) from error
 
 
 def build_empty(
@@ -57,22 +82,30 @@ def build_empty(
             built, info = model.from_pretrained(
                 None, state_dict=stored, device_map={"": "meta"}, config=config, **REPORTED, **options
             )
-    except RuntimeError as error:  # tensors that it wants to fuse do not go together
-        refuse(_in_the_files_names(model, config, stored), what)
-        raise WeightsError(f"{what}: {error}. {REMEDY}") from None
+    except Exception as error:  # a configuration that nobody can build a model from, or tensors that are to be fused and do not go together
+        refuse(_in_the_files_names(model, config, stored, where, folder), what)
+        raise WeightsError(f"{what}: {in_a_line(error)}. {REMEDY}") from error
     found = difference(info, new)
     if found.wrong_shape:  # perhaps of a tensor that is fused of several in the file
-        refuse(replace(_in_the_files_names(model, config, stored), unexpected=frozenset()), what)
+        refuse(replace(_in_the_files_names(model, config, stored, where, folder), unexpected=frozenset()), what)
     refuse(found, what)
     return built
 
 
-def _in_the_files_names(model: type, config: Any, stored: Mapping[str, torch.Tensor]) -> Difference:
-    """How the stored tensors differ from those that `save_pretrained` would write."""
+def _in_the_files_names(
+    model: type, config: Any, stored: Mapping[str, torch.Tensor], where: str, folder: Path
+) -> Difference:
+    """How the stored tensors differ from those that `save_pretrained` would write. Raises WeightsError if no model can be made."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.device("meta"):
-        made = model(config)
+    try:
+        with torch.device("meta"):
+            made = model(config)
+    except Exception as error:
+        raise WeightsError(
+            f"{where}: no {model.__name__} can be built from the configuration of `{folder}`: {type(error).__name__}: {in_a_line(error)}. "
+            "Correct its config.json, or copy the model again"
+        ) from error
     written = revert_weight_conversion(made, made.state_dict())
     shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (written, stored)]
     return compare(*shapes, ties=made.all_tied_weights_keys.items())
@@ -100,28 +133,48 @@ def meta_tensors(folder: Path, where: str) -> dict[str, torch.Tensor]:
         raise WeightsError(
             f"{where}: {unknown[0]} in `{folder}` is of a type that cannot be used here. Give a model in bf16 or fp32"
         )
+    whole = [f"`{name}` ({tensor.dtype})" for name, tensor in headers.items() if _cannot_compute(name, tensor.dtype)]
+    if whole:
+        raise WeightsError(
+            f"{where}: {whole[0]} in `{folder}` does not hold bf16, fp16 or fp32 numbers, and config.json names no quantization. {REMEDY}"
+        )
     return {
         name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta") for name, tensor in headers.items()
     }
 
 
+def _cannot_compute(name: str, dtype: str) -> bool:
+    """Whether a weight is stored in whole numbers, or in eight bits without the scales that belong to them."""
+    return name.endswith((".weight", ".bias")) and dtype not in ("F16", "BF16", "F32", "F64")
+
+
 def _pickled(folder: Path, where: str) -> dict[str, torch.Tensor]:
     """Through transformers, which unpickles nothing but tensors."""
-    import json
     import pickle
 
     from transformers.modeling_utils import load_state_dict
 
     names = [PICKLED[0]]
     if not (folder / PICKLED[0]).is_file():
-        names = sorted(set(json.loads((folder / PICKLED[1]).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_index(folder / PICKLED[1], where).values()))
     found: dict[str, torch.Tensor] = {}
     for name in names:
         try:
-            found |= load_state_dict(folder / name, map_location="meta")
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            read = load_state_dict(folder / name, map_location="meta")
+            if not all(isinstance(tensor, torch.Tensor) for tensor in read.values()):
+                raise ValueError("it holds other things than tensors")
+            found |= read
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
             raise WeightsError(
-                f"{where}: {folder / name} cannot be read ({str(error).splitlines()[0]}). Copy or download it again, or save the model in "
+                f"{where}: {folder / name} cannot be read ({in_a_line(error)}). Copy or download it again, or save the model in "
                 "the safetensors format"
             ) from None
     return found

@@ -22,6 +22,7 @@ from rlhf.config.sft import SftDataSettings
 from rlhf.data.assets import resolve
 from rlhf.data.errors import DataError
 from rlhf.data.layouts import prompt_turns, require_continuation
+from rlhf.data.model_folder import find_model
 from rlhf.data.order import Share
 from rlhf.data.prompts import load_tokenizer
 from rlhf.data.rendering import Renderer, control_tokens, encode
@@ -81,7 +82,7 @@ def read_examples(model: str, data: SftDataSettings) -> tuple[ReadConversations,
     Raises:
         UserError: a file or a row that cannot be used.
     """
-    tokenizer = load_tokenizer(resolve(model))
+    tokenizer = load_tokenizer(find_model(model, "`policy.model`", weights=False))
     examples = read_conversations(data.examples, "data.examples", tokenizer, data)
     if data.eval_examples is None:
         return examples, None

@@ -9,7 +9,6 @@ the model: imports, compilation, the capture of graphs.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TypeVar
 
 from rlhf.config.settings import Settings
 from rlhf.config.sft import SftSettings
-from rlhf.data.assets import resolve
+from rlhf.data.model_folder import FolderError, find_model
 from rlhf.data.weight_files import INDEX, PICKLED, SINGLE
 
 Tree = TypeVar("Tree", Settings, SftSettings)
@@ -61,18 +60,10 @@ def _models(settings: Settings | SftSettings) -> set[str]:
 
 def weights(name: str) -> Weights:
     """Of a folder, an asset or a hub's model. Nothing (0 bytes) of what is none: who loads it says so."""
-    from transformers.utils.hub import cached_file
-
-    path = resolve(name)
-    if os.path.isdir(path):
-        return weights_in(Path(path))
     try:
-        found = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
-        for index in (INDEX, PICKLED[1]):
-            cached_file(path, index, _raise_exceptions_for_missing_entries=False)
-    except OSError:
+        return weights_in(Path(find_model(name, "", weights=False)))
+    except FolderError:
         return Weights(0)
-    return Weights(0) if found is None else weights_in(Path(found).parent)
 
 
 def weights_in(folder: Path) -> Weights:
@@ -83,7 +74,7 @@ def weights_in(folder: Path) -> Weights:
                 index = json.loads((folder / name).read_text(encoding="utf-8"))
                 files = [folder / str(file) for file in set(index["weight_map"].values())]
                 total = float(index.get("metadata", {}).get("total_size", 0))
-            except (ValueError, LookupError, TypeError, AttributeError):  # not what it should be
+            except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # not what it should be
                 return Weights(0)
             there = [file.stat().st_size for file in files if file.is_file()]
             return Weights(max(sum(there), total), len(there) < len(files))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from rlhf.data.model_folder import commit_of
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 BLOCK = 1 << 16
@@ -20,14 +21,17 @@ def model_digest(path: str) -> str | None:
     """A hash of the configuration, and of the sizes and samples of the weights; 16 hexadecimal digits.
 
     Models of one architecture with other weights differ. Weights that differ in a small part only may not: of a large file 64 pieces
-    of 64 KiB are read.
+    of 64 KiB are read. Of a model in a hub's cache, whose weights may not have been fetched yet, the commit says which it is.
 
     Args:
-        path: a model folder, or a hub name; None is returned for a name of which this machine has no copy.
+        path: a model folder; None is returned for one without a configuration.
     """
-    folder = _folder(path)
-    if folder is None:
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
         return None
+    commit = commit_of(folder)
+    if commit is not None:
+        return hashlib.sha256(commit.encode()).hexdigest()[:16]
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     digest.update(json.dumps({key: config[key] for key in sorted(config) if key not in WRITERS}).encode())
@@ -40,16 +44,3 @@ def model_digest(path: str) -> str | None:
                 stream.seek(place)
                 digest.update(stream.read(BLOCK))
     return digest.hexdigest()[:16]
-
-
-def _folder(path: str) -> Path | None:
-    if os.path.isdir(path):
-        return Path(path) if os.path.isfile(os.path.join(path, "config.json")) else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(path, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None

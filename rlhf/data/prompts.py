@@ -11,6 +11,7 @@ from rlhf.config.data import DataSettings, DataSource, listed
 from rlhf.data.assets import resolve
 from rlhf.data.errors import DataError
 from rlhf.data.layouts import prompt_turns, read_prompt
+from rlhf.data.model_folder import read_tokenizer
 from rlhf.data.order import Share, interleaved
 from rlhf.data.pairs import read_pair, tokenise_pair
 from rlhf.data.rendering import Renderer, renderer
@@ -157,9 +158,4 @@ def load_tokenizer(path: str, field: str = "policy.model") -> Any:
     Raises:
         DataError: there is none.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{field}: no tokenizer can be loaded from {path!r}: {error}") from error
+    return read_tokenizer(path, field)

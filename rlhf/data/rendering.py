@@ -7,25 +7,17 @@ is used it is tried on two conversations (`Renderer.check`). Knows nothing of fi
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.config.data import DataSettings
 from rlhf.data.errors import DataError
+from rlhf.data.template_trial import MEMORY, bounded
 from rlhf.data.turns import SYSTEM_ROLES
 
 QUESTION, OTHER_QUESTION, ANSWER = "What is two plus two?", "Name a river.", "It is four."
-MOST_LINES = 1_000_000
-"""Lines that a template may execute for the trial conversation; real ones need some hundreds."""
-
 Messages = Sequence[Mapping[str, Any]]
-
-
-class _Endless(Exception):
-    """A template executed more than `MOST_LINES` lines."""
 
 
 def render(
@@ -115,7 +107,7 @@ class Renderer:
         """Try the template on two conversations.
 
         Raises:
-            DataError: there is none, or it raises, does not end, or gives the same text for both.
+            DataError: there is none, or it raises, does not end, needs too much memory, or gives the same text for both.
         """
         if not self.chat_template:
             return
@@ -124,16 +116,10 @@ class Renderer:
                 f"policy.model: the tokenizer of {_name(self.tokenizer)} has no chat template. Set data.chat_template=false, or use a "
                 "chat model."
             )
-        with _bounded():
-            one = self.text("policy.model", [_user(QUESTION)], prompt=True)
-            if self.system_prompt:
-                self.text("data.system_prompt", self.conversation("", [_user(QUESTION)]), prompt=True)
-            other = self.text("policy.model", [_user(OTHER_QUESTION)], prompt=True)
-        if one == other:
-            raise DataError(
-                f"policy.model: the chat template of {_name(self.tokenizer)} gives the same text for different conversations, so the "
-                "model would not see the prompts. Correct the template, or set data.chat_template=false."
-            )
+        conversations = [("policy.model", [_user(question)]) for question in (QUESTION, OTHER_QUESTION)]
+        if self.system_prompt:
+            conversations.append(("data.system_prompt", self.conversation("", [_user(QUESTION)])))
+        _try(self.tokenizer, "policy.model", conversations, self.arguments, prompt=True)
 
     def conversation(self, where: str, messages: Messages) -> list[Mapping[str, Any]]:
         """A row's turns after the system message of the settings.
@@ -233,6 +219,42 @@ class Renderer:
         return encode(self.tokenizer, after, rendered=True) if before else []
 
 
+def check_template(tokenizer: Any, where: str) -> None:
+    """Try the chat template of a judge's tokenizer, if it has one, on two conversations that end with an answer.
+
+    Args:
+        where: who names the model, for messages.
+
+    Raises:
+        DataError: it raises, does not end, needs too much memory, or gives the same text for both.
+    """
+    if tokenizer.chat_template is not None:
+        asked = [[_user(question), {"role": "assistant", "content": ANSWER}] for question in (QUESTION, OTHER_QUESTION)]
+        _try(tokenizer, where, [(where, messages) for messages in asked], {}, prompt=False)
+
+
+def _try(
+    tokenizer: Any,
+    where: str,
+    conversations: Sequence[tuple[str, Messages]],
+    arguments: Mapping[str, Any],
+    *,
+    prompt: bool,
+) -> None:
+    """Render conversations, each with its place for messages, within bounds; the first two must give different texts."""
+    what, remedy = f"{where}: the chat template of {_name(tokenizer)}", "Correct the template, or use another model."
+
+    def trial() -> list[str]:
+        return [render(tokenizer, messages, place, arguments, prompt=prompt) for place, messages in conversations]
+
+    one, other, *_ = bounded(trial, what, remedy)
+    if one == other:
+        raise DataError(
+            f"{what} gives the same text for different conversations, so the model would not see what is said. Correct the template, or "
+            "set data.chat_template=false if it is the policy's."
+        )
+
+
 def renderer(tokenizer: Any, settings: DataSettings) -> Renderer:
     """As the settings of a run's data say."""
     return Renderer(tokenizer, settings.chat_template, settings.system_prompt, settings.template_arguments)
@@ -253,8 +275,8 @@ def _name(tokenizer: Any) -> str:
 
 
 def _words(error: Exception) -> str:
-    if isinstance(error, _Endless):
-        return f"it does not end (more than {MOST_LINES:,} lines of the template were executed)"
+    if isinstance(error, MemoryError):
+        return f"it needs more than {MEMORY >> 20} MiB of memory for a short one"
     line = getattr(error, "lineno", None)  # of a syntax error
     return f"{str(error).rstrip('.') or type(error).__name__}{f' (line {line} of the template)' if line else ''}"
 
@@ -269,25 +291,3 @@ def _remedy(tokenizer: Any, messages: Messages) -> str:
     if any(message["role"] in SYSTEM_ROLES for message in messages):
         return f"Remove the system message (or data.system_prompt) if the template knows none; else {general}."
     return f"Change the turns (most templates want user and assistant in turn), {general}."
-
-
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Inside, a template that executes too many lines is ended. Counted, not timed, so that a busy machine refuses nothing."""
-    lines = 0
-
-    def count(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal lines
-        if frame.f_code.co_filename != "<template>":  # jinja's name for the code that it makes of one
-            return None
-        lines += 1
-        if lines > MOST_LINES:
-            raise _Endless
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(before)

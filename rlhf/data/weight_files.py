@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.loader import UserError
+from rlhf.data.errors import in_a_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -61,7 +63,7 @@ def weight_files(folder: Path, where: str) -> list[Path] | None:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        files = sorted(set(_index(folder / INDEX, where).values()))
+        files = sorted(set(read_index(folder / INDEX, where).values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise WeightsError(
@@ -89,7 +91,7 @@ def read_headers(folder: Path, where: str) -> dict[str, StoredTensor] | None:
     for file in files:
         found |= read_header(file, where)
     if not (folder / SINGLE).is_file():
-        index = _index(folder / INDEX, where)
+        index = read_index(folder / INDEX, where)
         wrong = [name for name, file in index.items() if name not in found or found[name].file.name != file]
         if wrong:
             raise WeightsError(
@@ -119,15 +121,18 @@ def read_header(file: Path, where: str) -> dict[str, StoredTensor]:
         written = stream.read(length)
     try:
         header = json.loads(written)
-        entries = {name: _entry(entry, file) for name, entry in header.items() if name != "__metadata__"}
+        notes = header.pop("__metadata__", {})
+        if not all(type(word) is str for word in notes.values()):
+            raise ValueError("its `__metadata__` are no texts")
+        entries = {name: _entry(entry, file) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{where}: the header of {file} is corrupt ({error}). {AGAIN}") from None
+        raise WeightsError(f"{where}: the header of {file} is corrupt ({in_a_line(error)}). {AGAIN}") from None
     expected = 0
     for name, (tensor, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][1:]):
         if start != expected or stop - start != tensor.nbytes:
             raise WeightsError(
-                f"{where}: {file} is corrupt: `{name}` of shape {list(tensor.shape)} and type {tensor.dtype} does not lie where its header "
-                f"says. {AGAIN}"
+                f"{where}: {file} is corrupt: `{name}` of shape {_shown(tensor.shape)} and type {tensor.dtype} does not lie where its "
+                f"header says. {AGAIN}"
             )
         expected = stop
     if size != 8 + length + expected:
@@ -140,21 +145,29 @@ def _entry(entry: Mapping[str, Any], file: Path) -> tuple[StoredTensor, int, int
     """A tensor and where its bytes start and stop. Raises ValueError and the like for what is none."""
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-        raise ValueError(f"shape {list(shape)} at {start} to {stop}")
+        raise ValueError(f"shape {_shown(shape)} at {start} to {stop}")
     if entry["dtype"] not in BITS:
         raise ValueError(f"unknown type {entry['dtype']!r}")
     return StoredTensor(shape, entry["dtype"], file), start, stop
 
 
-def _index(file: Path, where: str) -> dict[str, str]:
-    """Tensor -> name of its file."""
+def read_index(file: Path, where: str) -> dict[str, str]:
+    """Tensor -> name of its file, which stands in the same folder.
+
+    Raises:
+        WeightsError: this is no index.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        if not found or not all(type(name) is str and Path(name).name == name for name in found.values()):
+        if not found or not all(map(_is_name, found.values())):
             raise ValueError("its `weight_map` does not map tensors to files of this folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{where}: {file} is no index of weight files ({error}). {AGAIN}") from None
+        raise WeightsError(f"{where}: {file} is no index of weight files ({in_a_line(error)}). {AGAIN}") from None
     return found
+
+
+def _is_name(file: Any) -> bool:
+    return type(file) is str and Path(file).name == file and len(os.fsencode(file)) <= 255 and "\0" not in file
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,7 @@ class Difference:
         if self.wrong_shape:
             name, (found, expected) = min(self.wrong_shape.items())
             more = f" (and {len(self.wrong_shape) - 1} more)" if len(self.wrong_shape) > 1 else ""
-            parts.append(f"`{name}` has the shape {list(found)} instead of {list(expected)}{more}")
+            parts.append(f"`{name}` has the shape {_shown(found)} instead of {list(expected)}{more}")
         if self.unexpected:
             parts.append(f"{_listed(self.unexpected)} {_is(self.unexpected)} not part of the model")
         return "; ".join(parts)
@@ -210,6 +223,10 @@ def _listed(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(f"`{name}`" for name in names[:NAMED]) + more
+
+
+def _shown(shape: Shape) -> str:
+    return f"{list(shape[:8])}" if len(shape) <= 8 else f"of {len(shape)} sizes"
 
 
 def _is(names: Collection[str]) -> str:

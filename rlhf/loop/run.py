@@ -28,6 +28,7 @@ from rlhf.config.settings import single_process
 from rlhf.data.assets import resolve
 from rlhf.data.ledger import Ledger
 from rlhf.data.loading_time import with_startup_deadline
+from rlhf.data.model_folder import find_model
 from rlhf.data.prompts import load_prompts, load_tokenizer
 from rlhf.loop.clock import Clock
 from rlhf.loop.evaluation import (
@@ -79,10 +80,11 @@ class Training:
         self.settings, self.debug, self.resume, self.full_length = settings, debug, resume, full_length
         check_run_folder(settings.run.dir, resume)
         self.algorithm = make(settings)
-        self.tokenizer = load_tokenizer(resolve(settings.policy.model))
+        model = find_model(settings.policy.model, "`policy.model`", weights=False)
+        self.tokenizer = load_tokenizer(model)
         pair_tokens = settings.rollout.max_tokens if self.algorithm.dataset_pairs else None
         prompts = load_prompts(settings.data.prompts, self.tokenizer, settings.data, pair_tokens)
-        self.contents = run_contents(resolve(settings.policy.model), prompts)
+        self.contents = run_contents(model, prompts)
         self.ledger = Ledger(prompts, settings.run.seed, settings.data.shuffle, prompts.shares)
         self.held_out_prompts: list[Prompt] = []
         if settings.data.eval_prompts is not None:

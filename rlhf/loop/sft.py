@@ -13,6 +13,7 @@ from rlhf.config.sft_checks import check_warm_up
 from rlhf.data.assets import resolve
 from rlhf.data.conversations import read_examples
 from rlhf.data.loading_time import with_startup_deadline
+from rlhf.data.model_folder import find_model
 from rlhf.tracking.console import SupervisedConsole
 from rlhf.tracking.folder import check_run_folder
 from rlhf.tracking.record import Record, recorded_dtype
@@ -55,7 +56,7 @@ class Tuning:
             Conversations(self.examples, settings.run.seed), training.batch_size, training.epochs, settings.run.seed
         )
         check_warm_up(settings, self.course.updates)
-        self.contents = sft_contents(resolve(settings.policy.model), self.examples)
+        self.contents = sft_contents(find_model(settings.policy.model, "`policy.model`", weights=False), self.examples)
         self.start = starting_point(settings, self.contents, self.course.updates) if resume else None
         if self.start is not None:
             log.warning("run.dir=%s: %s", settings.run.dir, "; ".join(self.start.words()))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf.config.policy import LoraSettings
-from rlhf.data.assets import resolve
+from rlhf.data.model_folder import find_model
 from rlhf.training import lora
 from rlhf.training.loading import load_causal_lm, load_model
 from rlhf.training.model import DTYPES, ModelError
@@ -83,7 +83,7 @@ def load_critic(
         LoraError: its body cannot be adapted as the policy's is.
     """
     if reward_model is not None:
-        critic = _from_reward_model(policy, resolve(reward_model), dtype, sharding)
+        critic = _from_reward_model(policy, find_model(reward_model, "`algorithm.critic_model`"), dtype, sharding)
     else:
         causal_lm = load_causal_lm(policy, dtype, "none" if adapters is None else adapters.quantize_base, sharding)
         hidden = causal_lm.get_output_embeddings().in_features

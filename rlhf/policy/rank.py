@@ -18,7 +18,7 @@ from rlhf.algorithms import Algorithm, Critic, PolicyGradient, Preference
 from rlhf.algorithms.anchors import Fixed, UpdateRule
 from rlhf.cluster import fetch
 from rlhf.config import Settings
-from rlhf.data.assets import resolve
+from rlhf.data.model_folder import find_model
 from rlhf.policy.anchor import Anchor, SharedAnchor, needs_adapter
 from rlhf.policy.critic import load_critic
 from rlhf.policy.gradient_learner import GradientLearner
@@ -72,7 +72,7 @@ class PolicyRank:
         settings = self.settings
         torch.manual_seed(settings.run.seed)
         join(Member(self.rank, settings.policy.ranks, host, port), settings.cluster)
-        path = resolve(settings.policy.model)
+        path = find_model(settings.policy.model, "`policy.model`")
         rules = self._rules()
         model = self._model(path, learn=True)
         if settings.policy.lora.rank:
@@ -294,7 +294,7 @@ class PolicyRank:
         peft's format, to `folder/adapter`. Collective."""
         weights = in_host_memory(self._whole(), self.rank == 0)
         if self.rank == 0:
-            save_causal_lm(self._causal_lm, weights, resolve(self.settings.policy.model), folder)
+            save_causal_lm(self._causal_lm, weights, find_model(self.settings.policy.model, "`policy.model`"), folder)
         self._save_adapter(Path(folder) / "adapter")
 
     def _save_adapter(self, folder: Path) -> None:
@@ -303,7 +303,9 @@ class PolicyRank:
         if settings.lora.rank:
             weights = in_host_memory(lora.adapter_weights(self._causal_lm), self.rank == 0)
             if self.rank == 0:
-                lora.save_adapter(folder, lora.adapter_config(settings.lora, resolve(settings.model)), weights)
+                lora.save_adapter(
+                    folder, lora.adapter_config(settings.lora, find_model(settings.model, "`policy.model`")), weights
+                )
 
     def close(self) -> None:
         """Leave the group."""

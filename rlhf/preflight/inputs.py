@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +24,7 @@ from rlhf.config.reward import SourceSettings
 from rlhf.config.sft import SftSettings
 from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.data.assets import resolve
+from rlhf.data.model_folder import FolderError, find_model, read_config
 from rlhf.data.prompts import PromptSet, load_prompts, load_tokenizer
 from rlhf.data.rendering import control_tokens
 from rlhf.preflight.finding import PlanError
@@ -40,7 +40,7 @@ from rlhf.reward.reading import Conversation
 from rlhf.reward.serving.canaries import load_canaries
 from rlhf.reward.shaping import Shaping
 from rlhf.reward.verifiers.verifier import check_prompts
-from rlhf.training.trainable import check_adapters, check_policy, check_vocabulary, read_config
+from rlhf.training.trainable import check_adapters, check_policy, check_vocabulary
 from rlhf.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Inputs:
 
 def read_inputs(settings: Settings) -> Inputs:
     """Open everything the run reads. Raises UserError for the first thing that does not fit."""
-    path = resolve(settings.policy.model)
+    path = find_model(settings.policy.model, "`policy.model`", weights=False)
     config, tokenizer = open_model(settings, path)
     shape = _shape(settings, config, path)
     check_tensor_parallel(
@@ -122,8 +122,6 @@ def open_model(settings: Settings | SftSettings, path: str) -> tuple[Any, Any]:
         UserError: it cannot be trained here, its weight files are not those of its architecture, or its tokenizer does not fit.
     """
     name = settings.policy.model
-    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise PlanError(f"`policy.model`: there is no folder `{path}`. Give a model folder, a hub name or an `asset:`")
     config = check_policy(path)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, config, path)
@@ -178,13 +176,11 @@ def _check_critic(settings: Settings, policy: Any) -> None:
     name = getattr(settings.algorithm, "critic_model", None)
     if name is None:
         return
-    path = resolve(name)
+    path = find_model(name, "`algorithm.critic_model`", weights=False)
     instead = (
         f"Give the folder of a sequence classifier of the policy's architecture ({policy.model_type}) with one label, or set "
         "`algorithm.critic_model: null` to start from the policy's own body"
     )
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise PlanError(f"`algorithm.critic_model`: there is no model in `{path}` (no config.json). {instead}")
     critic = read_config(path, "`algorithm.critic_model`")
     kind = (critic.model_type, critic.get_text_config().hidden_size, critic.num_labels)
     if kind != (policy.model_type, policy.get_text_config().hidden_size, 1):
@@ -222,13 +218,11 @@ def _source(place: str, source: SourceSettings, conversations: Sequence[Conversa
         return f"the service at {source.url}"
     if source.is_function:
         return f"the {'pairwise ' if source.compares else ''}function {source.path}"
-    folder = resolve(source.path)
     what = "pairwise model" if source.compares else "reward model"
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise PlanError(
-            f"`{place}.path`: there is no {what} in `{folder}` (no config.json). Train one with `rlhf reward train`, or give the "
-            "folder of a transformers sequence classifier"
-        )
+    try:
+        folder = find_model(source.path, f"`{place}.path`", weights=False)
+    except FolderError as error:
+        raise PlanError(f"{error}; or train a {what} first, with `rlhf reward train`") from error
     check_reward_model(source, folder, f"`{place}.path`", conversations)
     return f"the {what} in {folder}"
 

@@ -19,8 +19,9 @@ from rlhf.cluster.placement import CannotPlace
 from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config import Settings, UserError, load, yamls
 from rlhf.config.checks import largest_assignment, optimizer_steps
-from rlhf.data.assets import resolve
+from rlhf.data.errors import in_a_line
 from rlhf.data.loading_time import weights
+from rlhf.data.model_folder import FolderError, find_model, read_config
 from rlhf.preflight.estimate import (
     ASLEEP,
     CONTEXT,
@@ -86,25 +87,21 @@ def shape_of(model: str) -> ModelShape:
     Raises:
         UserError: nothing of this name can be read.
     """
-    path, known = resolve(model), known_name(model)
-    if known is not None and not os.path.exists(path):
+    known = known_name(model)
+    if known is not None and not os.path.exists(model):
         return known_shape(known)
-    from transformers import AutoConfig
-
     from rlhf.training.trainable import MALFORMED
 
+    instead = f"Or give the name of one of {', '.join(KNOWN)}"
     try:
-        return model_shape(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        path = find_model(model, "`policy.model`", weights=False)
+        return model_shape(read_config(path, "`policy.model`"))
+    except FolderError as error:
+        raise UserError(f"{error}. {instead}") from None
     except MALFORMED as error:
-        where = f"the folder {path}" if os.path.isdir(path) else f"`{path}`"
         raise UserError(
-            f"`policy.model`: {where} has no readable configuration of a causal language model: {_first_line(error)}. "
-            f"Give a folder with a config.json, a hub name, or one of {', '.join(KNOWN)}"
+            f"`policy.model`: {path} has no readable configuration of a causal language model: {in_a_line(error)}. {instead}"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def judge_bytes(settings: Settings) -> float:

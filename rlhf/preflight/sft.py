@@ -11,8 +11,8 @@ from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config.data import in_words
 from rlhf.config.sft import SftSettings, one_rank
 from rlhf.config.sft_checks import check_warm_up
-from rlhf.data.assets import resolve
 from rlhf.data.conversations import ReadConversations, read_examples
+from rlhf.data.model_folder import find_model
 from rlhf.preflight.finding import PlanError
 from rlhf.preflight.inputs import open_model
 from rlhf.preflight.machine import check_rank_devices, check_room
@@ -31,7 +31,7 @@ def read_model(settings: SftSettings) -> tuple[str, ModelShape]:
     Raises:
         UserError: it is none, or its context does not hold the longest example.
     """
-    config, _ = open_model(settings, resolve(settings.policy.model))
+    config, _ = open_model(settings, find_model(settings.policy.model, "`policy.model`", weights=False))
     try:
         shape = model_shape(config)
     except ValueError as error:
@@ -100,7 +100,7 @@ def describe_sft(settings: SftSettings, debug: bool = False, resume: bool = Fals
     settings = found.settings
     going_on: list[str] = []
     if resume:
-        contents = sft_contents(resolve(settings.policy.model), found.examples)
+        contents = sft_contents(find_model(settings.policy.model, "`policy.model`", weights=False), found.examples)
         going_on = start_lines(starting_point(found.asked, contents, found.course.updates))
     parts = {
         "Run": _run(settings, going_on),

@@ -7,14 +7,19 @@ text, and what its outputs mean). The dry run opens folders by the same code as 
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from rlhf.config.reward import SourceSettings
 from rlhf.data.architecture import architecture_of, check_folder
+from rlhf.data.errors import in_a_line
+from rlhf.data.model_folder import read_config, read_object, read_tokenizer
+from rlhf.data.rendering import check_template
 from rlhf.data.weight_files import read_header
 from rlhf.reward.errors import RewardError
 from rlhf.reward.modules import Pooling
@@ -104,7 +109,7 @@ def open_folder(path: str, where: str = "`reward.path`") -> Folder:
     folder = Path(path)
     config, tokenizer = read_base(folder, where)
     if (folder / DESCRIPTION).exists():
-        description = _read_description(folder / DESCRIPTION, where)
+        description = _read_description(folder / DESCRIPTION, config, where)
     else:
         description = Description("classifier", None, own_length(config, tokenizer))
     if description.kind == "encoder_with_head":
@@ -177,6 +182,8 @@ def check_reward_model(source: SourceSettings, path: str, where: str, conversati
         check_scores(folder, source.input)
     what = folder.description.input or source.input
     reader = Reader(folder.tokenizer, what, NO_LIMIT, folder.config.get_text_config().vocab_size)
+    if what == "conversation":
+        check_template(folder.tokenizer, where)
     kinds = {tuple(turn.role for turn in conversation): conversation for conversation in conversations}
     for conversation in kinds.values():
         (found,) = reader.read([Example(conversation, "Yes.")])
@@ -190,43 +197,12 @@ def read_base(folder: Path, where: str = "`reward.path`") -> tuple[Any, Any]:
     """Configuration and tokenizer of a model folder.
 
     Raises:
-        RewardError: not a folder with a model in Hugging Face format, or one that transformers alone cannot run.
+        FolderError: not a folder with a model in Hugging Face format, or one that transformers alone cannot run.
+        RewardError: its tokenizer is another model's.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    if not (folder / "config.json").is_file():
-        raise RewardError(
-            f"{where}: there is no model in the folder {folder} (no config.json). Give the folder of a model in Hugging "
-            "Face format, or an `asset:` name."
-        )
-    _check_code(folder, where)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise RewardError(f"{where}: {folder} has no model configuration that can be read: {error}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RewardError(f"{where}: there is no tokenizer that can be read in {folder}: {error}") from None
+    config, tokenizer = read_config(folder, where), read_tokenizer(folder, where)
     _check_tokens(folder, config, tokenizer, where)
     return config, tokenizer
-
-
-def _check_code(folder: Path, where: str) -> None:
-    """Raises RewardError for a kind of model that transformers does not know."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = str(stored["model_type"])
-    except (ValueError, KeyError, TypeError):
-        raise RewardError(f"{where}: {folder}/config.json is no configuration of a model (no `model_type`).") from None
-    if kind not in CONFIG_MAPPING:
-        own = " and has code of its own (`auto_map`), which is not run" if "auto_map" in stored else ""
-        raise RewardError(
-            f"{where}: {folder} holds a model of the type `{kind}`, which transformers does not know{own}. Name a sequence "
-            "classifier of a type that it knows, or serve the model elsewhere and write a reward function that asks it."
-        )
 
 
 def _check_tokens(folder: Path, config: Any, tokenizer: Any, where: str) -> None:
@@ -257,11 +233,40 @@ def own_length(config: Any, tokenizer: Any, wanted: int | None = None) -> int:
     return int(min([NO_LIMIT, *(number for number in found if number is not None and number > 0)]))
 
 
-def _read_description(path: Path, where: str) -> Description:
+def _read_description(path: Path, config: Any, where: str) -> Description:
+    stored = read_object(path, where)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return Description(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        found = TypeAdapter(Description).validate_python(stored)
+        Description(**stored)  # a field that there is not
+        wrong = _objection(found, config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}"
+    except TypeError as error:
+        wrong = in_a_line(error)
+    if wrong is not None:
+        raise RewardError(
+            f"{where}: {path} is not what `rlhf reward train` writes: {wrong}. Copy the whole folder again, or train the model again"
         )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RewardError(f"{where}: {path} is not what `rlhf reward train` writes: {error}") from None
+    return found
+
+
+def _objection(found: Description, config: Any) -> str | None:
+    """What cannot be of a description whose fields have the right types; None if nothing is wrong."""
+    numbers = (found.temperature, *found.weights, *found.thresholds, *found.levels)
+    depth = config.get_text_config().num_hidden_layers
+    if not all(map(math.isfinite, numbers)):
+        return "a number is not finite"
+    if found.max_tokens < 1 or found.temperature <= 0:
+        return f"`max_tokens: {found.max_tokens}`, `temperature: {found.temperature}`, which must be above 0"
+    if found.kind == "encoder_with_head" and not found.layers:
+        return "`layers` is empty"
+    if any(not 0 <= layer <= depth for layer in found.layers):
+        return f"`layers: {list(found.layers)}`, but the encoder has {depth}"
+    if len(found.objectives) != len(found.weights) or (found.task == "objectives" and not found.objectives):
+        return f"{len(found.objectives)} `objectives` with {len(found.weights)} `weights`"
+    if found.levels and len(found.thresholds) != len(found.levels) - 1:
+        return f"{len(found.levels)} `levels` with {len(found.thresholds)} `thresholds`"
+    if found.task == "gpm" and found.dimensions < 1:
+        return f"`dimensions: {found.dimensions}`"
+    return None

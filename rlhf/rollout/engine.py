@@ -98,12 +98,12 @@ class RolloutEngine:
             CannotMix: the engine is to mix, and vLLM cannot run two such models as one.
             ValueError: vLLM refuses the model or the settings.
         """
-        from rlhf.data.assets import resolve
+        from rlhf.data.model_folder import find_model
         from rlhf.data.prompts import load_tokenizer
         from rlhf.data.rendering import renderer
         from rlhf.transfer.plugin import ENGINE_NAMES
 
-        model = resolve(self._settings.policy.model)
+        model = find_model(self._settings.policy.model, "`policy.model`")
         name = ENGINE_NAMES[self._backend]
         arguments = engine_arguments(self._settings, model, name, self._gpu, self._local, self._mixes)
         end = renderer(load_tokenizer(model), self._settings.data).end

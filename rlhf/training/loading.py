@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
-from transformers.utils import cached_file
 
 from rlhf.config.extras import remedy
 from rlhf.data.architecture import REPORTED, architecture_of, check_folder, check_loaded
+from rlhf.data.model_folder import GENERATION
 from rlhf.data.weight_files import WeightsError, weight_files
 from rlhf.training import attention
 from rlhf.training.cpu_products import use_fast_linear
 from rlhf.training.model import DTYPES, ModelError, disable_dropout
 from rlhf.training.sharded import differ, load_sharded
-
-GENERATION = "generation_config.json"
 
 
 def load_causal_lm(
@@ -91,11 +88,9 @@ def load_model(
 
 
 def _safetensors(path: str, where: str) -> Path | None:
-    """The folder with the model's safetensors files, fetched or found in the cache for a hub name; None if there are pickled ones only."""
-    if Path(path).is_dir():
-        return None if weight_files(Path(path), where) is None else Path(path)
-    folder = Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))
-    return folder if any(folder.glob("model*.safetensors")) else None
+    """The folder, if it has safetensors files; None if there are pickled ones only, or nothing."""
+    folder = Path(path)
+    return folder if folder.is_dir() and weight_files(folder, where) is not None else None
 
 
 def _load_whole(auto: type, config: Any, path: str, where: str, options: Mapping[str, Any]) -> nn.Module:
@@ -140,7 +135,7 @@ def save_causal_lm(causal_lm: nn.Module, weights: dict[str, torch.Tensor], sourc
 
     Args:
         weights: from `rlhf.training.weights.whole_weights`, in host memory.
-        source: folder or hub name of the model that it was loaded from: its generation settings and tokenizer are kept.
+        source: folder of the model that it was loaded from: its generation settings and tokenizer are kept.
     """
     config = copy.deepcopy(causal_lm.config)
     if hasattr(config, "quantization_config"):
@@ -150,12 +145,7 @@ def save_causal_lm(causal_lm: nn.Module, weights: dict[str, torch.Tensor], sourc
     # Some models' own settings do not pass the check that transformers makes before it writes them, so their file is copied.
     plain.generation_config = GenerationConfig.from_model_config(config)
     plain.save_pretrained(folder, state_dict=weights)
-    settings = cached_file(  # of a hub's model loading has fetched it; what cannot be asked for now does not end a run
-        source,
-        GENERATION,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if settings is not None:
+    settings = Path(source) / GENERATION
+    if settings.is_file():
         shutil.copyfile(settings, Path(folder) / GENERATION)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from rlhf.config.policy import PolicySettings
-from rlhf.data.assets import resolve
 from rlhf.data.conversations import ReadConversations
+from rlhf.data.model_folder import find_model
 from rlhf.data.order import Order
 from rlhf.training import lora
 from rlhf.training.engine import sharding
@@ -77,7 +77,7 @@ class NextToken(Learner):
     def build(self) -> nn.Module:
         settings = self.settings
         shards = sharding(settings, learn=True)
-        causal_lm = load_causal_lm(resolve(settings.model), settings.dtype, settings.lora.quantize_base, shards)
+        causal_lm = load_causal_lm(find_model(settings.model, "`policy.model`"), settings.dtype, settings.lora.quantize_base, shards)
         model = LogProbModel(causal_lm, settings.logprob_chunk_tokens)
         if settings.lora.rank:
             lora.add_adapters(causal_lm, settings.lora)
@@ -104,7 +104,7 @@ class NextToken(Learner):
         adapter = in_host_memory(lora.adapter_weights(causal_lm), main) if adapted else {}
         if not main:
             return
-        path = resolve(settings.model)
+        path = find_model(settings.model, "`policy.model`")
         save_causal_lm(causal_lm, weights, path, str(folder))
         if adapted:
             lora.save_adapter(folder / "adapter", lora.adapter_config(settings.lora, path), adapter)

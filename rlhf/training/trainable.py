@@ -9,7 +9,6 @@ Does not know: which command asks.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,16 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rlhf.config.policy import LoraSettings
 from rlhf.data.architecture import architecture_of, check_folder
+from rlhf.data.errors import in_a_line
+from rlhf.data.model_folder import CONFIG, check_stops, read_config
 from rlhf.training import attention
 from rlhf.training.model import ModelError
 from rlhf.training.segments import Segments
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
-MOST_LAYERS = 1000
 LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers (`layer_types`) that packed attention computes."""
 SCALED_LOGITS: dict[str, float] = {
@@ -42,66 +40,25 @@ MALFORMED = (
 
 
 def check_policy(path: str, where: str = "`policy.model`") -> Any:
-    """The configuration of the model at `path`, a folder or a hub name, if it can be trained; a folder's weights are compared with it.
+    """The configuration of the model in the folder `path`, if it can be trained; the weight files are compared with it.
 
     Raises:
+        FolderError: its configuration or generation settings cannot be used.
         ModelError: it is no causal language model that can be trained here.
         WeightsError: its weight files are damaged, or are not those of its architecture.
     """
     config = read_config(path, where)
     model = causal_lm_of(config, path, where)
+    padding, rows = config.get_text_config().pad_token_id, config.get_text_config().vocab_size
+    if padding is not None and not -rows <= padding < rows:
+        raise ModelError(
+            f"{where}: {Path(path) / CONFIG} says `pad_token_id: {padding}`, but there are {rows} tokens (`vocab_size`), numbered from 0. "
+            "Correct it: `null` if there is no padding token"
+        )
     check_attention(model, config, path, where)
-    if Path(path).is_dir():
-        check_folder(Path(path), model, config, where)
+    check_folder(Path(path), model, config, where)
+    check_stops(Path(path), config, where)
     return config
-
-
-def read_config(path: str, where: str) -> Any:
-    """transformers' configuration of a model that needs no code of its own.
-
-    Raises:
-        ModelError: there is none, its sizes are none, or only the folder's own code could read it.
-    """
-    file = Path(path) / "config.json"
-    if Path(path).is_dir() and not file.is_file():
-        raise ModelError(
-            f"{where}: there is no model in `{path}` (no config.json). Give the folder of a model in Hugging Face format"
-        )
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except MALFORMED as error:
-        raise ModelError(f"{where}: `{path}` has no readable model configuration: {_why(file, error)}") from None
-    text = config.get_text_config()
-    for name in SIZES:
-        value = getattr(text, name, None)
-        most = MOST_LAYERS if name == "num_hidden_layers" else None
-        if value is not None and (type(value) is not int or value < 1 or (most is not None and value > most)):
-            allowed = "at least 1" if most is None else f"from 1 to {most}"
-            raise ModelError(
-                f"{where}: {file} says `{name}: {value}`, but it must be a whole number {allowed}. Correct it, or copy the model again"
-            )
-    padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if type(padding) is int and rows is not None and padding >= rows:
-        raise ModelError(
-            f"{where}: {file} says `pad_token_id: {padding}`, but there are {rows} tokens (`vocab_size`), numbered from 0. Correct "
-            "it: `null` if there is no padding token"
-        )
-    return config
-
-
-def _why(file: Path, error: BaseException) -> str:
-    """What is wrong with a configuration, in words."""
-    if file.is_file():
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as invalid:
-            return f"{file} is no JSON ({invalid}). Copy the model again"
-        if isinstance(raw, dict) and "auto_map" in raw:
-            return (
-                f"it brings code of its own (`auto_map` in {file}), which is not run here. Give a model of an architecture that "
-                "transformers has itself"
-            )
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def causal_lm_of(config: Any, path: str, where: str) -> type:
@@ -110,8 +67,7 @@ def causal_lm_of(config: Any, path: str, where: str) -> type:
     Raises:
         ModelError: the model is another one than a causal language model of transformers' own, or quantized.
     """
-    model, named = architecture_of(AutoModelForCausalLM, config), config.architectures or ()
-    named = [named] if isinstance(named, str) else list(named)
+    model, named = architecture_of(AutoModelForCausalLM, config), list(config.architectures or ())
     if model is None or (named and model.__name__ not in named):
         what = "/".join(named) or config.model_type
         expected = "" if model is None else f", not a {model.__name__}"
@@ -119,6 +75,16 @@ def causal_lm_of(config: Any, path: str, where: str) -> type:
             f"{where}: `{path}` holds a {what}{expected}: it is not a causal language model that transformers has itself, so it cannot be "
             "trained here. Give a causal language model (`architectures` in its config.json names the class)"
         )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = (
+            quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+        )
+        raise _untrainable(
+            where, path, f"its weights are quantized ({method or 'quantization_config in its config.json'})"
+        )
+    if config.is_encoder_decoder:
+        raise _untrainable(where, path, "its config.json says `is_encoder_decoder: true`")
     return model
 
 
@@ -146,8 +112,8 @@ def check_attention(model: type, config: Any, path: str, where: str) -> None:
             built = model(config).bfloat16().eval()
     except MALFORMED as error:
         raise ModelError(
-            f"{where}: no {model.__name__} can be built from the configuration of `{path}`: {type(error).__name__}: {error}. Correct its "
-            "config.json, or copy the model again"
+            f"{where}: no {model.__name__} can be built from the configuration of `{path}`: {type(error).__name__}: {in_a_line(error)}. "
+            "Correct its config.json, or copy the model again"
         ) from None
     if not isinstance(built.get_output_embeddings(), nn.Linear):
         raise _untrainable(where, path, f"{model.__name__} has no linear output projection")

@@ -129,7 +129,7 @@ def test_a_method_that_needs_pairs_says_so_before_anything_starts(tmp_path: Path
 
 
 def test_the_critics_reward_model_is_looked_at(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"algorithm\.critic_model.*no config\.json"):
+    with pytest.raises(UserError, match=r"algorithm\.critic_model`: there is no folder"):
         describe(with_method(tmp_path, {"name": "ppo", "critic_model": str(tmp_path / "none")}))
     model = Path(resolve("asset:tiny-llama"))
     with pytest.raises(UserError, match=r"a llama of hidden size 64 with 2 labels.*critic_model: null"):

@@ -102,12 +102,12 @@ def test_a_head_beside_its_encoder_is_looked_at(encoder: Path, tmp_path: Path) -
     [
         (
             {"model_type": "internlm2x", "auto_map": {"AutoConfig": "configuration_x.XConfig"}},
-            r"type `internlm2x`, which transformers does not know and has code of its own \(`auto_map`\)",
+            r"type `internlm2x`, which transformers does not know\. It brings code of its own \(`auto_map`\)",
         ),
         ({"architectures": ["LlamaForRewardModelWithGating"]}, "holds a LlamaForRewardModelWithGating, which gives no"),
         ({"architectures": ["LlamaOwnForSequenceClassification"]}, "holds a LlamaOwnForSequenceClassification, which"),
         ({"pad_token_id": 300}, r"the pad_token_id of config\.json .* is 300, and the model knows the tokens 0 to 299"),
-        ({"model_type": None}, "type `None`, which transformers does not know"),
+        ({"model_type": None}, "has no `model_type`"),
     ],
 )
 def test_what_transformers_alone_cannot_run_is_refused(folder: Path, fields: dict[str, Any], says: str) -> None:
@@ -128,7 +128,8 @@ def test_a_padding_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None
 def test_a_template_that_refuses_the_prompts_is_found_before_the_run(folder: Path) -> None:
     source = SourceSettings(kind="model", path=str(folder), input="conversation")
     check_reward_model(source, str(folder), "`reward.path`", [PROMPT, as_text("Hi")])
-    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    template += "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(UserError, match=r"turns system, user, .*System role not supported.*`data\.system_prompt`"):
         check_reward_model(source, str(folder), "`reward.path`", [as_text("Hi"), PROMPT])

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import Bf16
+from rlhf.config import UserError
 from rlhf.reward.errors import NoServerLeft, RewardError
 from rlhf.reward.judges.judge import _device
 from rlhf.reward.models import load_model
@@ -297,12 +298,12 @@ def test_ray_serves_a_model_and_reports_a_bad_path_in_its_own_words(
         reward = {"kind": "model", "path": str(classifier)}
         pool = await RewardPool.start(scratch_runtime, tiny_settings(reward=reward))
         outcomes = (await pool.judge(make_text_rollout(["good", "bad"], keep=ray.put))).outcomes
-        with pytest.raises(RewardError) as caught:
+        with pytest.raises(UserError) as caught:
             await RewardPool.start(scratch_runtime, tiny_settings(reward=reward | {"path": "no/such/folder"}))
         return outcomes, str(caught.value), pool.infos[0].fingerprint, await pool.fingerprints()
 
     outcomes, message, before, after = run(scenario())
     alone = load_model(str(classifier)).score([Example((), "good"), Example((), "bad")])
     assert [outcome.value for outcome in outcomes] == pytest.approx(list(alone), abs=1e-5)
-    assert message.startswith("`reward.path`: there is no model in the folder no/such/folder")
+    assert message.startswith("`reward.path`: there is no folder `no/such/folder`")
     assert list(after.values()) == [before]

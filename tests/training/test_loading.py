@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from rlhf.data.model_folder import find_model
 from rlhf.data.weight_files import WeightsError, read_headers
 from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.model import ModelError
@@ -113,8 +114,9 @@ def test_generation_settings_of_a_hubs_model_are_kept(
     (cached / "refs" / "main").write_text("0")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    model = load_causal_lm("owner/name", "fp32")
-    save_causal_lm(model, dict(whole_weights(model)), "owner/name", str(tmp_path / "export"))
+    found = find_model("owner/name", "`policy.model`")
+    model = load_causal_lm(found, "fp32")
+    save_causal_lm(model, dict(whole_weights(model)), found, str(tmp_path / "export"))
     assert json.loads((tmp_path / "export" / "generation_config.json").read_text()) == {"eos_token_id": [257, 300]}
 
 

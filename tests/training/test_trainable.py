@@ -98,7 +98,7 @@ def test_a_whole_model_is_accepted(tiny_model: Path) -> None:
         ({"vocab_size": 256, "pad_token_id": None}, r"`model.embed_tokens.weight` has the shape \[320, 64\] instead of \[256, 64\]"),
         ({"pad_token_id": 400}, "`pad_token_id: 400`, but there are 320 tokens"),
         ({"hidden_act": "magic"}, "KeyError: 'magic'"),
-        ({"model_type": "unheard-of"}, "model type `unheard-of`"),
+        ({"model_type": "unheard-of"}, "of the type `unheard-of`"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "brings code of its own"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "holds a LlamaForSequenceClassification, not a LlamaForCausalLM"),
         ({"architectures": ["LlamaForRewardModelWithGating"]}, "holds a LlamaForRewardModelWithGating"),
@@ -115,10 +115,10 @@ def test_another_configuration_is_refused(folder: Path, fields: dict[str, Any], 
 
 def test_a_folder_without_a_readable_configuration_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="config.json is no JSON"):
+    with pytest.raises(UserError, match="config.json is no JSON"):
         check_policy(str(folder))
     (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(UserError, match="no config.json"):
         check_policy(str(folder))
 
 

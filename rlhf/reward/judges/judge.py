@@ -18,7 +18,7 @@ from rlhf.config import Settings
 from rlhf.config.reward import RewardSettings, SourceSettings
 from rlhf.config.reward_checks import CACHED
 from rlhf.config.user_code import ends_the_run, shown, told
-from rlhf.data.assets import resolve
+from rlhf.data.model_folder import find_model
 from rlhf.reward.errors import RewardError
 from rlhf.reward.functions import COMPARE, SCORE, asked_with, load_function, takes_all
 from rlhf.reward.judges.batching import Batcher, Limits
@@ -247,7 +247,7 @@ class ModelJudge:
     def __init__(self, source: SourceSettings, reward: RewardSettings, workplace: Workplace, device: str):
         from rlhf.reward.models import load_model
 
-        self._model = load_model(resolve(source.path), device, source.input)
+        self._model = load_model(find_model(source.path, "`reward.path`"), device, source.input)
         self._batcher = _make_batcher(self._work, reward, self._model)
         self._workplace = workplace
         workplace.hold(self._model.module)
@@ -275,7 +275,7 @@ class PairwiseModelJudge:
     def __init__(self, source: SourceSettings, reward: RewardSettings, workplace: Workplace, device: str):
         from rlhf.reward.pairwise_model import load_pairwise_model
 
-        self._model = load_pairwise_model(resolve(source.path), device)
+        self._model = load_pairwise_model(find_model(source.path, "`reward.path`"), device)
         self._batcher = _make_batcher(self._work, reward, self._model.model)
         self._workplace = workplace
         workplace.hold(self._model.model.module)

@@ -123,7 +123,7 @@ def check_llm_judge(source: SourceSettings) -> None:
     """
     question = Question.read(source.judge_prompt)
     if source.url is None:
-        open_model(source.path, question.about("", "", ""))
+        open_model(source.path, question.about("", "", ""), weights=False)
 
 
 async def make_llm_judge(source: SourceSettings, settings: Settings, local: bool) -> LlmJudge:

@@ -22,8 +22,8 @@ from rlhf.cluster.devices import memory_env, own_share
 from rlhf.cluster.precision import look
 from rlhf.config import Settings
 from rlhf.data.architecture import architecture_of, check_folder
-from rlhf.data.assets import resolve
-from rlhf.data.rendering import encode, render
+from rlhf.data.model_folder import find_model, read_config, read_tokenizer
+from rlhf.data.rendering import check_template, encode, render
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.judge import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
 from rlhf.types import Failed, TimedOut
@@ -87,23 +87,23 @@ class Opened:
     question_tokens: int
 
 
-def open_model(path: str, empty_question: str) -> Opened:
+def open_model(path: str, empty_question: str, weights: bool = True) -> Opened:
     """Configuration and tokenizer. The weight files' headers are compared with the architecture that is named, if transformers has it.
 
     Args:
         empty_question: the question about empty texts.
+        weights: False fetches of a hub's model the small files only.
 
     Raises:
-        RewardError: no language model there, or no single tokens for the answers.
+        UserError: no language model there, or a template that cannot be used.
+        RewardError: no single tokens for the answers.
         WeightsError: tensors are missing, of another shape, or not part of the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    folder = resolve(path)
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise RewardError(f"`reward.path`: {folder} holds no language model that can judge: {error}") from None
+    folder = find_model(path, "`reward.path`", weights)
+    config, tokenizer = read_config(folder, "`reward.path`"), read_tokenizer(folder, "`reward.path`")
+    check_template(tokenizer, "`reward.path`")
     architecture = architecture_of(AutoModelForCausalLM, config)
     if architecture is not None and architecture.__name__ in (config.architectures or ()) and Path(folder).is_dir():
         check_folder(Path(folder), architecture, config, "`reward.path`")

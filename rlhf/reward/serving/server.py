@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config import Settings
-from rlhf.data.assets import resolve
+from rlhf.data.model_folder import find_model, read_tokenizer
 from rlhf.reward import pairwise
 from rlhf.reward.judges.judge import Judge, Workplace, make_judge
 from rlhf.reward.judges.wire import TOKEN
@@ -93,9 +93,8 @@ class RewardServer:
         """
         self._judge = await make_judge(self._settings.reward, self._settings, self._workplace, local=not self._alone)
         if not self._service:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(resolve(self._settings.policy.model))
+            folder = find_model(self._settings.policy.model, "`policy.model`", weights=False)
+            self._tokenizer = read_tokenizer(folder, "`policy.model`")
         if self._alone:
             freeze_heap()
         return ServerInfo(socket.gethostname(), os.getpid(), self._judge.fingerprint())

@@ -23,6 +23,7 @@ import torch
 from rlhf.config import MissingPackageError
 from rlhf.config.arguments import count, real, whole
 from rlhf.data.assets import resolve
+from rlhf.data.model_folder import find_model
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import DESCRIPTION, is_classifier, read_base
 from rlhf.reward.models import BASE, RewardModel, new_model
@@ -219,13 +220,13 @@ def _readable_rows(model: RewardModel, data: PreferenceData, part: str) -> tuple
 
 def _ready_made(args: argparse.Namespace) -> bool:
     """Whether the base is a classifier already, so that its head has a scale of its own."""
-    return args.method == "full" and is_classifier(read_base(Path(resolve(args.model)), BASE)[0])
+    return args.method == "full" and is_classifier(read_base(Path(find_model(args.model, BASE)), BASE)[0])
 
 
 def _new_model(args: argparse.Namespace, choice: choices.Choice) -> RewardModel:
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    folder = Path(resolve(args.model))
+    folder = Path(find_model(args.model, BASE))
     return new_model(folder, choice.description, choice.head_outputs, device, whole=args.method == "full")
 
 
