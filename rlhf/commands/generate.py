@@ -16,7 +16,7 @@ from rlhf.cluster.precision import settle
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.data.loading_time import with_startup_deadline
-from rlhf.data.model_folder import find_model
+from rlhf.data.model_folder import find_model, read_config
 from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
 from rlhf.data.rendering import renderer
 from rlhf.rollout.pool import RolloutPool
@@ -76,7 +76,9 @@ def ask(
     Raises:
         UserError: a model or prompt that cannot be used.
     """
-    tokenizer = load_tokenizer(find_model(model, "MODEL", weights=False), "MODEL")
+    folder = find_model(model, "MODEL", weights=False)
+    read_config(folder, "MODEL")
+    tokenizer = load_tokenizer(folder, "MODEL")
     chat = tokenizer.chat_template is not None
     data = {"prompts": prompts_file or "--prompt", "chat_template": chat, "max_prompt_tokens": 2**20}
     data["template_arguments"] = dict(template_arguments or {})

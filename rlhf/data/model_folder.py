@@ -184,6 +184,10 @@ def read_config(path: str | Path, where: str) -> Any:
         raise FolderError(
             f"{where}: {file} does not describe a model: {in_a_line(error)}. Correct it, or copy the model again"
         ) from error
+    if isinstance(config.dtype, int | float | list):
+        raise FolderError(
+            f"{where}: {file} says `dtype: {config.dtype}`, but it must be a type such as `bfloat16`. Correct it"
+        )
     for name in SIZES:
         _check_size(name, getattr(text, name, None), file, where)
     return config

@@ -77,7 +77,9 @@ class NextToken(Learner):
     def build(self) -> nn.Module:
         settings = self.settings
         shards = sharding(settings, learn=True)
-        causal_lm = load_causal_lm(find_model(settings.model, "`policy.model`"), settings.dtype, settings.lora.quantize_base, shards)
+        causal_lm = load_causal_lm(
+            find_model(settings.model, "`policy.model`"), settings.dtype, settings.lora.quantize_base, shards
+        )
         model = LogProbModel(causal_lm, settings.logprob_chunk_tokens)
         if settings.lora.rank:
             lora.add_adapters(causal_lm, settings.lora)

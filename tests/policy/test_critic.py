@@ -13,6 +13,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
+from rlhf.config import UserError
 from rlhf.policy.critic import load_critic
 from rlhf.training.model import ModelError
 from rlhf.training.packing import idle, pack
@@ -81,7 +82,8 @@ def test_what_cannot_become_a_critic_is_refused(tiny_model: Path, tmp_path: Path
         with pytest.raises(ModelError, match=f"algorithm.critic_model.*{says}.*or null to start"):
             load_critic(str(tiny_model), path, "fp32")
 
-    refused(str(tmp_path / "nothing"), "cannot be loaded")
+    with pytest.raises(UserError, match="`algorithm.critic_model`: there is no folder"):
+        load_critic(str(tiny_model), str(tmp_path / "nothing"), "fp32")
     refused(str(tiny_model), "no sequence classifier")
     refused(
         save(tmp_path / "vocabulary", LlamaForSequenceClassification, vocab_size=64, num_labels=1), "vocabulary of 64"

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rlhf.cluster import LocalRuntime
+from rlhf.config import UserError
 from rlhf.config.reward import SourceSettings
 from rlhf.data.weight_files import WeightsError
 from rlhf.reward.errors import RewardError
@@ -103,7 +104,7 @@ def test_letters_that_are_no_tokens_are_refused(tiny_model) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path) -> None:
-    with pytest.raises(RewardError, match="holds no language model"):
+    with pytest.raises(UserError, match="`reward.path`: there is no model in"):
         check_llm_judge(SourceSettings(kind="llm_judge", path=str(tmp_path)))
 
 
