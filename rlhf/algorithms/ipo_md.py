@@ -18,7 +18,7 @@ from rlhf.algorithms.algorithm import Algorithm, Source
 from rlhf.algorithms.anchors import update_rule
 from rlhf.algorithms.online_ipo import ipo_objective, ipo_pairs
 from rlhf.config import Settings
-from rlhf.config.algorithm import IpoMd
+from rlhf.config.methods.contrast import IpoMd
 
 
 def ipo_md(settings: Settings) -> Algorithm:

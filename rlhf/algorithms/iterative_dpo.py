@@ -24,7 +24,7 @@ from rlhf.algorithms.builders import dataset_pair, pairs_of
 from rlhf.algorithms.contrast import Preference
 from rlhf.algorithms.online_dpo import dpo_term, labels
 from rlhf.config import Settings
-from rlhf.config.algorithm import IterativeDpo
+from rlhf.config.methods.contrast import IterativeDpo
 
 
 def iterative_dpo(settings: Settings) -> Algorithm:

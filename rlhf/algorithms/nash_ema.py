@@ -16,7 +16,7 @@ from rlhf.algorithms.algorithm import Algorithm, Source
 from rlhf.algorithms.anchors import Ema
 from rlhf.algorithms.nash_md import game, nash_gradient
 from rlhf.config import Settings
-from rlhf.config.algorithm import NashEma
+from rlhf.config.methods.gradient import NashEma
 
 
 def nash_ema(settings: Settings) -> Algorithm:

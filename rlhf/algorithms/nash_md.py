@@ -23,7 +23,7 @@ from rlhf.algorithms.builders import Pairs, against_opponent
 from rlhf.algorithms.labels import Labels
 from rlhf.algorithms.policy_gradient import PolicyGradient
 from rlhf.config import Settings
-from rlhf.config.algorithm import NashMd
+from rlhf.config.methods.gradient import NashMd
 
 
 def nash_md(settings: Settings) -> Algorithm:

@@ -22,7 +22,7 @@ from rlhf.algorithms.builders import pairs_of
 from rlhf.algorithms.contrast import Contrast, Preference
 from rlhf.algorithms.labels import Labels
 from rlhf.config import Settings
-from rlhf.config.algorithm import OnlineDpo
+from rlhf.config.methods.contrast import OnlineDpo
 
 
 def online_dpo(settings: Settings) -> Algorithm:

@@ -24,7 +24,7 @@ from rlhf.algorithms.builders import Pairs, pairs_of
 from rlhf.algorithms.contrast import Contrast, Preference
 from rlhf.algorithms.labels import Labels
 from rlhf.config import Settings
-from rlhf.config.algorithm import OnlineIpo
+from rlhf.config.methods.contrast import OnlineIpo
 
 
 def online_ipo(settings: Settings) -> Algorithm:

@@ -60,7 +60,7 @@ class Critic:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """Which estimator, which KL, which clipping, which correction, which mean (see config/algorithm.py for the meanings).
+    """Which estimator, which KL, which clipping, which correction, which mean (see config/methods/gradient.py for the meanings).
 
     Attributes:
         baseline: what is subtracted from a response's reward: nothing, the group's mean, the mean of the group's others, or the

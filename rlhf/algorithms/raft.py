@@ -18,7 +18,7 @@ from rlhf.algorithms.algorithm import Algorithm, Source
 from rlhf.algorithms.builders import best_of
 from rlhf.algorithms.contrast import Contrast, Preference
 from rlhf.config import Settings
-from rlhf.config.algorithm import Raft
+from rlhf.config.methods.contrast import Raft
 
 
 def raft(settings: Settings) -> Algorithm:

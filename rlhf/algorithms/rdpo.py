@@ -17,7 +17,7 @@ from rlhf.algorithms.algorithm import Algorithm
 from rlhf.algorithms.contrast import Preference
 from rlhf.algorithms.online_dpo import dpo_term, online_dpo
 from rlhf.config import Settings
-from rlhf.config.algorithm import Rdpo
+from rlhf.config.methods.contrast import Rdpo
 
 
 def rdpo(settings: Settings) -> Algorithm:

@@ -11,7 +11,7 @@ from rlhf.algorithms.anchors import update_rule
 from rlhf.algorithms.builders import Dropped, scored
 from rlhf.algorithms.policy_gradient import Critic, PolicyGradient
 from rlhf.config import Settings
-from rlhf.config.algorithm import correction_bounds
+from rlhf.config.methods.gradient import correction_bounds
 from rlhf.types import Feedback, Rollout, TrainingItem
 
 

@@ -26,7 +26,7 @@ from rlhf.algorithms.builders import best_vs_worst, with_bonus
 from rlhf.algorithms.contrast import Contrast, Preference
 from rlhf.algorithms.online_dpo import dpo_term, labels
 from rlhf.config import Settings
-from rlhf.config.algorithm import Selm
+from rlhf.config.methods.contrast import Selm
 
 
 def selm(settings: Settings) -> Algorithm:

@@ -15,7 +15,7 @@ from rlhf.algorithms.builders import pairs_of
 from rlhf.algorithms.contrast import Contrast, Preference
 from rlhf.algorithms.labels import Labels
 from rlhf.config import Settings
-from rlhf.config.algorithm import Simpo
+from rlhf.config.methods.contrast import Simpo
 
 
 def simpo(settings: Settings) -> Algorithm:

@@ -18,7 +18,7 @@ from rlhf.algorithms.builders import pairs_of, with_likelihood
 from rlhf.algorithms.contrast import Contrast, Preference
 from rlhf.algorithms.labels import Labels
 from rlhf.config import Settings
-from rlhf.config.algorithm import Slic
+from rlhf.config.methods.contrast import Slic
 
 
 def slic(settings: Settings) -> Algorithm:

@@ -20,7 +20,7 @@ from rlhf.algorithms.builders import source_pair, with_bonus
 from rlhf.algorithms.contrast import Contrast, Preference
 from rlhf.algorithms.online_dpo import dpo_term, labels
 from rlhf.config import Settings
-from rlhf.config.algorithm import Xpo
+from rlhf.config.methods.contrast import Xpo
 
 
 def xpo(settings: Settings) -> Algorithm:

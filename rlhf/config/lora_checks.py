@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.config.algorithm import AlgorithmSettings, IpoMd, NashEma, NashMd, OwnAlgorithm, Selm, Xpo
+from rlhf.config.algorithm import AlgorithmSettings, OwnAlgorithm
 from rlhf.config.method_checks import changed
+from rlhf.config.methods.contrast import IpoMd, Selm, Xpo
+from rlhf.config.methods.gradient import NashEma, NashMd
 from rlhf.config.policy import PolicySettings
 from rlhf.config.settings import Settings
 

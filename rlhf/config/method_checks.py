@@ -9,20 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rlhf.config.algorithm import (
-    Gradient,
-    IpoMd,
-    NashEma,
-    NashMd,
-    OnlineIpo,
-    OwnAlgorithm,
-    Ppo,
-    Raft,
-    ReinforcePlusPlus,
-    Selm,
-    correction_bounds,
-)
+from rlhf.config.algorithm import OwnAlgorithm
 from rlhf.config.base import Section
+from rlhf.config.methods.contrast import IpoMd, OnlineIpo, Raft, Selm
+from rlhf.config.methods.gradient import Gradient, NashEma, NashMd, Ppo, ReinforcePlusPlus, correction_bounds
 from rlhf.config.settings import Settings
 
 

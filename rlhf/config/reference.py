@@ -17,9 +17,10 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from rlhf.config import yamls
-from rlhf.config.algorithm import METHODS, Gradient
+from rlhf.config.algorithm import METHODS, OwnAlgorithm
 from rlhf.config.base import Section
 from rlhf.config.data import DataSource
+from rlhf.config.methods.gradient import Gradient
 from rlhf.config.reward import MemberSettings, SourceSettings
 from rlhf.config.settings import Settings
 from rlhf.config.sft import SftSettings
@@ -146,7 +147,7 @@ def _algorithm() -> str:
     del fields["name"]
     return "\n".join(
         [
-            f"## `algorithm`\n\n{_summary(Gradient.__module__)}\n",
+            f"## `algorithm`\n\n{_summary(OwnAlgorithm.__module__)}\n",
             "`name` chooses one of these, or your own by its import path, `module:function`, which gets what stands under",
             "`options` (a mapping). `rlhf algorithms NAME` prints the fields of one method.\n",
             "| `name` | Method | Paper |\n| --- | --- | --- |",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from rlhf.config.algorithm import AlgorithmSettings, OnlineDpo
+from rlhf.config.algorithm import AlgorithmSettings
 from rlhf.config.base import Section
 from rlhf.config.checkpoint import CheckpointSettings
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.data import DataSettings
 from rlhf.config.loop import LoopSettings
+from rlhf.config.methods.contrast import OnlineDpo
 from rlhf.config.policy import PolicySettings
 from rlhf.config.reward import RewardSettings
 from rlhf.config.rollout import RolloutSettings

@@ -9,9 +9,10 @@ import torch
 
 from rlhf.algorithms.policy_gradient import PolicyGradient, importance_correction
 from rlhf.config import ConfigError, Settings
-from rlhf.config.algorithm import METHODS, correction_bounds
+from rlhf.config.algorithm import METHODS
 from rlhf.config.checks import largest_assignment
 from rlhf.config.method_checks import UNUSED, method_warnings, used_responses
+from rlhf.config.methods.gradient import correction_bounds
 
 LoadWith = Callable[..., Settings]
 
