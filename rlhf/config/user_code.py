@@ -23,7 +23,10 @@ from rlhf.config.loader import UserError
 
 LONGEST_MESSAGE = 400
 """Characters of an exception's own message that are shown."""
+LONGEST_LINE = 160
+"""Characters of a line of the user's code that are shown."""
 MOST_FRAMES = 5
+TOLD_FRAMES = 3
 INSTALLED = ("site-packages", "dist-packages")
 OURS = __name__.partition(".")[0]
 
@@ -80,9 +83,10 @@ def ends_the_run(raised: BaseException) -> bool:
 
 
 def told(raised: BaseException, function: Any) -> str:
-    """An exception of the user's function in one line: class, message, and the innermost line that is the user's."""
-    theirs = _theirs(raised, module_of(function))
-    return f"{message(raised)} ({_place(*theirs[-1])})" if theirs else message(raised)
+    """An exception of the user's function in one line: class, message, and the lines that are the user's with their places, the innermost
+    first."""
+    theirs = [f"{_place(*one)}: {_source(*one)}" for one in reversed(_theirs(raised, module_of(function)))]
+    return f"{message(raised)} ({'; called at '.join(theirs[:TOLD_FRAMES])})" if theirs else message(raised)
 
 
 def frames(raised: BaseException, module: str) -> str:
@@ -145,4 +149,4 @@ def _place(frame: FrameType, line: int) -> str:
 
 
 def _source(frame: FrameType, line: int) -> str:
-    return linecache.getline(frame.f_code.co_filename, line).strip()
+    return linecache.getline(frame.f_code.co_filename, line).strip()[:LONGEST_LINE]

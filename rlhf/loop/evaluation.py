@@ -61,6 +61,7 @@ def response_rows(judged: Judged, tokenizer: Any) -> list[dict[str, Any]]:
             "response": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
             "reward": outcome.value if isinstance(outcome, Score) else None,
             "outcome": type(outcome).__name__,
+            "reason": getattr(outcome, "reason", None),
             "length": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
             "weight_version": completion.weight_version,

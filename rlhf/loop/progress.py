@@ -58,8 +58,8 @@ def require_rewards(step: int, judged: Sequence[Judged], reward: RewardSettings)
     broken = [outcome for outcome in outcomes if isinstance(outcome, Failed | TimedOut)]
     if len(broken) > reward.max_failed_fraction * len(outcomes):
         raise RewardsFailing(
-            f"step {step}: {len(broken)} of {len(outcomes)} responses got no verdict; the first: {broken[0]}. Nothing was learned from "
-            "this step. Correct the reward (reward.path), or allow more failures with reward.max_failed_fraction."
+            f"step {step}: {len(broken)} of {len(outcomes)} responses got no verdict; the first: {_words(broken[0])}. Nothing was "
+            "learned from this step. Correct the reward (reward.path), or allow more failures with reward.max_failed_fraction."
         )
     require_some_reward(f"step {step}", judged, reward)
 

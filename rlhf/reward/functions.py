@@ -13,7 +13,9 @@ import dis
 import inspect
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rlhf.config.user_code import import_users_module
@@ -22,6 +24,7 @@ from rlhf.types import Prompt
 
 SCORE = ("prompt", "response", "payload")
 COMPARE = ("prompt", "a", "b", "payload")
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 AT_ONCE = {SCORE: "responses", COMPARE: "pairs"}
 """Name of the second parameter of a function that gets all responses, or all pairs of them, in one list."""
 MESSAGES = "messages"
@@ -52,17 +55,19 @@ def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..
         RewardError: the path is malformed, the module, the name or the right parameters are missing, the module raised something, or
             the function has no value to return.
     """
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise RewardError(
-            f"`reward.path`: `{path}` is not an import path. Write `module:name`, e.g. `my_rewards:correctness`."
-        )
+    module_name, _, name = path.partition(":")
+    if not IMPORT_PATH.fullmatch(path) or module_name.endswith(".py"):
+        raise RewardError(f"`reward.path`: `{path}` is not an import path. {_rewritten(module_name, name)}")
     module = import_users_module("reward.path", path, RewardError)
     function = getattr(module, name, None)
     if not callable(function):
         names = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
         raise RewardError(
             f"`reward.path`: `{module_name}` has no function `{name}`. It has: {names or 'no functions'}."
+        )
+    if inspect.isclass(function):
+        raise RewardError(
+            f"`reward.path`: `{path}` is a class. Name a function, or an object of the class that is made in the module and can be called."
         )
     if takes_all(function):
         parameters = ("prompt", AT_ONCE[parameters], "payload")
@@ -74,6 +79,10 @@ def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..
         raise RewardError(
             f"`reward.path`: `{path}` must take {len(parameters)} arguments, ({', '.join(parameters)}); it takes {signature}."
         ) from None
+    if inspect.isasyncgenfunction(function) or (inspect.isgeneratorfunction(function) and not takes_all(function)):
+        raise RewardError(
+            f"`reward.path`: `{path}` is a generator (it has a `yield`), which gives no number. Let it `return` the reward."
+        )
     if _returns_nothing(function):
         code = function.__code__
         raise RewardError(
@@ -81,6 +90,14 @@ def load_function(path: str, parameters: tuple[str, ...] = SCORE) -> Callable[..
             "would get a reward. Let it return a number"
         )
     return function
+
+
+def _rewritten(module: str, name: str) -> str:
+    """How a path that is none may have been meant."""
+    stem = Path(module).stem
+    if module.endswith(".py") and stem.isidentifier() and name.isidentifier():
+        return f"Name the module, not its file: `{stem}:{name}`, and start the run in the folder that holds {stem}.py."
+    return "Write `module:name`, e.g. `my_rewards:correctness`."
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:

@@ -38,7 +38,7 @@ def quits(rollout: Any, feedback: Any, rng: Any) -> Any:
 def test_what_a_builder_raises_drops_the_prompt_and_tells_the_line(builder: Any, words: str) -> None:
     dropped = built(builder)
     assert dropped.reason == "build_failed" and dropped.detail.startswith(words)
-    assert "tests/algorithms/test_building.py:" in dropped.detail and f"in {builder.__name__})" in dropped.detail
+    assert "tests/algorithms/test_building.py:" in dropped.detail and f"in {builder.__name__}: " in dropped.detail
 
 
 @pytest.mark.parametrize(

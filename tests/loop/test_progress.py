@@ -156,7 +156,7 @@ def outcomes(*some: Outcome) -> Any:
         ([Invalid("the verdict is nan")], 0.5, ["none of the 8 responses has a reward: 8 x invalid (the verdict is nan)", "reward.path"]),
         ([Failed("E: x"), TimedOut(2.0)], 1.0, ["4 x failed (E: x); 4 x timed out after 2 s"]),
         ([Failed("E: x"), Invalid("y")], 0.5, ["4 x failed (E: x); 4 x invalid (y)"]),
-        ([Failed("E: x"), Score(1.0)], 0.4, ["4 of 8 responses got no verdict; the first: Failed(reason='E: x')", "max_failed_fraction"]),
+        ([Failed("E: x"), Score(1.0)], 0.4, ["4 of 8 responses got no verdict; the first: failed (E: x)", "max_failed_fraction"]),
     ],
 )  # fmt: skip
 def test_a_step_without_rewards_ends_the_run_before_it_learns(

@@ -120,3 +120,29 @@ decorated = giving_one(forgets)
 
 def raises_only(prompt, response, payload):
     raise NotImplementedError
+
+
+def nested(prompt, response, payload):
+    return looked_up(payload) + 1
+
+
+def looked_up(payload):
+    return payload["anwser"]
+
+
+class Judge:
+    """A class, which a path may not name, and an object that it may."""
+
+    def __call__(self, prompt, response, payload):
+        return 1.0
+
+
+judge = Judge()
+
+
+def yields(prompt, response, payload):
+    yield 1.0
+
+
+async def yields_async(prompt, responses, payload):
+    yield 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_whatever_is_raised_fails_its_own_response(run: Any, function: Any, inli
         assert outcome.reason.startswith(message), outcome
         assert LINE in outcome.reason, outcome
     line = inspect.getsourcelines(raising.score)[1] + 2
-    assert outcomes[1] == Failed(f"KeyError: 'anwser' ({LINE}{line} in score)")
+    assert outcomes[1].reason.startswith(f"KeyError: 'anwser' ({LINE}{line} in score: return payload[\"anwser\"]")
 
 
 def test_an_interrupt_that_the_code_raises_is_an_outcome_and_ctrl_c_is_not(run: Any) -> None:
@@ -154,6 +155,50 @@ def test_a_model_that_raises_stop_iteration_is_not_waited_for(run: Any, inline: 
     with pytest.raises(RuntimeError, match="StopIteration"):
         run(asyncio.wait_for(workplace.run(next, iter(())), 60))
     workplace.close()
+
+
+@IN_THREAD
+def test_an_error_shows_the_users_lines_and_none_of_ours(run: Any, inline: bool) -> None:
+    """Where it was raised, what stands there, and where that was called."""
+    (outcome,) = judged(run, raising.nested, ["x"], inline)
+    place = r"tests/reward/raising\.py:\d+ in"
+    lines = (
+        rf"{place} looked_up: return payload\[\"anwser\"\]; called at {place} nested: return looked_up\(payload\) \+ 1"
+    )
+    expected = rf"KeyError: 'anwser' \({lines}\)"
+    assert isinstance(outcome, Failed) and re.fullmatch(expected, outcome.reason), outcome
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("my.py:score", "Name the module, not its file: `my:score`"),
+        ("./my.py:score", "Name the module, not its file: `my:score`"),
+        ("/home/me/my.py:score", "Name the module, not its file: `my:score`"),
+        ("~/my.py:score", "Name the module, not its file: `my:score`"),
+        (":x", "is not an import path. Write `module:name`"),
+        ("a:", "is not an import path"),
+        ("a:b:c", "is not an import path"),
+        ("..a:b", "is not an import path"),
+        ("a b:c", "is not an import path"),
+        ("a\0:c", "is not an import path"),
+        ("builtins:dict", "is a class"),
+        ("builtins:nothing", "has no function `nothing`"),
+        ("tests.reward.raising:Judge", "is a class"),
+        ("tests.reward.raising:GATE", "has no function `GATE`"),
+        ("tests.reward.raising:yields", "is a generator"),
+        ("tests.reward.raising:yields_async", "is a generator"),
+        ("tests.reward.raising:deeper", r"must take 3 arguments, \(prompt, response, payload\); it takes \(depth\)"),
+    ],
+)
+def test_what_is_no_function_to_judge_with_is_refused(path: str, says: str) -> None:
+    with pytest.raises(RewardError, match=says) as refused:
+        load_function(path)
+    assert str(refused.value).startswith("`reward.path`: ")
+
+
+def test_an_object_that_can_be_called_judges() -> None:
+    assert load_function("tests.reward.raising:judge") is raising.judge
 
 
 # At import, and in an algorithm
