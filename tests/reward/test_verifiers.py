@@ -293,19 +293,6 @@ def test_the_deadline_counts_from_the_question(run, tiny_settings) -> None:
     assert values == [TimedOut(0.3)]
 
 
-def test_a_scorer_that_runs_its_response_is_shut_off(run, tiny_settings) -> None:
-    """reasoning-gym evaluates some answers as Python."""
-    import reasoning_gym
-
-    entry = json.loads(json.dumps(reasoning_gym.create_dataset("spiral_matrix", seed=1, size=1)[0]))
-    payload = {"dataset": "spiral_matrix", "entry": entry}
-    spies = f"[] if __import__('os').path.exists({str(Path(__file__))!r}) else {entry['answer'].split()!r}"
-    free, honest = verified(run, "reasoning_gym", [spies, entry["answer"]], payload, tiny_settings())
-    assert (free, honest) == (0.1, 1.0), (
-        "a list with the right items gets 0.1: it was evaluated, and saw no file of ours"
-    )
-
-
 def test_a_missing_package_is_named(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
     monkeypatch.delitem(__import__("sys").modules, "rlhf.reward.verifiers.mathematics", raising=False)

@@ -1,4 +1,8 @@
-"""`reasoning_gym`: the scorers of the package reasoning-gym, for the tasks that it makes."""
+"""`reasoning_gym`: the scorers of the package reasoning-gym, for the tasks that it makes.
+
+Some of them evaluate answers as Python. Here they do not (`expressions`); and each verdict is made in a process of its own, shut off
+(`worker`, `workers`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from pydantic import Field, field_validator
 from reasoning_gym.factory import DATASETS, get_score_answer_fn
 from reasoning_gym.utils import extract_answer
 
+from rlhf.reward.verifiers.expressions import seal
 from rlhf.reward.verifiers.verifier import Payload, Verifier
+
+seal("reasoning_gym")
 
 BOARDS = ("arc_agi", "rearc")
 """Their scorers compare with tuples, of which JSON has made lists: right answers would get 0.05."""

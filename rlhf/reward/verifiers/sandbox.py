@@ -112,8 +112,8 @@ def require_sandbox() -> None:
 
 
 def start_shut_off(module: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a module of this package shut off, but with its environment's packages, talking over pipes. It has no limits but that
-    on processes. It ends when the returned process is killed, or when the thread ends that called this.
+    """Start a module of this package shut off, but with its environment's packages, talking over pipes. It may have one child, and
+    has no limits of its own. It ends when the returned process is killed, or when the thread ends that called this.
 
     An exit status over 128 stands for a signal.
     """
@@ -121,7 +121,7 @@ def start_shut_off(module: str, *arguments: str) -> subprocess.Popen[str]:
 
     package = os.path.dirname(os.path.realpath(rlhf.__file__))
     argv = [sys.executable, "-B", "-m", module, *arguments]
-    limits = Limits(wall_s=None, cpu_s=None, memory_bytes=None)
+    limits = Limits(wall_s=None, cpu_s=None, memory_bytes=None, processes=2, forks=True)
     environment = ENVIRONMENT | {"PYTHONPATH": os.path.dirname(package)}
     seen = [os.path.realpath(sys.prefix), package]
     plan = _plan(argv, {}, environment, seen, limits) | {"keep": [], "report": None}

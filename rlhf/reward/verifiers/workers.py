@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
-import signal
+import select
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +16,12 @@ from typing import Any
 
 from rlhf.reward.errors import RewardError
 from rlhf.reward.verifiers.sandbox import SandboxError, require_sandbox, start_shut_off
+from rlhf.reward.verifiers.worker import APART
 from rlhf.types import Failed, Invalid, TimedOut
 
 WORKER = "rlhf.reward.verifiers.worker"
-SHUT_OFF = ("reasoning_gym",)
-"""Verifiers that may run a response as Python: their workers see no network, no files and no environment."""
+GRACE_S = 5.0
+"""How much longer a worker may take that ends its own verdicts in time."""
 
 
 class WorkerPool:
@@ -44,7 +45,7 @@ class WorkerPool:
         pool = cls(name, n)
         loop = asyncio.get_running_loop()
         try:
-            if name in (*SHUT_OFF, "code"):
+            if name in (*APART, "code"):
                 await loop.run_in_executor(pool._threads, _require_sandbox, name)
             hired = await asyncio.gather(*(loop.run_in_executor(pool._threads, pool._hire) for _ in range(n)))
         except RewardError:
@@ -112,16 +113,16 @@ def _require_sandbox(name: str) -> None:
 
 
 class _WorkerEnded(Exception):
-    def __init__(self, status: int):
-        self.status = status
-        self.timed_out = status in (-signal.SIGALRM, 128 + signal.SIGALRM)
+    def __init__(self, status: int, timed_out: bool = False):
+        self.status, self.timed_out = status, timed_out
 
 
 class _Worker:
     """One process. Constructing it takes as long as the verifier's packages take to import."""
 
     def __init__(self, name: str):
-        if name in SHUT_OFF:
+        self._grace_s = GRACE_S if name in APART else 0.0
+        if name in APART:
             self._process = start_shut_off(WORKER, name)
         else:
             command = [sys.executable, "-m", WORKER, name]
@@ -136,7 +137,7 @@ class _Worker:
             self.end()
             raise RewardError(first["error"])
 
-    def ask(self, request: dict[str, Any]) -> float | Invalid | Failed:
+    def ask(self, request: dict[str, Any]) -> float | Invalid | Failed | TimedOut:
         """Its verdict.
 
         Raises:
@@ -147,12 +148,19 @@ class _Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise _WorkerEnded(self._process.wait()) from None
-        answer = self._answer()
+        answer = self._answer(request["limit_s"] + self._grace_s)
         if "value" in answer:
             return answer["value"]
+        if "timed_out" in answer:
+            return TimedOut(request["limit_s"])
         return Invalid(answer["invalid"]) if "invalid" in answer else Failed(answer["failed"])
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, limit_s: float | None = None) -> dict[str, Any]:
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        if not poll.poll(None if limit_s is None else limit_s * 1000):
+            self.end()
+            raise _WorkerEnded(self._process.returncode, timed_out=True)
         line = self._process.stdout.readline()
         if not line:
             raise _WorkerEnded(self._process.wait())
