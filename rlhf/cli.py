@@ -55,7 +55,7 @@ def _train(args: argparse.Namespace) -> None:
 
         print(describe(settings, debug=args.debug, resume=args.resume))
         return
-    from rlhf.loop.run import train
+    from rlhf.commands.train import train
     from rlhf.preflight.ready import ready
 
     ready(settings, debug=args.debug, resume=args.resume)  # what cannot work is said before anything starts
@@ -74,7 +74,7 @@ def _sft(args: argparse.Namespace) -> None:
         print(describe_sft(settings, debug=args.debug, resume=args.resume))
         return
     ready_sft(settings, debug=args.debug, resume=args.resume)  # what cannot work is said before anything starts
-    from rlhf.loop.sft import sft
+    from rlhf.commands.train import sft
 
     sft(settings, debug=args.debug, resume=args.resume)
 
@@ -222,18 +222,26 @@ def _generate_best(args: argparse.Namespace) -> None:
         raise UserError("`rlhf generate`: --best-of N says how many responses are sampled. Leave out --n")
     judge = load(args.reward_config)
     from rlhf.commands.best_of import Selection, generate_best
+    from rlhf.commands.export import as_model
     from rlhf.commands.generate import ask
     from rlhf.rollout.sampling import Sampling
 
     sampling = Sampling(n=args.best_of, max_tokens=args.max_tokens, temperature=args.temperature)
-    question = ask(args.model, args.prompts, args.prompt, args.max_tokens, args.template_arguments)
-    generate_best(question, judge, sampling, Selection(args.keep_all, args.at_least), args.out)
+    with as_model(args.model, "MODEL") as model:
+        question = ask(model, args.prompts, args.prompt, args.max_tokens, args.template_arguments)
+        generate_best(question, judge, sampling, Selection(args.keep_all, args.at_least), args.out)
 
 
 def _eval(args: argparse.Namespace) -> None:
     from rlhf.commands.evaluate import evaluate
 
     evaluate(load(args.config, args.overrides), policy=args.policy, baseline=args.baseline, json_path=args.json)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from rlhf.commands.export import export
+
+    print(export(args.checkpoint, args.out, args.model))
 
 
 def _fetch(args: argparse.Namespace) -> None:
@@ -259,6 +267,7 @@ COMMANDS: dict[str, Command] = {
     "algorithms": _algorithms,
     "generate": _generate,
     "eval": _eval,
+    "export": _export,
     "fetch": _fetch,
 }
 

@@ -12,7 +12,7 @@ import pytest
 
 import rlhf.commands.evaluate
 import rlhf.commands.generate
-import rlhf.loop.run
+import rlhf.commands.train
 from rlhf.cli import main
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS
@@ -24,7 +24,7 @@ TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """What three commands were called with."""
     made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    places = {"train": rlhf.loop.run, "generate": rlhf.commands.generate, "evaluate": rlhf.commands.evaluate}
+    places = {"train": rlhf.commands.train, "generate": rlhf.commands.generate, "evaluate": rlhf.commands.evaluate}
     for name, module in places.items():
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, **k: made.append((bound(real, a, k), k)))

@@ -15,6 +15,8 @@ import numpy as np
 
 from rlhf.cluster import RayRuntime, wishes
 from rlhf.cluster.precision import settle
+from rlhf.commands.export import as_model
+from rlhf.commands.progress import Progress
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
@@ -26,6 +28,7 @@ from rlhf.loop.judged import Judged
 from rlhf.loop.progress import require_some_reward
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
+from rlhf.tracking.console import signed
 from rlhf.tracking.report import HeldOut, win_rate
 from rlhf.types import Prompt
 
@@ -37,7 +40,8 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     (`data.too_long: drop`) are asked of neither.
 
     Args:
-        baseline: the model to win against; None: `policy.model` of the settings.
+        policy: a model, or a checkpoint of a run (`commands.export`).
+        baseline: the model or checkpoint to win against; None: `policy.model` of the settings.
         json_path: file for the figures.
 
     Raises:
@@ -48,9 +52,15 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     if settings.reward.compares:
         raise UserError("reward.kind: a pairwise judge scores no lone answer. Name one that scores: model or function")
     baseline = baseline or settings.policy.model
-    asked = held_out_prompts(settings, {"--policy": policy, "--baseline": baseline})
-    ours, theirs = (asyncio.run(_judged_answers(settings, *one)) for one in asked)
-    prompts = asked[0].prompts
+    progress = Progress()
+    with as_model(policy, "--policy") as first, as_model(baseline, "--baseline") as second:
+        asked = held_out_prompts(settings, {"--policy": first, "--baseline": second})
+        prompts = asked[0].prompts
+        progress.say(f"{len(prompts)} held-out prompts are asked of two models, one after the other")
+        ours, theirs = (
+            asyncio.run(_judged_answers(settings, *one, progress.of(role)))
+            for one, role in zip(asked, ("policy", "baseline"), strict=True)
+        )
     both = sum(math.isfinite(a) and math.isfinite(b) for a, b in zip(ours.rewards, theirs.rewards, strict=True))
     if not both:
         raise UserError(
@@ -67,7 +77,9 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
     }
     for role in ("policy", "baseline"):
         means = figures[role]
-        sys.stdout.write(f"{role:9} reward {means['reward']:+.3f}  length {means['length']:.1f}  ({means['model']})\n")
+        sys.stdout.write(
+            f"{role:9} reward {signed(means['reward'])}  length {means['length']:.1f}  ({means['model']})\n"
+        )
     sys.stdout.write(f"win rate  {rate:.3f}  95% interval [{low:.3f}, {high:.3f}] over {both} prompts\n")
     if json_path is not None:
         Path(json_path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -105,14 +117,24 @@ def held_out_prompts(settings: Settings, models: Mapping[str, str]) -> list[Aske
     ]
 
 
-async def _judged_answers(settings: Settings, model: str, prompts: Sequence[Prompt], tokenizer: Any) -> HeldOut:
+async def _judged_answers(
+    settings: Settings, model: str, prompts: Sequence[Prompt], tokenizer: Any, progress: Progress
+) -> HeldOut:
     """The judged answers of one model, from engines and servers of its own. It is whole, whatever was trained in it."""
     policy = settings.policy.model_copy(update={"model": model, "lora": LoraSettings()})
     settings = settings.model_copy(update={"policy": policy})
+    progress.say("starting engines and judges")
     async with engines_and_judges(settings) as (pool, rewards):
-        rollouts = await asyncio.gather(*(pool.sample(prompt, [evaluation_sampling(settings)]) for prompt in prompts))
-        feedbacks = await asyncio.gather(*(rewards.judge(rollout) for rollout in rollouts))
-        judged = [Judged(r, f) for r, f in zip(rollouts, feedbacks, strict=True)]
+        counted = progress.counted(len(prompts), "answered and judged")
+
+        async def answer(prompt: Prompt) -> Judged:
+            rollout = await pool.sample(prompt, [evaluation_sampling(settings)])
+            judged = Judged(rollout, await rewards.judge(rollout))
+            counted()
+            return judged
+
+        progress.say("asking")
+        judged = await asyncio.gather(*(answer(prompt) for prompt in prompts))
         require_some_reward(f"the held-out answers of {model}", judged, settings.reward)
         return held_out(judged, tokenizer)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import settle
+from rlhf.commands.export import as_model
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.data.loading_time import with_startup_deadline
@@ -39,13 +40,17 @@ def generate(
 ) -> None:
     """Print, or write to `out` as JSON lines, `n` responses to each prompt. One engine, in this process.
 
+    Args:
+        model: or a checkpoint of a run (`commands.export`).
+
     Raises:
         UserError: a model or prompt that cannot be used, or `n` > 1 at temperature 0.
     """
     if n > 1 and temperature == 0:
         raise UserError("--n: at temperature 0 all responses are the same. Use --n 1, or a temperature above 0.")
-    question = ask(model, prompts_file, prompts, max_tokens, template_arguments)
-    asyncio.run(_answer(question, Sampling(n=n, max_tokens=max_tokens, temperature=temperature), out))
+    with as_model(model, "MODEL") as folder:
+        question = ask(folder, prompts_file, prompts, max_tokens, template_arguments)
+        asyncio.run(_answer(question, Sampling(n=n, max_tokens=max_tokens, temperature=temperature), out))
 
 
 @dataclass(frozen=True)

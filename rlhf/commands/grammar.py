@@ -22,6 +22,7 @@ from rlhf.config.arguments import (
 MOST_NODES = 256
 """Of `rlhf plan`: it tries every layout, so its time grows with the cluster."""
 MOST_GPUS = 64
+CHECKPOINT = "a step's folder such as runs/x/checkpoints/step-000050, or a run folder"
 MOST_RESPONSES = 4096
 """To one prompt: they are sampled and held together."""
 
@@ -73,6 +74,12 @@ def _parser(reward_training: bool) -> Parser:
     )
     _add_generate(commands)
     _add_eval(commands)
+    export = _add(commands, "export", "turn a checkpoint into a model folder, as a run does with its last one")
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help=f"{CHECKPOINT}, of which the last complete one is taken"
+    )
+    export.add_argument("--out", metavar="DIR", help="folder to write (default: export-STEP in the run folder)")
+    export.add_argument("--model", metavar="MODEL", help="what the run started from, if it has moved since")
     fetch = _add(commands, "fetch", "build or download assets, and print their paths")
     fetch.add_argument("assets", nargs="+", metavar="ASSET", help="such as asset:tiny-llama")
     return parser
@@ -170,7 +177,7 @@ def _add_reward(commands: argparse._SubParsersAction, training: bool) -> None:
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = _add(commands, "generate", "sample responses from a model with the rollout engine")
-    generate.add_argument("model", metavar="MODEL", help="folder, asset or hub name; for example an export")
+    generate.add_argument("model", metavar="MODEL", help=f"folder, asset or hub name, or a checkpoint: {CHECKPOINT}")
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", metavar="FILE", help="file of prompts, as `data.prompts` describes it")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given more than once")
@@ -198,6 +205,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate = _add(commands, "eval", "mean reward, and win rate against a baseline, on held-out prompts")
     _add_configuration(evaluate)
-    evaluate.add_argument("--policy", required=True, metavar="EXPORT", help="the model to evaluate")
-    evaluate.add_argument("--baseline", metavar="MODEL", help="the model to win against (default: policy.model)")
+    evaluate.add_argument(
+        "--policy", required=True, metavar="MODEL", help=f"the model to evaluate, or a checkpoint: {CHECKPOINT}"
+    )
+    evaluate.add_argument(
+        "--baseline", metavar="MODEL", help="the model, or checkpoint, to win against (default: policy.model)"
+    )
     _add_json(evaluate, "figures")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from rlhf.algorithms import Algorithm, make
@@ -47,7 +48,7 @@ from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
 from rlhf.tracking.folder import check_run_folder
-from rlhf.tracking.record import Record, recorded_dtype
+from rlhf.tracking.record import Record, audience_of, recorded_dtype
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.resume import RUN, remembered, run_contents, starting_point
 from rlhf.transfer import TransferSession
@@ -100,10 +101,13 @@ class Training:
 
     async def run(self) -> None:
         """Reserve the devices, start the roles, take the remaining steps, evaluate, export."""
-        with reserved_runtime(self.settings, self.debug) as (runtime, placement):
+        with (
+            closing(audience_of(self.settings)) as audience,
+            reserved_runtime(self.settings, self.debug, partial(audience.tell, "phase")) as (runtime, placement),
+        ):
             before = recorded_dtype(self.settings.run.dir) if self.resume else None
             self.settings, choice = settle(self.settings, runtime, before)
-            with Record(self.settings, self.resume, resolve) as self.record:
+            with Record(self.settings, self.resume, resolve, audience) as self.record:
                 self.record.computes(choice.dtype, choice.why)
                 if placement is not None:
                     self.record.placed(placement.lines())
@@ -112,20 +116,23 @@ class Training:
     async def _train(self, runtime: Runtime) -> None:
         settings = self.settings
         start = self._rewound()
-        async with started_roles(runtime, settings, self.algorithm) as roles:
+        async with started_roles(runtime, settings, self.algorithm, self.record.phase) as roles:
             self.shaping.require_judge(settings.reward, roles.rewards.infos[0].fingerprint)
             self.loop = OnlineLoop(
                 settings, self.algorithm, roles, self.ledger, self.record, self.shaping, self.full_length
             )
             if self.start is not None:
+                self.record.phase(f"loading the checkpoint {self.start.tag}")
                 async with self.loop.policy_turn(publish=False):
                     await roles.policy.load(str(self.checkpoints.folder), self.start.tag)
                 roles.policy.restore(self.start.state["policy"])
+            self.record.phase("publishing the weights to the engines, the first time")
             await self.loop.publish(version=start)
             if self.algorithm.mixes:
                 await self.loop.publish(version=start, half="partner")
             if start == 0:
                 await self._evaluate(0, "before")
+            self.record.phase(f"step {start + 1}")
             for step in range(start + 1, settings.loop.steps + 1):
                 await self._step(step)
             if start == 0 and not self.full_length:  # a trial of the machines need not learn
@@ -134,6 +141,7 @@ class Training:
             async with self.loop.policy_turn(publish=False):
                 await roles.policy.check_anchors()
                 if settings.checkpoint.export:
+                    self.record.phase(f"exporting to {self.record.folder / 'export'}")
                     await roles.policy.export(str((self.record.folder / "export").absolute()))
 
     async def _step(self, step: int) -> None:
@@ -153,6 +161,7 @@ class Training:
         if not self.held_out_prompts:
             return
         loop = self.loop
+        self.record.phase(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
         judged = await loop.sample_and_judge(self.held_out_prompts, [evaluation_sampling(self.settings)], Clock())
         answers = held_out(judged, self.tokenizer)
         kl = await loop.measure(measurable(judged))
@@ -162,6 +171,7 @@ class Training:
 
     async def _save(self, step: int) -> None:
         tag = self.checkpoints.tag(step)
+        self.record.phase(f"saving the checkpoint {tag}")
         async with self.loop.policy_turn():
             written = await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
         state = {"step": step, "ledger": self.ledger.state(), RUN: remembered(self.settings, self.contents)}
@@ -179,12 +189,18 @@ class Training:
 
 
 @contextmanager
-def reserved_runtime(settings: Settings, debug: bool) -> Iterator[tuple[Runtime, Placement | None]]:
+def reserved_runtime(
+    settings: Settings, debug: bool, say: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[Runtime, Placement | None]]:
     """A runtime that holds all that the roles want, and who runs where in it (None in debug mode). Ended on the way out.
+
+    Args:
+        say: told what goes on.
 
     Raises:
         UserError: the cluster cannot hold the roles, or one of its nodes cannot read the models.
     """
+    say("reserving devices")
     runtime = make_runtime(settings, debug)
     try:
         placement = runtime.reserve(wishes(settings))
@@ -195,27 +211,36 @@ def reserved_runtime(settings: Settings, debug: bool) -> Iterator[tuple[Runtime,
 
 
 @asynccontextmanager
-async def started_roles(runtime: Runtime, settings: Settings, algorithm: Algorithm) -> AsyncIterator[Roles]:
-    """All roles, ready and connected; taken down on the way out. The run folder must exist."""
+async def started_roles(
+    runtime: Runtime, settings: Settings, algorithm: Algorithm, say: Callable[[str], None] = lambda _: None
+) -> AsyncIterator[Roles]:
+    """All roles, ready and connected; taken down on the way out. The run folder must exist.
+
+    Args:
+        say: told what goes on.
+    """
     started: list[PolicyGroup | RolloutPool | RewardPool] = []
 
-    async def start(role: Coroutine[Any, Any, Any]) -> Any:
+    async def start(name: str, role: Coroutine[Any, Any, Any]) -> Any:
         started.append(await role)
+        say(f"{name} ready")
         return started[-1]
+
+    say("starting policy, engines and reward")
 
     turns = takes_turns(settings, runtime.local)
     try:
         if settings.checkpoint.every:
             runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
         updates = settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
-        policy_ready = asyncio.ensure_future(start(PolicyGroup.start(runtime, settings, algorithm, updates)))
+        policy_ready = asyncio.ensure_future(start("policy", PolicyGroup.start(runtime, settings, algorithm, updates)))
         if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
             await (await policy_ready).rest()
-        rewards_ready = asyncio.ensure_future(start(RewardPool.start(runtime, settings)))
+        rewards_ready = asyncio.ensure_future(start("reward", RewardPool.start(runtime, settings)))
         if shared_rewards(settings, runtime.local):  # and so must the reward models
             await rewards_ready
         policy, rollouts, rewards = await asyncio.gather(
-            policy_ready, start(RolloutPool.start(runtime, settings, algorithm.mixes)), rewards_ready
+            policy_ready, start("engines", RolloutPool.start(runtime, settings, algorithm.mixes)), rewards_ready
         )
         host, port = await policy.transfer_address()
         session = TransferSession(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from contextlib import closing
 
 from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, Wishes, uses_gpu
 from rlhf.cluster.precision import settle
@@ -14,6 +15,7 @@ from rlhf.data.assets import resolve
 from rlhf.data.conversations import read_examples
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.model_folder import find_model
+from rlhf.tracking.audience import Audience
 from rlhf.tracking.console import SupervisedConsole
 from rlhf.tracking.folder import check_run_folder
 from rlhf.tracking.record import Record, recorded_dtype
@@ -64,35 +66,43 @@ class Tuning:
     async def run(self) -> None:
         """Reserve the devices, start the ranks, take the remaining steps, export."""
         settings = self.settings
-        runtime: Runtime = LocalRuntime() if self.debug else RayRuntime(settings.cluster, settings.policy.ranks)
-        try:
-            placement = runtime.reserve(_wishes(settings))
-            before = recorded_dtype(settings.run.dir) if self.resume else None
-            settings, choice = settle(settings, runtime, before)
-            self.settings = settings
-            if os.path.isdir(settings.policy.model):
-                runtime.check_files({"policy": {"policy.model": os.path.abspath(settings.policy.model)}})
-            console = settings.tracking.console
-            shown = None if console == "off" else SupervisedConsole(self.course.updates)
-            with Record(settings, self.resume, resolve, console=lambda: shown) as record:
-                record.computes(choice.dtype, choice.why)
-                if placement is not None:
-                    record.placed(placement.lines())
-                if settings.checkpoint.every:
-                    runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
-                await self._train(runtime, record)
-        finally:
-            runtime.stop()
+        with closing(Audience(settings.run.dir)) as audience:
+            if settings.tracking.console != "off":
+                audience.join("console", lambda: SupervisedConsole(self.course.updates))
+            audience.tell("phase", "reserving devices")
+            runtime: Runtime = LocalRuntime() if self.debug else RayRuntime(settings.cluster, settings.policy.ranks)
+            try:
+                await self._run(runtime, audience)
+            finally:
+                runtime.stop()
+
+    async def _run(self, runtime: Runtime, audience: Audience) -> None:
+        placement = runtime.reserve(_wishes(self.settings))
+        before = recorded_dtype(self.settings.run.dir) if self.resume else None
+        settings, choice = settle(self.settings, runtime, before)
+        self.settings = settings
+        if os.path.isdir(settings.policy.model):
+            runtime.check_files({"policy": {"policy.model": os.path.abspath(settings.policy.model)}})
+        with Record(settings, self.resume, resolve, audience) as record:
+            record.computes(choice.dtype, choice.why)
+            if placement is not None:
+                record.placed(placement.lines())
+            if settings.checkpoint.every:
+                runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
+            await self._train(runtime, record)
 
     async def _train(self, runtime: Runtime, record: Record) -> None:
         settings = self.settings
         learner, updates = NextToken(settings.policy), self.course.updates
+        record.phase("starting the policy")
         group = await SupervisedGroup.start(
             runtime, learner, settings.policy, settings.cluster, settings.run.seed, updates
         )
         held_out = None if self.held_out is None else Conversations(self.held_out, settings.run.seed)
+        record.phase("the policy is ready")
         await train(group, self.course, record, self._saving(), held_out, settings.training.eval_every)
         if settings.checkpoint.export:
+            record.phase(f"exporting to {record.folder / 'export'}")
             await group.export(str((record.folder / "export").absolute()))
         await group.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -20,6 +20,10 @@ from rlhf.config import Settings
 # The phases of a step with the colours of their part of the bar.
 PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "sync": "green"}
 BAR_WIDTH = 48
+PROMPT_CHARACTERS, RESPONSE_CHARACTERS = 80, 200
+"""How much is shown of a sample."""
+SAMPLES = 10
+"""How many are shown of a run, besides the first and the last."""
 
 Line = Mapping[str, Any]
 
@@ -86,11 +90,50 @@ def evaluation_text(line: Line) -> str:
     )
 
 
-class PlainConsole:
-    """One line per step, for logs and pipes."""
+def sample_text(row: Line) -> str:
+    """One response in one line of plain text, shortened, and without what would steer the terminal."""
+    reward = row.get("reward")
+    verdict = row.get("outcome", "-") if reward is None else f"reward {signed(reward)}"
+    return f"   sample  {readable(row['prompt'], PROMPT_CHARACTERS)} -> {readable(row['response'], RESPONSE_CHARACTERS)}  [{verdict}]"
+
+
+def readable(text: str, most: int) -> str:
+    """On one line of at most `most` characters; what is not printable is escaped."""
+    line = " ".join(text[: 4 * most].split())
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def shows_sample(step: int, steps: int) -> bool:
+    """The first step, the last, and about ten in between."""
+    return step in (1, steps) or step % max(1, -(-steps // SAMPLES)) == 0
+
+
+class _Lines:
+    """One line per event, for logs and pipes."""
 
     def __init__(self, steps: int):
-        self._steps = steps
+        self._steps, self._began = steps, time.monotonic()
+
+    def phase(self, text: str) -> None:
+        """With the seconds since the beginning."""
+        print(phase_text(time.monotonic() - self._began, text), flush=True)
+
+    def samples(self, step: int, rows: Sequence[Line]) -> None:
+        if rows and shows_sample(step, self._steps):
+            print(sample_text(rows[0]), flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def phase_text(seconds: float, text: str) -> str:
+    """What the run does from now on, in one line."""
+    return f"{seconds:6.0f} s  {text}"
+
+
+class PlainConsole(_Lines):
+    """One line per step of the online loop."""
 
     def step(self, line: Line) -> None:
         print(step_text(line, self._steps), flush=True)
@@ -98,24 +141,15 @@ class PlainConsole:
     def evaluation(self, line: Line) -> None:
         print(evaluation_text(line), flush=True)
 
-    def close(self) -> None:
-        """Nothing is open."""
 
-
-class SupervisedConsole:
+class SupervisedConsole(_Lines):
     """One line per step of a supervised training, on a terminal too: there is one number to watch."""
-
-    def __init__(self, steps: int):
-        self._steps = steps
 
     def step(self, line: Line) -> None:
         print(supervised_text(line, self._steps), flush=True)
 
     def evaluation(self, line: Line) -> None:
         print(f"held-out, after step {line['step']}:  loss {_number(line, 'heldout/loss', '.4f')}", flush=True)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 class LiveConsole:
@@ -138,14 +172,26 @@ class LiveConsole:
         self._last: Line | None = None
         self._first_reward: float | None = None
         self._evaluation: Line | None = None
-        self._since = time.monotonic()
+        self._steps = steps
+        self._phase = "starting"
+        self._began = self._since = time.monotonic()
         self._live = Live(
             get_renderable=self._draw, console=console or Console(), refresh_per_second=2, transient=False
         )
         self._live.start()
 
+    def phase(self, text: str) -> None:
+        self._phase, self._since = text, time.monotonic()
+        self._live.console.print(
+            phase_text(self._since - self._began, text), style="dim", markup=False, highlight=False
+        )
+
+    def samples(self, step: int, rows: Sequence[Line]) -> None:
+        if rows and shows_sample(step, self._steps):
+            self._live.console.print(sample_text(rows[0]), markup=False, highlight=False)
+
     def step(self, line: Line) -> None:
-        self._last, self._since = line, time.monotonic()
+        self._last, self._since, self._phase = line, time.monotonic(), f"step {line['step'] + 1}"
         if self._first_reward is None:
             self._first_reward = line.get("reward/mean")
         self._progress.update(self._task, completed=line["step"])
@@ -160,22 +206,26 @@ class LiveConsole:
         """Leave the last picture on the terminal."""
         self._live.stop()
 
+    def _now(self) -> str:
+        return f"{self._phase}, for {time.monotonic() - self._since:.0f} s"
+
     def _draw(self) -> Panel:
         if self._last is None:
-            body: Any = Text(f"starting, or in the first step, for {time.monotonic() - self._since:.0f} s", style="dim")
+            body: Any = Text(self._now(), style="dim")
             return Panel(Group(self._progress, body), title=self._title)
         line = self._last
         table = Table.grid(padding=(0, 3))
-        start = "" if self._first_reward is None else f"  (first step {_signed(self._first_reward)})"
+        start = "" if self._first_reward is None else f"  (first step {signed(self._first_reward)})"
         table.add_row("reward", _reward(line) + start, "KL", _number(line, "policy/kl", ".4f"))
         table.add_row(
             "tokens/s",
             _number(line, "throughput/tokens_per_s", ".0f"),
             "step",
-            f"{_number(line, 'time/step', '.1f')} s, this one for {time.monotonic() - self._since:.0f} s",
+            f"{_number(line, 'time/step', '.1f')} s",
         )
         if left := left_out(line):
             table.add_row("without", ", ".join(f"{what} {count}" for what, count in left.items()))
+        table.add_row("now", Text(self._now()))
         if self._evaluation is not None:
             held_out = f"{_reward(self._evaluation)} after step {self._evaluation['step']}"
             table.add_row("held-out reward", held_out)
@@ -194,10 +244,10 @@ def split_bar(line: Line) -> Text:
 
 def _reward(line: Line) -> str:
     value = line.get("reward/mean")
-    return "-" if value is None else _signed(value)
+    return "-" if value is None else signed(value)
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     """Three decimals, or three significant digits where these would show little or nothing of it."""
     return format(value, "+.3f" if value == 0 or abs(value) >= 0.1 else "+.3g")
 

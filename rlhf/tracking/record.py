@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -23,22 +23,13 @@ from rlhf.config import Settings, show, yamls
 from rlhf.config.loader import UserError
 from rlhf.config.sft import SftSettings
 from rlhf.tracking import manifest
+from rlhf.tracking.audience import Audience
 from rlhf.tracking.console import make_console
 from rlhf.tracking.folder import check_run_folder
 from rlhf.tracking.jsonl import JsonLines
 from rlhf.tracking.wandb import Wandb
 
 log = logging.getLogger(__name__)
-
-
-class Listener(Protocol):
-    """Somebody who is told of each line after it was written. Whatever it raises cannot stop the run."""
-
-    def step(self, line: Mapping[str, Any]) -> None: ...
-
-    def evaluation(self, line: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Record:
@@ -54,14 +45,14 @@ class Record:
         settings: Settings | SftSettings,
         resume: bool,
         resolve: Callable[[str], str] = str,
-        console: Callable[[], Listener | None] | None = None,
+        audience: Audience | None = None,
     ):
         """Create the run folder, or open it again.
 
         Args:
             resume: continue the run that the folder holds; call `rewind` next.
             resolve: turns a data path of the settings into a file (for the data hashes of the manifest).
-            console: makes what shows the run on the terminal; None: the online loop's.
+            audience: who is told besides Weights & Biases; None: the online loop's console.
 
         Raises:
             UserError: the folder holds a run and `resume` is False, or holds none and it is True, or cannot be written.
@@ -82,9 +73,8 @@ class Record:
                 "Set run.dir to a folder on a disk with free space that you may write to."
             ) from error
         self._failed_files: set[str] = set()
-        self._listeners: dict[str, Listener] = {}
-        self._listen("console", console or (lambda: make_console(settings)))
-        self._listen(
+        self._audience = audience or audience_of(settings)
+        self._audience.join(
             "wandb", lambda: Wandb(settings, self.folder, self.run_id) if settings.tracking.wandb != "off" else None
         )
 
@@ -92,18 +82,23 @@ class Record:
         """Record the metrics of a training step (1-based), and what a person should be told of it."""
         line = _line(step, metrics, warnings)
         self._append("metrics", line)
-        self._tell("step", line)
+        self._audience.tell("step", line)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics on held-out prompts, measured after `step` steps (0: before training)."""
         line = _line(step, metrics)
         self._append("evaluations", line)
-        self._tell("evaluation", line)
+        self._audience.tell("evaluation", line)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record what the policy wrote in a step: one line per row, with `step` put before the row's own fields."""
         for row in rows:
             self._append("samples", {"step": step} | dict(row))
+        self._audience.tell("samples", step, rows)
+
+    def phase(self, text: str) -> None:
+        """Tell what the run does from now on. It is not written down."""
+        self._audience.tell("phase", text)
 
     def placed(self, lines: Sequence[str]) -> None:
         """Note in manifest.json which actors run on which node in this start of the run, one line per node."""
@@ -140,8 +135,7 @@ class Record:
 
     def close(self) -> None:
         """Let the console and Weights & Biases finish. The files need no closing. Safe to call twice."""
-        self._tell("close")
-        self._listeners.clear()
+        self._audience.close()
 
     def __enter__(self) -> Record:
         return self
@@ -175,24 +169,12 @@ class Record:
                     "%s: a line was lost (%s); training goes on", self._files[name].path, error.strerror or error
                 )
 
-    def _listen(self, name: str, make: Callable[[], Listener | None]) -> None:
-        listener = self._guard(name, make)
-        if listener is not None:
-            self._listeners[name] = listener
 
-    def _tell(self, event: str, *arguments: Any) -> None:
-        for name, listener in list(self._listeners.items()):
-            self._guard(name, lambda: getattr(listener, event)(*arguments))  # noqa: B023 (called at once)
-
-    def _guard(self, name: str, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except Exception as error:  # noqa: BLE001 - whatever a logger's library raises, training must not stop for it
-            self._listeners.pop(name, None)
-            log.warning(
-                "%s failed and is off for the rest of this run (the files in %s go on): %r", name, self.folder, error
-            )
-            return None
+def audience_of(settings: Settings) -> Audience:
+    """The online loop's console, as `tracking.console` asks for it."""
+    audience = Audience(settings.run.dir)
+    audience.join("console", lambda: make_console(settings))
+    return audience
 
 
 def recorded_dtype(folder: str) -> Any:

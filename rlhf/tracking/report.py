@@ -207,7 +207,7 @@ def write_summary(run_dir: Path, comparison: Comparison, seconds: float, steps: 
 
 
 def plot(run_dir: Path | str) -> Path:
-    """Draw reward and KL over the steps of a run into `curve.png` in its folder, and return that path.
+    """Draw reward and KL of a run, or the loss of a supervised one, over its steps into `curve.png` in its folder; returns that path.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -227,18 +227,14 @@ def plot(run_dir: Path | str) -> Path:
         raise UserError(f"{folder}: metrics.jsonl has no step yet, so there is no curve to draw")
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    reward, kl = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    _draw(reward, steps, "reward/mean", color="C0", alpha=0.35, linewidth=1, label="training prompts, each step")
-    smooth = [{"step": line["step"], "smooth": value} for line, value in zip(steps, _smoothed(steps), strict=True)]
-    _draw(reward, smooth, "smooth", color="C0", linewidth=2, label="smoothed")
-    _draw(reward, evaluations, "reward/mean", color="C1", marker="o", linewidth=1.5, label="held-out prompts")
-    reward.set_ylabel("mean reward")
-    reward.set_title(f"{folder.resolve().name}: reward and distance from the start", loc="left")
-    _draw(kl, steps, "policy/kl", color="C2", linewidth=1.5, label="training prompts")
-    _draw(kl, evaluations, "policy/kl", color="C1", marker="o", linewidth=1.5, label="held-out prompts")
-    kl.set_ylabel("KL per token (nats)")
-    kl.set_xlabel("step")
-    for axes in (reward, kl):
+    panels = (
+        _draw_losses(figure, steps, evaluations)
+        if "train/loss" in steps[-1]
+        else _draw_online(figure, steps, evaluations)
+    )
+    panels[0].set_title(f"{folder.resolve().name}: {panels[0].get_ylabel()} over the steps", loc="left")
+    panels[-1].set_xlabel("step")
+    for axes in panels:
         axes.grid(alpha=0.25)
         if axes.lines:
             axes.legend(frameon=False)
@@ -246,6 +242,29 @@ def plot(run_dir: Path | str) -> Path:
     path = folder / "curve.png"
     figure.savefig(path)
     return path
+
+
+def _draw_online(figure: Any, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[Any]:
+    """Reward, and below it the distance from the start. Returns the panels."""
+    reward, kl = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    _draw(reward, steps, "reward/mean", color="C0", alpha=0.35, linewidth=1, label="training prompts, each step")
+    smooth = [{"step": line["step"], "smooth": value} for line, value in zip(steps, _smoothed(steps), strict=True)]
+    _draw(reward, smooth, "smooth", color="C0", linewidth=2, label="smoothed")
+    _draw(reward, evaluations, "reward/mean", color="C1", marker="o", linewidth=1.5, label="held-out prompts")
+    reward.set_ylabel("mean reward")
+    _draw(kl, steps, "policy/kl", color="C2", linewidth=1.5, label="training prompts")
+    _draw(kl, evaluations, "policy/kl", color="C1", marker="o", linewidth=1.5, label="held-out prompts")
+    kl.set_ylabel("KL per token (nats)")
+    return [reward, kl]
+
+
+def _draw_losses(figure: Any, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[Any]:
+    """The loss of a supervised training. Returns the panel."""
+    loss = figure.subplots()
+    _draw(loss, steps, "train/loss", color="C0", linewidth=1, label="training examples, each step")
+    _draw(loss, evaluations, "heldout/loss", color="C1", marker="o", linewidth=1.5, label="held-out examples")
+    loss.set_ylabel("loss per token (nats)")
+    return [loss]
 
 
 def _draw(axes: Any, lines: Sequence[dict[str, Any]], name: str, **style: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class Wandb:
         """Send held-out metrics under `eval/`."""
         values = {name if name == "step" else f"eval/{name}": value for name, value in _numbers(line).items()}
         self._put(lambda run: run.log(values))
+
+    def phase(self, text: str) -> None:
+        """Not sent."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Not sent: they stay in the run folder."""
 
     def close(self) -> None:
         """Send what is left and end the W&B run."""

@@ -29,15 +29,18 @@ def write(value: Any, file: Path) -> str:
     return sha256(file)
 
 
-def read(file: Path, map_location: Any = None) -> Any:
+def read(file: Path, map_location: Any = None, mmap: bool = False) -> Any:
     """The tensors and plain values of a file.
+
+    Args:
+        mmap: read a tensor's bytes when it is used, not before.
 
     Raises:
         UserError: the file is damaged, or holds something else, which is not executed.
     """
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(file, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: the file is damaged, or no checkpoint of a run: it cannot be read without executing code that it names, which is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_only_prompts_with_a_reward_for_both_answers_are_compared(
     async def answered(settings: Any, model: str, *_: Any) -> HeldOut:
         return HeldOut([""] * 3, [""] * 3, judged[model], [1] * 3)
 
+    monkeypatch.setattr(evaluate, "as_model", lambda name, _: nullcontext(name))
     monkeypatch.setattr(evaluate, "held_out_prompts", lambda *_: [Asked(model, [None] * 3, None) for model in judged])
     monkeypatch.setattr(evaluate, "_judged_answers", answered)
     settings = tiny_settings(data={"eval_prompts": "unused.jsonl"})

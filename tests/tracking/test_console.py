@@ -16,6 +16,8 @@ from rlhf.tracking.console import (
     PlainConsole,
     SupervisedConsole,
     make_console,
+    sample_text,
+    shows_sample,
     split_bar,
     step_text,
     time_split,
@@ -117,9 +119,42 @@ def test_the_live_picture_shows_the_run() -> None:
         "generate 40%",
         "loss is nan",
         "dropped 2",
+        "step 4, for 0 s",
     ):
         assert part in text
     assert "held-out reward" in text
+
+
+HOSTILE = {"prompt": "[red]say\nit[/red]", "response": "a\x1b[2Jb\u202e " + "long " * 200, "reward": 0.001234}
+
+
+def test_a_sample_is_one_short_line_that_steers_no_terminal() -> None:
+    text = sample_text(HOSTILE)
+    assert text.startswith("   sample  [red]say it[/red] -> a\\x1b[2Jb\\u202e long")
+    assert text.endswith("...  [reward +0.00123]") and len(text) < 330 and text.isprintable()
+    assert sample_text(HOSTILE | {"reward": None, "outcome": "Invalid"}).endswith("[Invalid]")
+    assert len(sample_text({"prompt": "\x00" * 10**6, "response": "\x00" * 10**6})) < 330
+
+
+def test_samples_are_shown_at_the_start_at_the_end_and_now_and_then() -> None:
+    assert [step for step in range(1, 6) if shows_sample(step, 5)] == [1, 2, 3, 4, 5]
+    assert [step for step in range(1, 101) if shows_sample(step, 100)] == [1, *range(10, 101, 10)]
+    assert [step for step in range(1, 26) if shows_sample(step, 25)] == [1, 3, 6, 9, 12, 15, 18, 21, 24, 25]
+
+
+@pytest.mark.parametrize("kind", ["plain", "live"])
+def test_phases_and_samples_are_shown(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = io.StringIO()
+    live = kind == "live"
+    console = LiveConsole(9, "run", Console(file=screen, force_terminal=True, width=400)) if live else PlainConsole(9)
+    console.phase("starting [policy]")
+    console.samples(1, [HOSTILE])
+    console.samples(2, [])
+    console.close()
+    shown = screen.getvalue() if live else capsys.readouterr().out
+    assert "0 s  starting [policy]" in shown
+    assert "[red]say it[/red] -> a\\x1b[2Jb" in shown
+    assert not live or "starting [policy], for 0 s" in shown, "what goes on has a running clock"
 
 
 def test_plain_lines_come_from_the_record(
