@@ -45,7 +45,8 @@ class LoraSettings(Section):
 
 class PolicySettings(Section):
     model: PathText = Field(
-        description="Folder or hub name of a causal language model in Hugging Face format; also the fixed reference.",
+        description="Folder or hub name (`OWNER/NAME`, or `OWNER/NAME@REVISION`) of a causal language model in Hugging Face format; also "
+        "the fixed reference.",
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",

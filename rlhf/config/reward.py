@@ -36,9 +36,9 @@ class SourceSettings(Section):
     )
     path: PathText | None = Field(
         None,
-        description="For a function its import path, `module:name`; for a model its folder (a transformers sequence "
-        "classifier, or what `rlhf reward train` writes); for a verifier its name; for an LLM judge the model's folder, or, with `url`, "
-        "the name that the endpoint knows it by.",
+        description="For a function its import path, `module:name`; for a model its folder or hub name, as `policy.model` "
+        "(a transformers sequence classifier, or what `rlhf reward train` writes); for a verifier its name; for an LLM judge the model's "
+        "folder or hub name, or, with `url`, the name that the endpoint knows it by.",
     )
     url: str | None = Field(
         None,
