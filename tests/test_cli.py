@@ -38,7 +38,7 @@ def bound(real: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
 
 
 def test_train_takes_overrides_before_and_after_options(calls: list) -> None:
-    assert main(["train", TINY, "loop.steps=3", "--debug", "loop.steps=4", "run.seed=9"]) == 0
+    assert main(["train", TINY, "loop.steps=3", "--debug", "loop.steps=4", "run.seed=9", "run.dir=runs/none-here"]) == 0
     ((settings,), options) = calls[0]
     assert isinstance(settings, Settings)
     assert (settings.loop.steps, settings.run.seed) == (4, 9)
@@ -54,7 +54,7 @@ def test_eval_and_generate_reach_the_loop(calls: list) -> None:
 
 
 def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], calls: list) -> None:
-    assert main(["train", TINY, "--dry-run", "loop.steps=3"]) == 0
+    assert main(["train", TINY, "--dry-run", "loop.steps=3", "run.dir=runs/none-here"]) == 0
     assert "3 steps" in capsys.readouterr().out
     assert not calls
 

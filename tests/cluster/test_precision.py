@@ -89,7 +89,12 @@ def test_what_is_given_is_not_asked_about() -> None:
 
 
 def test_the_type_is_shown_with_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = [str(CONFIGS / "tiny.yaml"), "policy.dtype=auto", "policy.learning_rate={bf16: 2e-4, fp32: 1e-4}"]
+    tiny = [
+        str(CONFIGS / "tiny.yaml"),
+        "policy.dtype=auto",
+        "policy.learning_rate={bf16: 2e-4, fp32: 1e-4}",
+        "run.dir=runs/no",
+    ]
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     words = "(this machine: ATEN_CPU_CAPABILITY=avx2)"
     assert main(["config", "show", *tiny]) == 0
