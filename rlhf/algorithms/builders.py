@@ -81,7 +81,7 @@ def all_pairs(rollout: Rollout, feedback: Feedback, rng: random.Random, labels: 
     made = [_pair(rollout, feedback, i, j, lead(feedback, i, j), labels, rng) for i, j in _compared(feedback)]
     kept = [one for one in made if not isinstance(one, Dropped)]
     if not kept:
-        return made[0] if made else Dropped("too_few_scores")
+        return next((one for one in made if isinstance(one, Dropped)), Dropped("too_few_scores"))
     return tuple(TrainingItem(one.members, one.coefficients, one.target, 1.0 / len(kept)) for one in kept)
 
 

@@ -54,7 +54,7 @@ def rows() -> list[Row]:
 def describe(algorithm: Algorithm) -> Row:
     """An algorithm's choices in words."""
     objective = algorithm.objective
-    direct = isinstance(objective, Preference)
+    direct = objective if isinstance(objective, Preference) else None
     partner = "reference" if algorithm.partner is None else "partner"
     written = [_source(source, partner) for source in algorithm.sources]
     if algorithm.dataset_pairs:
@@ -64,17 +64,21 @@ def describe(algorithm: Algorithm) -> Row:
         sources=", ".join(written),
         feedback="scores or pairwise" if algorithm.judged else "data set's order",
         builder=_builder(algorithm.build),
-        score=_score(objective) if direct else NONE,
-        link=" + ".join(_link(term) for term in objective.terms) if direct else NONE,
+        score=_score(direct) if direct else NONE,
+        link=" + ".join(_link(term) for term in direct.terms) if direct else NONE,
         anchor=_anchor(algorithm),
-        estimator=NONE if direct else _estimator(objective),
+        estimator=NONE if isinstance(objective, Preference) else _estimator(objective),
     )
 
 
 def _defaults(name: str) -> Settings:
     """Settings whose every field is at its default; the three required ones name things that nobody opens."""
-    nowhere = {"data": {"prompts": "none"}, "policy": {"model": "none"}, "reward": {"path": "none:none"}}
-    return Settings(**nowhere, algorithm=METHODS[name](name=name))
+    nowhere: dict[str, Any] = {
+        "data": {"prompts": "none"},
+        "policy": {"model": "none"},
+        "reward": {"path": "none:none"},
+    }
+    return Settings.model_validate({**nowhere, "algorithm": {"name": name}})
 
 
 def _source(source: Source, partner: str) -> str:

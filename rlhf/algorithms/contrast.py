@@ -55,11 +55,16 @@ class Preference:
 class Batch(Protocol):
     """The part of a packed micro-batch (`rlhf.training.packing.Experience`) that the loss needs."""
 
-    response: torch.Tensor
-    coefficients: torch.Tensor
-    target: torch.Tensor
-    weight: torch.Tensor
-    term: torch.Tensor
+    @property
+    def response(self) -> torch.Tensor: ...
+    @property
+    def coefficients(self) -> torch.Tensor: ...
+    @property
+    def target(self) -> torch.Tensor: ...
+    @property
+    def weight(self) -> torch.Tensor: ...
+    @property
+    def term(self) -> torch.Tensor: ...
 
 
 def response_sums(values: torch.Tensor, response: torch.Tensor, n_responses: int, reduce: str) -> torch.Tensor:

@@ -80,7 +80,7 @@ async def together(*calls: Awaitable[Any]) -> list[Any]:
         done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             break
-        errors += [task.exception() for task in tasks if task in done and task.exception() is not None]
+        errors += [error for task in tasks if task in done and (error := task.exception()) is not None]
         if errors and end is None:
             end = clock() + DEATH_NOTICE_S
     for task in waiting:  # nobody will ask for their errors

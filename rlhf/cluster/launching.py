@@ -7,6 +7,7 @@ and ends none; that is the script's business.
 from __future__ import annotations
 
 import argparse
+import logging
 import socket
 import sys
 import time
@@ -90,7 +91,7 @@ def _wait_for_nodes(address: str, nodes: int, deadline_s: float) -> None:
     import ray
 
     wait_for_head(address, deadline_s)
-    ray.init(address=address, log_to_driver=False, logging_level="warning")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         wait_for_nodes(nodes, deadline_s, lambda: [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]])
     finally:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rlhf.cluster.wishes import Node, Wishes
+from rlhf.config.cluster import Role
 
 DEAD_ENDS = 20_000
 """After so many the search gives up: a second or so."""
@@ -65,7 +66,8 @@ class _Search:
         self._sums = [(0, 0, 0, 0)]
         for node in reversed(nodes):
             offers = (self._places(node, "policy", 1), self._places(node, "rollout", size), node.gpus, node.cpus)
-            self._sums.append(tuple(a + b for a, b in zip(offers, self._sums[-1], strict=True)))
+            ranks, engines, gpus, cpus = (a + b for a, b in zip(offers, self._sums[-1], strict=True))
+            self._sums.append((ranks, engines, gpus, cpus))
         self._sums.reverse()
         self._most_ranks = max((self._places(node, "policy", 1) for node in nodes), default=0)
 
@@ -117,11 +119,11 @@ class _Search:
                 part, more = divmod(left, policy_nodes)
                 wanted = [part + 1, part] if 0 < more < policy_nodes else [part]
             else:
-                wanted = range(min(left, most), 0, -1)
+                wanted = list(range(min(left, most), 0, -1))
             yield from (count for count in wanted if 0 < count <= most)
         yield 0
 
-    def _places(self, node: Node, role: str, size: int) -> int:
+    def _places(self, node: Node, role: Role, size: int) -> int:
         if not self._wishes.allowed(role, node):
             return 0
         return min(node.gpus // size, node.cpus) if self._wishes.gpu else node.cpus

@@ -102,7 +102,7 @@ class RayRuntime:
                 f"{', '.join(idle)}. Set `cluster.device` to cuda or cpu"
             )
         placement = place(wishes, nodes)
-        self._reservation = Reservation(placement, settings.placement_deadline_s, settings.startup_deadline_s)
+        self._reservation = Reservation(placement, settings.placement_deadline_s, settings.startup_s)
         return placement
 
     def check_files(self, files: Files) -> None:
@@ -122,7 +122,7 @@ class RayRuntime:
             variables |= self._reservation.env(name)
             if SHARED_BY in variables:
                 variables[SHARED_BY] = str(len(self._reservation.placement.neighbours(name)))
-        actor = self._ray.remote(cls).options(**options, runtime_env={"env_vars": variables}).remote(*args)
+        actor: Any = self._ray.remote(cls).options(**options, runtime_env={"env_vars": variables}).remote(*args)
         self._actors.append(actor)
         return RayHandle(name, actor)
 

@@ -119,7 +119,7 @@ def pack(settings: Settings | SftSettings, files: list[Path], folder: Path) -> N
 
 
 def _files(settings: Settings | SftSettings, here: Path) -> Iterator[Path]:
-    named = {f"data.{field}": name for field, name in settings.data.files().items()}
+    named: dict[str, str | None] = {f"data.{field}": name for field, name in settings.data.files().items()}
     if isinstance(settings, Settings):
         named |= _reward_files(settings.reward)
     for field, name in named.items():

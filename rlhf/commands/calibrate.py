@@ -58,7 +58,7 @@ def calibrate(settings: Settings, samples: int, output: str | None) -> None:
             f"`reward.kind: {settings.reward.kind}` compares responses, and there are no scores to calibrate. Choose a kind that scores"
         )
     tokenizer = load_tokenizer(find_model(settings.policy.model, "`policy.model`", weights=False))
-    prompts = load_prompts(settings.data.prompts, tokenizer, settings.data)
+    prompts: Sequence[Prompt] = load_prompts(settings.data.prompts, tokenizer, settings.data)
     if members_need_references(settings.reward) and settings.data.eval_prompts is not None:
         held_out = load_prompts(settings.data.eval_prompts, tokenizer, settings.data)
         asked = [*prompts, *held_out[: settings.loop.eval_limit]]

@@ -68,7 +68,7 @@ def evaluate(settings: Settings, policy: str, baseline: str | None, json_path: s
             "no win rate. Give more prompts, or a reward that has a value for more answers"
         )
     rate, (low, high) = win_rate(theirs.rewards, ours.rewards)
-    figures = {
+    figures: dict[str, Any] = {
         "prompts": len(prompts),
         "policy": _means(policy, ours),
         "baseline": _means(baseline, theirs),

@@ -90,6 +90,7 @@ def ask(
     settings = Settings.model_validate(
         {"data": data, "policy": {"model": model}, "rollout": {"max_tokens": max_tokens}}
     )
+    asked: Sequence[Prompt]
     if prompts_file is not None:
         asked = load_prompts(settings.data.prompts, tokenizer, settings.data)
     else:

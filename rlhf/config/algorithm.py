@@ -6,7 +6,7 @@ unknown key. Defaults are the paper's where it names one; docs/algorithms/ says 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args
 
 from pydantic import Discriminator, Field, Tag
 
@@ -38,7 +38,7 @@ class OwnAlgorithm(Section):
 
 
 METHODS: dict[str, type[Section]] = {
-    cls.model_fields["name"].annotation.__args__[0]: cls
+    get_args(cls.model_fields["name"].annotation)[0]: cls
     for cls in (
         OnlineDpo,
         Rdpo,
@@ -72,7 +72,10 @@ def tag(value: Any) -> str | None:
     return OWN if ":" in name else name if name in METHODS else None
 
 
-AlgorithmSettings = Annotated[
-    Union[tuple(Annotated[cls, Tag(name)] for name, cls in (METHODS | {OWN: OwnAlgorithm}).items())],  # noqa: UP007 - computed
-    Discriminator(tag),
-]
+if TYPE_CHECKING:
+    AlgorithmSettings: TypeAlias = Any  # which class it is, is known where a method is known
+else:
+    AlgorithmSettings = Annotated[
+        Union[tuple(Annotated[cls, Tag(name)] for name, cls in (METHODS | {OWN: OwnAlgorithm}).items())],  # noqa: UP007 - computed
+        Discriminator(tag),
+    ]

@@ -42,3 +42,10 @@ class Section(BaseModel):
     """A section of the configuration. Frozen: settings are decided once, when the file is loaded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+def section_class(tree: type[Section], name: str) -> type[Section]:
+    """The class of a section inside another."""
+    kind = tree.model_fields[name].annotation
+    assert isinstance(kind, type) and issubclass(kind, Section)
+    return kind

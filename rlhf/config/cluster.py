@@ -70,3 +70,9 @@ class ClusterSettings(Section):
     publish_deadline_s: float = Field(
         600.0, ge=MIN_S, le=MAX_S, description="Longest wait for a weight transfer, in seconds."
     )
+
+    @property
+    def startup_s(self) -> float:
+        """`startup_deadline_s` in seconds; `rlhf.data.loading_time` has put a number for `auto`."""
+        assert self.startup_deadline_s != "auto", "with_startup_deadline comes before any actor"
+        return self.startup_deadline_s

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rlhf.config.loader import command_of, load, read_raw
 from rlhf.config.settings import Settings
 from rlhf.config.sft import SftSettings
 from rlhf.config.sft_checks import load_sft
 
-LOADERS = {"train": load, "sft": load_sft}
+LOADERS: dict[str, Callable[[str | os.PathLike[str], Sequence[str]], Settings | SftSettings]] = {
+    "train": load,
+    "sft": load_sft,
+}
 """Command -> what reads its configuration."""
 
 

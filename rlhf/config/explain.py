@@ -104,9 +104,10 @@ def _within(section: yamls.Path, places: dict[yamls.Path, str]) -> str | None:
 
 def _missing(tree: type[Section], field: yamls.Path) -> str:
     if len(field) == 1:
-        needed = [name for name, info in fields_of(tree, field).items() if info.is_required()]
+        needed = [name for name, info in (fields_of(tree, field) or {}).items() if info.is_required()]
         return f"the section `{field[0]}` is missing; it needs at least " + " and ".join(f"`{n}`" for n in needed)
-    return f"`{'.'.join(field)}` is missing; it has no default: {fields_of(tree, field[:-1])[field[-1]].description}"
+    fields = fields_of(tree, field[:-1]) or {}
+    return f"`{'.'.join(field)}` is missing; it has no default: {fields[field[-1]].description}"
 
 
 def required(tree: type[Section]) -> str:
@@ -119,9 +120,9 @@ def fields_of(tree: type[Section], section: yamls.Path, method: str | None = Non
     there is no such section."""
     fields = tree.model_fields
     for name in section:
-        kind = METHODS.get(method or "online_dpo", OwnAlgorithm) if name == "algorithm" and name in fields else None
-        if name in fields and kind is None:
-            kind = fields[name].annotation
+        kind: Any = None
+        if name in fields:
+            kind = METHODS.get(method or "online_dpo", OwnAlgorithm) if name == "algorithm" else fields[name].annotation
         if not isinstance(kind, type) or not issubclass(kind, Section):
             return None
         fields = kind.model_fields
@@ -132,7 +133,7 @@ def _all_fields(
     tree: type[Section], section: yamls.Path = (), method: str | None = None
 ) -> Iterator[tuple[yamls.Path, FieldInfo]]:
     """Every field that is no section itself, with its place."""
-    for name, info in fields_of(tree, section, method).items():
+    for name, info in (fields_of(tree, section, method) or {}).items():
         here = (*section, name)
         if fields_of(tree, here, method) is None:
             yield here, info
@@ -160,7 +161,7 @@ def suggestion(tree: type[Section], field: yamls.Path, method: str | None) -> st
         return (
             ". Known fields are: name, options. What your own algorithm wants to know stands under `algorithm.options`"
         )
-    siblings = list(fields_of(tree, field[:-1], method))
+    siblings = list(fields_of(tree, field[:-1], method) or ())
     near = [(*field[:-1], name) for name in difflib.get_close_matches(field[-1], siblings, 1)]
     if not near:
         leaves = {place[-1]: place for place, _ in _all_fields(tree, method=method)}

@@ -146,7 +146,7 @@ def method_warnings(settings: Settings) -> Iterator[str]:
         )
 
 
-def used_responses(algorithm: Section) -> int:
+def used_responses(algorithm: Any) -> int:
     """Most responses of one prompt that are learned from together, and so must share a micro-batch."""
     if isinstance(algorithm, OwnAlgorithm):
         return 2  # a pair; what more it uses gets a micro-batch of its own

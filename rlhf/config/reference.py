@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from rlhf.config import yamls
 from rlhf.config.algorithm import METHODS, OwnAlgorithm
-from rlhf.config.base import Section
+from rlhf.config.base import Section, section_class
 from rlhf.config.data import DataSource
 from rlhf.config.methods.gradient import Gradient
 from rlhf.config.reward import MemberSettings, SourceSettings
@@ -60,7 +60,7 @@ def method_text(name: str, method: type[Section]) -> str:
         if field != "name":
             lines += [f"{field} = {_default(info.default).strip('`')}  ({_type(method, field).replace('`', '')})"]
             lines += textwrap.wrap(
-                info.description.replace("`", ""), 100, initial_indent="    ", subsequent_indent="    "
+                (info.description or "").replace("`", ""), 100, initial_indent="    ", subsequent_indent="    "
             )
     return "\n".join(lines) + "\n"
 
@@ -71,16 +71,16 @@ def _sft() -> Iterator[str]:
     yield (
         "`run`, `policy`, `checkpoint`, `tracking` and `cluster` are the sections above, but for fields about engines and a reference,\n"
         "which are refused. The default of `policy.learning_rate` is "
-        f"{_default(SftSettings.model_fields['policy'].annotation.model_fields['learning_rate'].default)}.\n"
+        f"{_default(section_class(SftSettings, 'policy').model_fields['learning_rate'].default)}.\n"
     )
     for name in ("data", "training"):
-        section = SftSettings.model_fields[name].annotation
+        section = section_class(SftSettings, name)
         head = ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         yield "\n".join([f"### `{name}` of `rlhf sft`", "", *head, *_rows(section), ""])
 
 
 def _section(name: str) -> str:
-    section: type[Section] = Settings.model_fields[name].annotation
+    section = section_class(Settings, name)
     head = ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
     inside = {"reward": _reward_lists, "data": _source_lists}.get(name, lambda head: [])(head)
     return "\n".join([f"## `{name}`", "", _summary(section.__module__), "", *head, *_rows(section), "", *inside])
@@ -120,7 +120,7 @@ def _transform_fields(kind: type[Section]) -> Iterator[str]:
     for field, info in kind.model_fields.items():
         if field != "name":
             default = "required" if info.is_required() else f"default {_default(info.default)}"
-            yield f"`{field}` ({_type(kind, field)}; {default}): {info.description.rstrip('.')}"
+            yield f"`{field}` ({_type(kind, field)}; {default}): {(info.description or '').rstrip('.')}"
 
 
 def _rows(section: type[Section], prefix: str = "") -> Iterator[str]:
@@ -134,7 +134,7 @@ def _rows(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def _summary(module: str) -> str:
-    summary = importlib.import_module(module).__doc__.partition(": ")[2].strip()
+    summary = (importlib.import_module(module).__doc__ or "").partition(": ")[2].strip()
     return summary[0].upper() + summary[1:]
 
 
@@ -168,7 +168,7 @@ def _shared(field: str, names: list[str]) -> str:
     types = _varied({name: _type(METHODS[name], field) for name in names})
     defaults = _varied({name: _default(info.default) for name, info in infos.items()})
     common, *others = Counter(info.description for info in infos.values()).most_common()
-    meaning = common[0] + "".join(
+    meaning = (common[0] or "") + "".join(
         f" {', '.join(name for name in names if infos[name].description == other)}: {other}" for other, _ in others
     )
     return f"| `{field}` | {types} | {defaults} | {_methods(names)} | {meaning} |"

@@ -67,6 +67,12 @@ class SourceSettings(Section):
         return self.kind in ("function", "pairwise_function")
 
     @property
+    def named(self) -> str:
+        """`path`, for the kinds that need one."""
+        assert self.path is not None, "refused when the configuration is loaded"
+        return self.path
+
+    @property
     def model(self) -> str | None:
         """The folder or name of the model that a server loads; None if it loads none."""
         own = self.kind in ("model", "pairwise_model") or (self.kind == "llm_judge" and self.url is None)

@@ -116,7 +116,7 @@ def _chain(place: str, chain: Sequence[Transform]) -> Iterator[str]:
         if isinstance(transform, Clip):
             if transform.low is None and transform.high is None:
                 yield f"`{place}[{i}]`: `clip` without `low` and `high` changes nothing. Give one of them, or both"
-            elif None not in (transform.low, transform.high) and transform.low >= transform.high:
+            elif transform.low is not None and transform.high is not None and transform.low >= transform.high:
                 yield f"`{place}[{i}].low`: {transform.low:g} is not below `high`, {transform.high:g}. Lower one or raise the other"
         if isinstance(transform, Calibrate) and transform.phi == "identity" and changed(transform, "strength"):
             yield (

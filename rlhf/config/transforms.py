@@ -5,7 +5,7 @@ The mathematics is in rlhf/reward/transforms.py, what the choices demand of each
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -86,7 +86,7 @@ Transform = Annotated[
 ]
 
 TRANSFORMS: dict[str, type[Section]] = {
-    cls.model_fields["name"].annotation.__args__[0]: cls
+    get_args(cls.model_fields["name"].annotation)[0]: cls
     for cls in (Clip, LengthPenalty, MissingEos, Overlong, Normalise, LogSigmoid, Calibrate)
 }
 """Name -> fields of each transform."""

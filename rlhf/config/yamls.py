@@ -72,11 +72,12 @@ class _Loader(yaml.SafeLoader):
         if self.depth > DEEPEST:
             raise _mistake(event, f"more than {DEEPEST} mappings and lists stand in each other", "Write it flatter")
         node = super().compose_node(parent, index)
+        assert node is not None
         self.depth -= 1
         if isinstance(event, yaml.AliasEvent) and id(node) not in self.sizes:
             raise _mistake(event, f"the alias `*{event.anchor}` stands inside what it names", "Write the value out")
         if not isinstance(event, yaml.AliasEvent):
-            self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in _parts(node))
+            self.sizes[id(node)] = 1 + sum([self.sizes[id(part)] for part in _parts(node)])
         if max(self.composed, self.sizes[id(node)]) > MOST:
             raise _mistake(
                 event, f"there are more than {MOST:,} values, each as often as aliases repeat it", "Write fewer"
@@ -140,6 +141,7 @@ def _value(node: yaml.Node, path: Path, lines: dict[Path, int]) -> Any:
         return _mapping(node, path, lines)
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, (*path, "[]"), {}) for item in node.value]
+    assert isinstance(node, yaml.ScalarNode)
     return _scalar(node)
 
 

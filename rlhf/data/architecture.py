@@ -59,7 +59,7 @@ def _check_quantizer(config: Any, where: str, folder: Path) -> None:
 
 
 def build_empty(
-    folder: Path, model: type, config: Any, where: str, new: Collection[str] = (), **options: Any
+    folder: Path, model: Any, config: Any, where: str, new: Collection[str] = (), **options: Any
 ) -> torch.nn.Module:
     """The model that a folder's weights make, on the meta device: every tensor has the shape and type it will have, and no memory.
 
@@ -107,11 +107,11 @@ def _in_the_files_names(
             "Correct its config.json, or copy the model again"
         ) from error
     written = revert_weight_conversion(made, made.state_dict())
-    shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (written, stored)]
-    return compare(*shapes, ties=made.all_tied_weights_keys.items())
+    made_of, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (written, stored))
+    return compare(made_of, found, ties=made.all_tied_weights_keys.items())
 
 
-def architecture_of(auto: type, config: Any) -> type | None:
+def architecture_of(auto: Any, config: Any) -> Any:
     """The class that `AutoModelForCausalLM`, or another of transformers' auto classes, takes for a configuration; None if it has none."""
     mapping = auto._model_mapping
     if type(config) not in mapping:

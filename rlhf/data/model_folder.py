@@ -22,8 +22,10 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Files of a hub's model that say how it is built and how it reads."""
 WEIGHTS = ("model*.safetensors", "reward_head.safetensors")
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
 LARGEST = 2**31 - 1
 """Of any size in a configuration; a larger one is no size but a mistake."""
 MOST_LAYERS = 1000

@@ -124,5 +124,7 @@ def _key(text: str) -> str:
 def _member(archive: tarfile.TarFile, suffix: str) -> bytes:
     for member in archive.getmembers():
         if member.isfile() and member.name.endswith(suffix):
-            return archive.extractfile(member).read()
-    raise AssetError(f"{archive.name} has no file {suffix}: it is not the archive this version of rlhf was made for.")
+            found = archive.extractfile(member)
+            assert found is not None, "a regular file"
+            return found.read()
+    raise AssetError(f"{archive.name!s} has no file {suffix}: it is not the archive this version of rlhf was made for.")

@@ -51,6 +51,8 @@ class Order:
         self._sizes = [share.size for share in shares] or [size]
         self._starts = [sum(self._sizes[:source]) for source in range(len(self._sizes))]
         self._passes: dict[int, tuple[int, list[int]]] = {}
+        self._next = self._source = 0
+        self._drawn: list[int] = []
         self._rewind()
 
     def at(self, position: int) -> int:

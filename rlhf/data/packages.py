@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from rlhf.config.loader import UserError
 
@@ -65,7 +66,7 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
     return path
 
 
-def _digest(file) -> str:
+def _digest(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)

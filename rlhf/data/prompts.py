@@ -99,7 +99,7 @@ def make_prompt(where: str, row: dict[str, Any], conversations: Renderer, pairs:
     messages, payload = read_prompt(where, row)
     whole = conversations.conversation(where, messages)
     pair = read_pair(where, payload, whole)
-    content = {"messages": messages, "payload": payload, "system": conversations.system_prompt}
+    content: dict[str, Any] = {"messages": messages, "payload": payload, "system": conversations.system_prompt}
     if conversations.arguments:
         content["arguments"] = dict(conversations.arguments)
     if pair is not None:

@@ -121,17 +121,17 @@ class Renderer:
             conversations.append(("data.system_prompt", self.conversation("", [_user(QUESTION)])))
         _try(self.tokenizer, "policy.model", conversations, self.arguments, prompt=True)
 
-    def conversation(self, where: str, messages: Messages) -> list[Mapping[str, Any]]:
+    def conversation(self, where: str, messages: Messages) -> list[dict[str, Any]]:
         """A row's turns after the system message of the settings.
 
         Raises:
             DataError: the row has a system message of its own.
         """
         if not self.system_prompt:
-            return list(messages)
+            return [dict(message) for message in messages]
         if any(message["role"] in SYSTEM_ROLES for message in messages):
             raise DataError(f"{where}: has a system message of its own, and data.system_prompt is set. Remove one.")
-        return [{"role": "system", "content": self.system_prompt}, *messages]
+        return [{"role": "system", "content": self.system_prompt}, *(dict(message) for message in messages)]
 
     def text(self, where: str, messages: Messages, *, prompt: bool) -> str:
         """See `render`."""

@@ -112,8 +112,14 @@ def _json(path: str, wanted: str) -> Iterator[Placed]:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
+def _after_space(text: str, start: int) -> int:
+    found = SPACE.match(text, start)
+    assert found is not None, "it matches nothing at all too"
+    return found.end()
+
+
 def _line(where: str, line: str, wanted: str) -> Placed:
-    row, end = _value(where, line, SPACE.match(line).end())
+    row, end = _value(where, line, _after_space(line, 0))
     if line[end:].strip():
         raise DataError(f"{where}: not JSON: more follows the first value. Each line must be one JSON object.")
     return where, _object(where, row, line, wanted)
@@ -121,19 +127,19 @@ def _line(where: str, line: str, wanted: str) -> Placed:
 
 def _array(path: str, text: str, wanted: str) -> Iterator[Placed]:
     """The rows of a file that is one JSON array."""
-    at, number = SPACE.match(text, text.index("[") + 1).end(), 0
+    at, number = _after_space(text, text.index("[") + 1), 0
     ended = text[at : at + 1] == "]"
     while not ended:
         number += 1
         where = f"{path}, row {number}"
         row, end = _value(where, text, at)
         yield where, _object(where, row, text[at:end], wanted)
-        at = SPACE.match(text, end).end()
+        at = _after_space(text, end)
         ended = text[at : at + 1] == "]"
         if not ended:
             if text[at : at + 1] != ",":
                 raise DataError(f"{where}: not JSON: a comma or the end of the array must follow.")
-            at = SPACE.match(text, at + 1).end()
+            at = _after_space(text, at + 1)
     if text[at + 1 :].strip():
         raise DataError(
             f"{path}: not JSON: more follows the array. A file is one array of objects, or has one object in each line."

@@ -7,6 +7,7 @@ whole system, with the real engines, in seconds. Used by `asset:tiny-llama` and 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 320  # 256 bytes, the special tokens below, and room to a multiple of 64
 PAD, EOS, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
@@ -29,7 +30,7 @@ def build_tiny_model(folder: str | Path) -> None:
     _tokenizer().save_pretrained(folder)
 
 
-def _tokenizer():
+def _tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +46,7 @@ def _tokenizer():
     return tokenizer
 
 
-def _model():
+def _model() -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

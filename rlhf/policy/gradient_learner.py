@@ -91,7 +91,8 @@ class GradientLearner:
     def _prepare(self, updates: Sequence[Update], moment: Moment) -> tuple[list[list[Lesson]], list[Meters]]:
         """The lessons of each update's micro-batches, with advantages unless the policy's only visit must come first."""
         look_first = self._must_look_first(len(updates))
-        lessons, meters = [], []
+        lessons: list[list[Lesson]] = []
+        meters: list[Meters] = []
         for update in updates:
             lessons.append([])
             for experience in update.experiences:
@@ -161,6 +162,7 @@ class GradientLearner:
         """critic/explained_variance: 1 - Var(returns - values) / Var(returns) over the tokens of all ranks."""
         sums = torch.zeros(5, dtype=torch.float64)
         for lesson in lessons:
+            assert lesson.returns is not None, "of lessons that are learned from"
             returns = lesson.returns.double()
             error = returns - lesson.values
             parts = (torch.ones_like(returns), returns, returns.square(), error, error.square())
@@ -225,12 +227,14 @@ class GradientLearner:
 
     def _step_critic(self, critic: Trainer, update: Update, lessons: Sequence[Lesson]) -> list[Meters]:
         meters: list[Meters] = []
+        assert self.objective.critic is not None
         clip = self.objective.critic.value_clip
         for experience, lesson in zip(update.experiences, lessons, strict=True):
             values = critic.forward(experience)
             if _is_idle(experience):
                 critic.backward(values.sum() * 0.0)
                 continue
+            assert lesson.values is not None and lesson.returns is not None, "known before anything is learned"
             losses = value_loss(values, lesson.values, lesson.returns, clip) * _item_weights(experience)
             critic.backward(losses.sum() / update.n_tokens)
             n = float(len(values))

@@ -51,7 +51,7 @@ class PolicyGroup:
             for rank in range(count)
         ]
         group = cls(settings, ranks, algorithm.objective)
-        deadline = settings.cluster.startup_deadline_s
+        deadline = settings.cluster.startup_s
         host, port = await ranks[0].call("address", deadline=deadline)
         await group._all("setup", host, port, deadline=deadline)
         group.specs = await ranks[0].call("weight_specs", deadline=deadline)
@@ -96,6 +96,9 @@ class PolicyGroup:
 
     def _steer_kl(self, metrics: dict[str, float], step: int, n_responses: int) -> None:
         """Let the KL's coefficient follow what was measured; while only the critic learns there is nothing to steer."""
+        assert isinstance(self._objective, PolicyGradient) and self._kl is not None, (
+            "only these have such a coefficient"
+        )
         critic = self._objective.critic
         if "policy/kl_response" in metrics and (critic is None or step > critic.warmup_steps):
             self._kl.update(metrics["policy/kl_response"], n_responses)
@@ -158,11 +161,11 @@ class PolicyGroup:
 
     async def open_transfer(self, session: TransferSession) -> None:
         """Join the engines' transfer group; to be awaited together with the pool's `connect`."""
-        await self._all("open_transfer", session, deadline=self._settings.cluster.startup_deadline_s)
+        await self._all("open_transfer", session, deadline=self._settings.cluster.startup_s)
 
     async def transfer_address(self) -> tuple[str, int]:
         """Host of the sender and a free port there."""
-        return await self._ranks[0].call("address", deadline=self._settings.cluster.startup_deadline_s)
+        return await self._ranks[0].call("address", deadline=self._settings.cluster.startup_s)
 
     async def send_weights(self, half: Half = "policy") -> str:
         """Send the weights to the engines, which must be receiving; returns their fingerprint.
@@ -208,7 +211,7 @@ class PolicyGroup:
 
     async def close(self) -> None:
         """Let the ranks leave their group."""
-        await self._all("close", deadline=self._settings.cluster.startup_deadline_s)
+        await self._all("close", deadline=self._settings.cluster.startup_s)
 
     async def _all(self, method: str, *args: Any, deadline: float) -> list[Any]:
         return await together(*(rank.call(method, *args, deadline=deadline) for rank in self._ranks))

@@ -81,7 +81,7 @@ def _trial_reward(reward: RewardSettings) -> dict[str, Any]:
     if all(source.model is not None for _, source in reward.sources()):
         return changes | {"members": [one.model_copy(update={"transforms": []}) for one in reward.members]}
     kind, name = ("pairwise_function", "by_digest_pair") if reward.compares else ("function", "by_digest")
-    own = {"kind": kind, "path": f"{__name__}:{name}", "url": None, "members": [], "canaries": None}
+    own: dict[str, Any] = {"kind": kind, "path": f"{__name__}:{name}", "url": None, "members": [], "canaries": None}
     return changes | own
 
 

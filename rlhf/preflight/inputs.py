@@ -90,8 +90,8 @@ def read_inputs(settings: Settings) -> Inputs:
     _check_critic(settings, config)
     for _, source in settings.reward.sources():
         if source.kind == "verifier":
-            check_prompts(source.path, prompts, in_words(settings.data.prompts))
-            check_prompts(source.path, held_out, in_words(settings.data.eval_prompts or ""))
+            check_prompts(source.named, prompts, in_words(settings.data.prompts))
+            check_prompts(source.named, held_out, in_words(settings.data.eval_prompts or ""))
     Shaping.start(settings, prompts, held_out[: settings.loop.eval_limit])
     reward = _reward(settings, [*prompts, *held_out])
     verdicts = [
@@ -220,7 +220,7 @@ def _source(place: str, source: SourceSettings, conversations: Sequence[Conversa
         return f"the {'pairwise ' if source.compares else ''}function {source.path}"
     what = "pairwise model" if source.compares else "reward model"
     try:
-        folder = find_model(source.path, f"`{place}.path`", weights=False)
+        folder = find_model(source.named, f"`{place}.path`", weights=False)
     except FolderError as error:
         raise PlanError(f"{error}; or train a {what} first, with `rlhf reward train`") from error
     check_reward_model(source, folder, f"`{place}.path`", conversations)

@@ -6,8 +6,9 @@ Reads configuration, tokenizer and prompts (through `inputs`); loads no weights 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -105,7 +106,8 @@ def mixture_lines(sources: str | Sequence[DataSource], shares: Sequence[Share], 
         drawn: draws of the whole run.
     """
     total = sum(share.weight for share in shares)
-    for source, share in zip(sources if shares else (), shares, strict=True):
+    of = () if isinstance(sources, str) or not shares else sources
+    for source, share in zip(of, shares, strict=True):
         part = share.weight / total
         yield (
             f"  {part:.1%} of the draws from {source.path}: {share.size:,} rows, gone through "
@@ -123,7 +125,7 @@ def _algorithm(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iter
     if method is None:
         yield f"{algorithm.name}, an algorithm of your own"
     else:
-        yield f"{algorithm.name}: {method.__doc__.partition(':')[0]} ({method.model_fields['name'].description[:-1]})"
+        yield f"{algorithm.name}: {(method.__doc__ or '').partition(':')[0]} ({(method.model_fields['name'].description or '')[:-1]})"
     written = [_source(source, "reference" if algorithm.partner is None else "partner") for source in algorithm.sources]
     written += ["the data set's chosen and rejected"] * algorithm.dataset_pairs
     yield f"responses to each prompt: {', '.join(written)}"
@@ -189,8 +191,9 @@ def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool, choice:
     yield f"an actor that has not loaded its model after {deadline:,.0f} s ends the run (`cluster.startup_deadline_s`)"
 
 
-def dtype_line(choice: Choice, rate: float, address: str | None) -> str:
+def dtype_line(choice: Choice, rate: float | Mapping[Any, float], address: str | None) -> str:
     """The type that the run computes in and why, with its learning rate."""
+    assert not isinstance(rate, Mapping), "chosen with the type"
     elsewhere = "" if address is None else "; with `auto` the nodes of the cluster are asked when the run starts"
     return f"computes in {choice.dtype} ({choice.why}), learning rate {rate:g}{elsewhere}"
 

@@ -168,7 +168,7 @@ def _stages(
     for stage in range(4):
         both = []
         for checkpointing in (False, True):
-            update = {"zero_stage": stage, "gradient_checkpointing": checkpointing}
+            update: dict[str, Any] = {"zero_stage": stage, "gradient_checkpointing": checkpointing}
             update |= {"offload_optimizer": "none", "offload_parameters": "none"}
             policy = settings.policy.model_copy(update=update)
             evaluates = settings.data.eval_prompts is not None
@@ -180,7 +180,7 @@ def _stages(
 def text(plan: Plan) -> str:
     """The plan in words."""
     parts: dict[str, Iterator[str]] = {"Model": _model(plan), "A step, at the limits of its lengths": _step(plan)}
-    if plan.configured is not None:
+    if plan.configured is not None and plan.cluster is not None:
         parts[f"As configured, on {_cluster(plan.cluster)}"] = _layout(plan.settings, plan.configured)
     ranks = (plan.proposals[0].settings if plan.proposals else plan.settings).policy.ranks
     parts[f"A policy rank of {ranks}, in GB, by ZeRO stage (ckpt: with gradient checkpointing)"] = _table(plan)
@@ -302,7 +302,8 @@ def _assumed() -> Iterator[str]:
     )
 
 
-def _cluster(cluster: Cluster) -> str:
+def _cluster(cluster: Cluster | None) -> str:
+    assert cluster is not None, "layouts are proposed for one"
     gpu = cluster.gpu
     return f"{cluster.nodes} x {cluster.gpus_per_node} {gpu.name} ({gpu.memory / 1e9:g} GB, {gpu.link_name})"
 

@@ -126,7 +126,7 @@ def _examples(settings: SftSettings, examples: ReadConversations, held_out: Read
     yield from mixture_lines(
         settings.data.examples, examples.shares, len(examples.conversations) * settings.training.epochs
     )
-    if held_out is None:
+    if held_out is None or settings.data.eval_examples is None:
         yield "held-out examples: none, so nothing is measured"
     else:
         yield f"held-out, {in_words(settings.data.eval_examples)}: {_count(held_out)}"

@@ -59,7 +59,7 @@ def try_out(place: str, source: SourceSettings, settings: Settings, prompts: Seq
     alone = RewardSettings(**{name: getattr(source, name) for name in SourceSettings.model_fields}, servers=1024)
     task = Task(settings.model_copy(update={"reward": alone}), tuple(prompts[:PROMPTS]))
     deadline_s = min(settings.reward.deadline_s, LONGEST_S)
-    ours = source.is_function and source.path.startswith("rlhf.")
+    ours = source.is_function and source.named.startswith("rlhf.")
     outcomes = _outcomes(task, deadline_s) if ours else _asked_elsewhere(place, task, deadline_s)
     kind, value = outcomes[-1]
     if kind == "score":
@@ -126,7 +126,7 @@ def _asked_elsewhere(place: str, task: Task, deadline_s: float) -> list[tuple[st
         finally:
             _end(process)
             os.close(answers)
-    answer = json.loads(line) if line else {"refused": f"`{place}.path`: `{path}` {error}. Correct it"}
+    answer: dict[str, Any] = json.loads(line) if line else {"refused": f"`{place}.path`: `{path}` {error}. Correct it"}
     if "refused" in answer:
         raise PlanError(answer["refused"])
     return [(kind, words) for kind, words in answer["outcomes"]]
@@ -146,6 +146,7 @@ def _start(task: Task, deadline_s: float, said: Any) -> tuple[subprocess.Popen[b
         start_new_session=True,
     )
     os.close(theirs)
+    assert process.stdin is not None
     try:
         process.stdin.write(pickle.dumps(task))
         process.stdin.close()

@@ -89,7 +89,7 @@ class Folder:
     config: Any
     tokenizer: Any
     description: Description
-    model: type
+    model: Any
 
     @property
     def log_odds(self) -> bool:

@@ -34,8 +34,8 @@ MESSAGES = "messages"
 def takes_all(function: Callable[..., Any]) -> bool:
     """Whether the function gets all of a prompt's responses, or pairs, in one call."""
     signature = _signature(function)
-    names = () if signature is None else list(signature.parameters)
-    return names[1:2] in ([name] for name in AT_ONCE.values())
+    names = [] if signature is None else list(signature.parameters)
+    return len(names) > 1 and names[1] in AT_ONCE.values()
 
 
 def asked_with(function: Callable[..., Any], prompt: Prompt) -> str | list[dict[str, str]]:

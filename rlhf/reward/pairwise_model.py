@@ -38,6 +38,8 @@ class Reading:
 
 
 class PairwiseModel(Protocol):
+    model: RewardModel
+
     def read(self, prompt: Conversation, comparisons: Sequence[Responses]) -> Reading:
         """What to read for these comparisons of responses to one prompt."""
         ...

@@ -129,5 +129,6 @@ class Shaping:
         ]
 
     def _scores_of_reference(self, prompt_id: str) -> list[float]:
+        assert self._references is not None, "read where a transform needs them"
         references = [replace(one, limit=self._limit) for one in self._references.of(prompt_id, REWARD)]
         return before_reference(self._transforms, references)

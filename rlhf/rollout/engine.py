@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from rlhf.rollout.adapters import peft_config, sends_adapters
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.vllm_adapter import InProcessEngine, Sampled, VllmEngine, engine_arguments, start_engine
 from rlhf.transfer import Backend, TransferFailed, TransferSession, WeightSpec
-from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, Half, Prompt
+from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, FinishReason, Half, Prompt
 
 
 class BadResponse(RuntimeError):
@@ -84,12 +84,17 @@ class RolloutEngine:
         self._backend = backend
         self._gpu = gpu
         self._mixes = mixes
-        self._engine: VllmEngine | None = None
+        self._started: VllmEngine | None = None
         self._version = 0
         self._broken: set[Half] = set()  # whose last transfer has not ended well
         self._session: TransferSession | None = None
         self._delivered = asyncio.Event()
         self._delivery: tuple[Half, str] | None = None
+
+    @property
+    def _engine(self) -> VllmEngine:
+        assert self._started is not None, "`ready` comes first"
+        return self._started
 
     async def ready(self) -> EngineInfo:
         """Load the model. Returns when the engine can answer.
@@ -107,7 +112,7 @@ class RolloutEngine:
         name = ENGINE_NAMES[self._backend]
         arguments = engine_arguments(self._settings, model, name, self._gpu, self._local, self._mixes)
         end = renderer(load_tokenizer(model), self._settings.data).end
-        self._engine = start_engine(arguments, self._local, [] if end is None else [end])
+        self._started = start_engine(arguments, self._local, [] if end is None else [end])
         await self._engine.set_version(0)
         log = None if self._local else os.readlink("/proc/self/fd/2")
         workers = self._settings.rollout.tensor_parallel_size
@@ -162,7 +167,7 @@ class RolloutEngine:
 
     def _completion(self, prompt: Prompt, sampling: Sampling, position: int, answer: Sampled) -> Completion:
         where = f"response {position} ({sampling.source}) of prompt {prompt.id} from engine {self._index}"
-        if answer.finish_reason not in ("stop", "length"):
+        if answer.finish_reason not in get_args(FinishReason):
             raise BadResponse(f"{where} ended with '{answer.finish_reason}' instead of 'stop' or 'length'")
         if len(answer.token_ids) == 0:
             raise BadResponse(f"{where} is empty: not even an end-of-sequence token was sampled")
@@ -180,7 +185,7 @@ class RolloutEngine:
             answer.token_ids,
             answer.logprobs,
             answer.weight_version,
-            answer.finish_reason,
+            cast(FinishReason, answer.finish_reason),
             source=sampling.source,
             by_policy=sampling.mixture == 0 and sampling.temperature > 0,
         )
@@ -307,9 +312,9 @@ class RolloutEngine:
 
         if self._session is not None:
             local.unregister(self._session)
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        if self._started is not None:
+            self._started.close()
+            self._started = None
 
 
 def _pair(prompt: Prompt) -> list[Completion]:

@@ -76,7 +76,7 @@ class RolloutPool:
             )
             for index in range(count)
         ]
-        deadline = settings.cluster.startup_deadline_s
+        deadline = settings.cluster.startup_s
         infos = await asyncio.gather(*(handle.call("ready", deadline=deadline) for handle in handles))
         return cls(settings, backend, handles, list(infos))
 

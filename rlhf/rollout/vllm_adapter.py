@@ -230,7 +230,7 @@ class AsyncEngine:
 
         call = self._llm.collective_rpc(method, kwargs=arguments)
         # Not a try statement: vLLM reports a worker's error as the bare class Exception, with the cause in its text.
-        (result,) = await asyncio.gather(call, return_exceptions=True)
+        result: Any = (await asyncio.gather(call, return_exceptions=True))[0]
         if isinstance(result, EngineDeadError):
             raise EngineDied(f"vLLM's core process ended: {result}") from result
         if isinstance(result, BaseException):

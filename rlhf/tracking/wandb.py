@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.config import Settings
 from rlhf.config.sft import SftSettings
@@ -115,7 +115,7 @@ def start_run(settings: Settings | SftSettings, folder: Path, run_id: str) -> An
     return _init(settings, folder, run_id, "offline")
 
 
-def _init(settings: Settings | SftSettings, folder: Path, run_id: str, mode: str) -> Any:
+def _init(settings: Settings | SftSettings, folder: Path, run_id: str, mode: Literal["online", "offline"]) -> Any:
     import wandb
 
     run = wandb.init(

@@ -93,7 +93,7 @@ def _safetensors(path: str, where: str) -> Path | None:
     return folder if folder.is_dir() and weight_files(folder, where) is not None else None
 
 
-def _load_whole(auto: type, config: Any, path: str, where: str, options: Mapping[str, Any]) -> nn.Module:
+def _load_whole(auto: Any, config: Any, path: str, where: str, options: Mapping[str, Any]) -> nn.Module:
     model, info = auto.from_pretrained(path, config=config, **REPORTED, **options)
     check_loaded(model, info, path, where)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

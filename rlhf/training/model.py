@@ -72,10 +72,11 @@ class ChunkedLogProbs(torch.autograd.Function):
                 if entropy is not None:
                     probabilities = (logits - normaliser[rows, None]).exp_()
                     entropy[rows] = normaliser[rows] - probabilities.mul_(logits).sum(1)
-                if temperature == 1:
-                    tempered[rows] = logprobs[rows]
-                elif temperature is not None:
-                    tempered[rows] = chosen / temperature - logits.div_(temperature).logsumexp(1)
+                if tempered is not None and temperature is not None:
+                    if temperature == 1:
+                        tempered[rows] = logprobs[rows]
+                    else:
+                        tempered[rows] = chosen / temperature - logits.div_(temperature).logsumexp(1)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
         ctx.chunk, ctx.divisor, ctx.cap = chunk, divisor, cap
         ctx.set_materialize_grads(False)

@@ -84,7 +84,7 @@ def pack(
             response.append(np.full(len(tokens), n_responses))
             behaviour.append(answers[member].logprobs)
             by_policy.append(np.full(len(tokens), answers[member].by_policy))
-            group.append([number])
+            group.append(np.array([number]))
             bodies.append(body)
             at += body
             n_responses += 1

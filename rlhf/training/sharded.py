@@ -70,6 +70,7 @@ def load_sharded(
     """
     headers = read_headers(folder, where)
     model = build_empty(folder, architecture, config, where, **options)
+    assert headers is not None, "build_empty refuses weights that are pickled"
     model.tie_weights()
     conversions, places, what = model._weight_conversions, _places(model), f"{where}: the weights in `{folder}`"
     parts = _Reader(model, headers, places, what).parts() if _first() else None

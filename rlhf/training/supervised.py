@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,7 +28,8 @@ BATCHES_PER_SORT = 20
 """Among how many batches units of like length are sought: enough to leave little padding, few enough to keep the order random."""
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """A micro-batch on its way to a rank, and over how many tokens, texts or pairs its loss will be a sum."""
 
     payload: Any
@@ -63,7 +64,8 @@ class Course:
         self.examples, self.batch_size, self.epochs, self.seed = examples, batch_size, epochs, seed
         self._like_lengths = like_lengths
         self.updates_per_epoch = -(-len(examples.units(0)) // batch_size)
-        self._epoch, self._batches = -1, []
+        self._epoch = -1
+        self._batches: list[Any] = []
 
     @property
     def updates(self) -> int:
@@ -114,8 +116,8 @@ class SupervisedGroup:
             for rank in range(settings.ranks)
         ]
         group = cls(settings, cluster, ranks)
-        host, port = await ranks[0].call("address", deadline=cluster.startup_deadline_s)
-        await group._all("setup", host, port, deadline=cluster.startup_deadline_s)
+        host, port = await ranks[0].call("address", deadline=cluster.startup_s)
+        await group._all("setup", host, port, deadline=cluster.startup_s)
         return group
 
     async def learn(self, step: int, examples: Examples, units: Sequence[Any]) -> dict[str, float]:
@@ -169,7 +171,7 @@ class SupervisedGroup:
 
     async def close(self) -> None:
         """Let the ranks leave their group."""
-        await self._all("close", deadline=self._cluster.startup_deadline_s)
+        await self._all("close", deadline=self._cluster.startup_s)
 
     async def _all(self, method: str, *args: Any, deadline: float) -> list[Any]:
         return await together(*(rank.call(method, *args, deadline=deadline) for rank in self._ranks))

@@ -6,6 +6,8 @@ receivers live inside vLLM's workers, where vLLM itself loads them (`plugin.regi
 them.
 """
 
+from typing import Any
+
 from rlhf.transfer.session import (
     Backend,
     TransferFailed,
@@ -24,7 +26,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # The sender needs torch; a driver that only plans does not.
     if name == "WeightSender":
         from rlhf.transfer.sender import WeightSender

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -99,7 +99,7 @@ class _Attesting(WeightTransferEngine):
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        missing = sorted(self._reloads[self._half].own - self._watched.loaded)
+        missing = sorted(self._reloads[self._half].own - self._loaded())
         if missing:
             raise TransferFailed(
                 f"{len(missing)} of the engine's parameters were not in the update and would have kept their old "
@@ -107,7 +107,11 @@ class _Attesting(WeightTransferEngine):
             )
 
     def finish_weight_update(self) -> None:
-        self._reloads[self._half].finish(self.model_config, self._watched.loaded)
+        self._reloads[self._half].finish(self.model_config, self._loaded())
+
+    def _loaded(self) -> set[str]:
+        assert isinstance(self._watched, _WatchedModel), "start_weight_update comes first"
+        return self._watched.loaded
 
     def receive_adapter(self, update_info: dict[str, Any], config: dict[str, Any]) -> None:
         """Take a LoRA adapter, whole: vLLM's three steps of an update are for the model's own weights, and end in forgetting adapters.
@@ -202,6 +206,9 @@ class IpcReceiver(_Attesting):
 
 class AttestingWorker:
     """Mixed into vLLM's worker class (`worker_extension_cls`): what the rollout engine may ask of a worker."""
+
+    if TYPE_CHECKING:
+        weight_transfer_engine: Any  # vLLM's worker has it
 
     def aim(self, half: Half) -> None:
         """The next weight update goes into this half of the model."""

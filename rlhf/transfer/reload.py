@@ -67,6 +67,7 @@ class Reload:
             if isinstance(method, QuantizeMethodBase):
                 method.process_weights_after_loading(layer)
         # The reload makes a layer's tensors anew, and a buffer that does not arrive would hold whatever that memory held.
+        assert self._kept is not None, "begin comes first"
         for name, buffer in self._persistent_buffers():
             if name not in loaded:
                 buffer.copy_(self._kept[name])

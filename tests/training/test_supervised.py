@@ -96,7 +96,8 @@ def test_the_loss_is_transformers_own(tiny_model: Path) -> None:
     data = Conversations(ReadConversations(conversations(), {}), 0)
     learner = NextToken(SftPolicySettings(model=str(tiny_model), dtype="fp32"))
     model = LogProbModel(load_causal_lm(str(tiny_model), "fp32"), chunk_tokens=5)
-    payload, count = data.batch(data.units(0))
+    batch = data.batch(data.units(0))
+    payload, count = batch.payload, batch.count
     (row,) = learner.inputs(payload, CPU)
     loss = learner.loss(model(row), payload) / count
     loss.backward()

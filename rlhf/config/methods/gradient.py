@@ -185,7 +185,7 @@ class Cispo(Gradient):
 
     name: Literal["cispo"] = Field(description="MiniMax 2025 (M1).")
     samples_per_prompt: int = Field(8, ge=2, le=4096, description="Responses sampled per prompt (K): the group.")
-    clip_low: float | None = Field(  # type: ignore[assignment] - wider than its parent's
+    clip_low: float | None = Field(  # type: ignore[assignment]  # wider than its parent's
         None, gt=0, lt=1, description="The ratio to the old policy, as a weight, is clipped at 1 - clip_low; null: not."
     )
     clip_high: float = Field(4.0, ge=1e-6, le=1e6, description="... and at 1 + clip_high.")

@@ -119,9 +119,10 @@ class Ensemble:
             RewardError: the common set or the reference scores cannot be used, or a member fails on the common set or gives all of
                 it the same score.
         """
-        references = (
-            read_reference_scores(resolve(reward.reference_scores)) if members_need_references(reward) else None
-        )
+        references = None
+        if members_need_references(reward):
+            assert reward.reference_scores is not None, "refused when the configuration is loaded"
+            references = read_reference_scores(resolve(reward.reference_scores))
         members = [
             Member(settings, judge, references=references if needs_references(settings.transforms) else None)
             for settings, judge in zip(reward.members, judges, strict=True)

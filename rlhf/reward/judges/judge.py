@@ -140,20 +140,20 @@ async def make_judge(source: SourceSettings, settings: Settings, workplace: Work
 
 async def _make(source: SourceSettings, settings: Settings, workplace: Workplace, local: bool) -> Judge:
     if source.kind == "function":
-        return FunctionJudge(load_function(source.path, SCORE), workplace)
+        return FunctionJudge(load_function(source.named, SCORE), workplace)
     if source.kind == "several":
         from rlhf.reward.judges.ensemble import Ensemble
 
         members = [await make_judge(member, settings, workplace, local) for member in settings.reward.members]
-        return await Ensemble.start(settings.reward, members, settings.cluster.startup_deadline_s)
+        return await Ensemble.start(settings.reward, members, settings.cluster.startup_s)
     if source.kind == "pairwise_function":
-        return FunctionJudge(load_function(source.path, COMPARE), workplace)
+        return FunctionJudge(load_function(source.named, COMPARE), workplace)
     if source.kind in ("remote", "pairwise_remote"):
         return await RemoteJudge.start(source)
     if source.kind == "verifier":
         from rlhf.reward.verifiers.judge import VerifierJudge
 
-        return await VerifierJudge.start(source.path, settings)
+        return await VerifierJudge.start(source.named, settings)
     if source.kind == "llm_judge":
         from rlhf.reward.judges.llm_judge import make_llm_judge
 
@@ -247,7 +247,7 @@ class ModelJudge:
     def __init__(self, source: SourceSettings, reward: RewardSettings, workplace: Workplace, device: str):
         from rlhf.reward.models import load_model
 
-        self._model = load_model(find_model(source.path, "`reward.path`"), device, source.input)
+        self._model = load_model(find_model(source.named, "`reward.path`"), device, source.input)
         self._batcher = _make_batcher(self._work, reward, self._model)
         self._workplace = workplace
         workplace.hold(self._model.module)
@@ -275,13 +275,13 @@ class PairwiseModelJudge:
     def __init__(self, source: SourceSettings, reward: RewardSettings, workplace: Workplace, device: str):
         from rlhf.reward.pairwise_model import load_pairwise_model
 
-        self._model = load_pairwise_model(find_model(source.path, "`reward.path`"), device)
+        self._model = load_pairwise_model(find_model(source.named, "`reward.path`"), device)
         self._batcher = _make_batcher(self._work, reward, self._model.model)
         self._workplace = workplace
         workplace.hold(self._model.model.module)
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
-        reading = self._model.read(prompt.conversation, items)
+        reading = self._model.read(prompt.conversation, [(first, second) for first, second in items])
         return reading.answers(await _batched(self._batcher, reading.ids, deadline_s))
 
     async def _work(self, ids: list[list[int]]) -> Sequence[Any]:

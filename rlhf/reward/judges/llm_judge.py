@@ -123,7 +123,7 @@ def check_llm_judge(source: SourceSettings) -> None:
     """
     question = Question.read(source.judge_prompt)
     if source.url is None:
-        open_model(source.path, question.about("", "", ""), weights=False)
+        open_model(source.named, question.about("", "", ""), weights=False)
 
 
 async def make_llm_judge(source: SourceSettings, settings: Settings, local: bool) -> LlmJudge:
@@ -135,5 +135,5 @@ async def make_llm_judge(source: SourceSettings, settings: Settings, local: bool
     question = Question.read(source.judge_prompt)
     if source.url is not None:
         return LlmJudge(question, await Endpoint.start(source))
-    opened = open_model(source.path, question.about("", "", ""))
+    opened = open_model(source.named, question.about("", "", ""))
     return LlmJudge(question, await start_engine(opened, settings, local))

@@ -42,6 +42,7 @@ class Endpoint:
         Raises:
             RewardError: it does not answer, does not know the model, or refuses the key.
         """
+        assert source.url is not None and source.path is not None, "refused when the configuration is loaded"
         asker = Asker(source.url, os.environ.get(KEY) or None)
         for with_logprobs in (True, False):
             endpoint = cls(asker, source.path, with_logprobs)

@@ -63,6 +63,7 @@ class RemoteJudge:
                 f"the reward service at {source.url} wants a token. Set the environment variable {TOKEN} to the one that "
                 "`rlhf reward serve` was started with, or that it printed"
             )
+        assert source.url is not None, "refused when the configuration is loaded"
         asker = Asker(source.url, token)
         reply = await asker.ask("GET", "/info", None, START_S)
         if isinstance(reply, Failed | TimedOut):

@@ -96,7 +96,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if not self._headed:
                 self.send_400_response(f"The request's head is larger than {self._bounds.head_bytes} bytes.")
                 return
-            data = data[room:]
+            data = data[room:]  # type: ignore[unreachable]  # the parser has called `on_headers_complete` meanwhile
         super().data_received(data)
 
     def on_message_begin(self) -> None:

@@ -17,8 +17,8 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -186,7 +186,7 @@ def _refusal(status: int, words: str, retry_after_s: int | None = None) -> JSONR
     return JSONResponse({"error": words}, status, headers)
 
 
-def _in_words(finding: dict[str, Any]) -> str:
+def _in_words(finding: Mapping[str, Any]) -> str:
     """One of pydantic's findings, without the value itself, which may be long."""
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in finding["loc"]).lstrip(".")
     if finding["type"] == "json_invalid":
@@ -258,8 +258,9 @@ async def _serve(runtime: Runtime, settings: Settings, token: str, listener: soc
 class _Server(uvicorn.Server):
     """uvicorn would repeat a signal after its end, and the pool and the runtime would not get theirs."""
 
-    def capture_signals(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
     def stop(self) -> None:
         """Answer what has been asked, then end."""

@@ -56,6 +56,7 @@ class RewardPool:
         self._runtime, self._settings, self._service = runtime, settings, service
         self._servers = servers
         self._errors = _remote_errors(runtime)
+        self._start_errors: tuple[type[Exception], ...] = (UserError, ActorDied, DeadlineExpired, *self._errors)
         self._deaths: list[str] = []
         self._next = asyncio.Lock()  # first come, first served
         self._changed = asyncio.Event()
@@ -149,7 +150,7 @@ class RewardPool:
 
     async def fingerprints(self) -> dict[str, str | None]:
         """Server name -> hash of its weights now. They must always equal those in `infos`."""
-        patience = self._settings.cluster.startup_deadline_s
+        patience = self._settings.cluster.startup_s
         live = [server.handle for server in self._servers if server.live]
         prints = await asyncio.gather(*(handle.call("fingerprint", deadline=patience) for handle in live))
         return {handle.name: value for handle, value in zip(live, prints, strict=True)}
@@ -182,7 +183,7 @@ class RewardPool:
     async def _turn_one(self, server: _Server, method: Literal["offload", "reload"]) -> None:
         handle = server.handle
         try:
-            await handle.call(method, deadline=self._settings.cluster.startup_deadline_s)
+            await handle.call(method, deadline=self._settings.cluster.startup_s)
         except ActorDied as error:
             self._bury(server, handle, error)
 
@@ -250,7 +251,7 @@ class RewardPool:
         try:
             handle = _launch(self._runtime, self._settings, server.index, self._service)
             info = await _ready(handle, self._settings)
-        except (UserError, ActorDied, DeadlineExpired, *self._errors) as error:
+        except self._start_errors as error:
             self._deaths.append(f"{server.handle.name} could not be started again: {_cause(error)}".splitlines()[0])
         else:
             if info.fingerprint == server.info.fingerprint:
@@ -286,7 +287,7 @@ def _launch(runtime: Runtime, settings: Settings, index: int, service: bool) -> 
 
 
 async def _ready(handle: Handle, settings: Settings) -> ServerInfo:
-    return await handle.call("ready", deadline=settings.cluster.startup_deadline_s)
+    return await handle.call("ready", deadline=settings.cluster.startup_s)
 
 
 def _cause(error: Exception) -> str:

@@ -114,7 +114,8 @@ class RewardServer:
             digests: equal for responses that are the same one, and need not be compared.
         """
         compares, deadline = self._settings.reward.compares, self._settings.reward.deadline_s
-        asked = pairwise.orders(digests) if compares else [(i,) for i in range(len(responses))]
+        asked: list[Any] = pairwise.orders(digests) if compares else [(i,) for i in range(len(responses))]
+        assert self._judge is not None, "`ready` comes first"
         answers = await self._judge.judge(prompt, [tuple(responses[i] for i in item) for item in asked], deadline)
         values, measures = _unpacked(answers)
         if compares:
@@ -128,6 +129,7 @@ class RewardServer:
 
     async def fingerprint(self) -> str | None:
         """Hash of the reward model's weights now; None for a function."""
+        assert self._judge is not None, "`ready` comes first"
         return self._judge.fingerprint()
 
     async def offload(self) -> None:

@@ -161,7 +161,7 @@ def _check_objective(args: argparse.Namespace, data: PreferenceData, name: str) 
     if args.gate and (data.input != "conversation" or data.ratings is not None):
         raise RewardError(f"--gate reads the prompt, so it needs pairs with the field `prompt`; {args.train} has none.")
     if name == "ordinal":
-        levels = np.unique(data.ratings)
+        levels = np.unique(data.rated)
         if (levels != np.round(levels)).any() or not 2 <= len(levels) <= MOST_LEVELS:
             raise RewardError(
                 f"--objective ordinal needs ratings that are whole numbers, 2 to {MOST_LEVELS} different ones; {args.train} has "
@@ -190,7 +190,7 @@ def choose(args: argparse.Namespace, fit: PreferenceData, ready_made: bool) -> C
     if name == "bradley-terry":
         return Choice(name, objectives.BradleyTerry(args.centring or 0.0), plain, 1, grouped)
     if name == "ordinal":
-        levels, counts = np.unique(fit.ratings, return_counts=True)
+        levels, counts = np.unique(fit.rated, return_counts=True)
         above = 1 - np.cumsum(counts)[:-1] / counts.sum()
         thresholds = tuple((-np.log(above / (1 - above))).tolist())
         description = replace(plain, levels=tuple(levels.tolist()))
@@ -219,7 +219,7 @@ def _gpm(args: argparse.Namespace, plain: Description, grouped: Callable) -> Cho
 
 
 def _more(fit: PreferenceData, plain: Description, prepare: Callable) -> Choice:
-    start = tuple(np.nanmean(fit.ratings, axis=0).tolist())
+    start = tuple(np.nanmean(fit.rated, axis=0).tolist())
     objective = objectives.MultiObjective(len(fit.names))
     description = replace(plain, task="objectives", objectives=fit.names, weights=fit.weights)
     return Choice("more", objective, description, len(fit.names), prepare, start=start)

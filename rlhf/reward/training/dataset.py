@@ -89,10 +89,22 @@ class PreferenceData:
         """Different prompts; 0 for rows without."""
         return len({example.prompt for example in self.examples} - {()})
 
+    @property
+    def rated(self) -> np.ndarray:
+        """The ratings of data that has some."""
+        assert self.ratings is not None
+        return self.ratings
+
+    @property
+    def compared(self) -> Pairs:
+        """The pairs of data that has some."""
+        assert self.comparisons is not None
+        return self.comparisons
+
     @cached_property
     def overall(self) -> np.ndarray:
         """[n_examples], the weighted sum of each text's ratings; NaN where one is missing: no pair is made of that text."""
-        return self.ratings @ np.array(self.weights)
+        return self.rated @ np.array(self.weights)
 
     def rows(self, chosen: np.ndarray) -> PreferenceData:
         """These rows only, in their order here."""
@@ -152,7 +164,7 @@ class PreferenceData:
         """For a model that also reads the prompt alone: it becomes the last text of each row of pairs."""
         ends = np.flatnonzero(np.diff(self.row, append=self.row[-1] + 1)) + 1
         # Before text i stand as many added prompts as there are rows before its own, which is its row's number.
-        shifted = self.comparisons.index + self.row[self.comparisons.index]
+        shifted = self.compared.index + self.row[self.compared.index]
         examples: list[Text] = []
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             examples += [*self.examples[start:end], PromptOnly(self.examples[start].prompt)]
@@ -160,7 +172,7 @@ class PreferenceData:
             self,
             examples=examples,
             row=np.sort(np.concatenate([self.row, np.arange(self.n_rows)])),
-            comparisons=replace(self.comparisons, index=shifted),
+            comparisons=replace(self.compared, index=shifted),
         )
 
     def units(self, epoch: int = 0) -> list[np.ndarray]:
@@ -183,11 +195,11 @@ class PreferenceData:
         prompts: list[int] = []
         if self.ratings is None:
             numbers = np.concatenate([self._pairs_of_rows[self.row[unit[0]]] for unit in units])
-            pairs = [(position[a], position[b]) for a, b in self.comparisons.index[numbers].tolist()]
-            margins, probabilities = self.comparisons.margins[numbers], self.comparisons.probabilities[numbers]
+            pairs = [(position[a], position[b]) for a, b in self.compared.index[numbers].tolist()]
+            margins, probabilities = self.compared.margins[numbers], self.compared.probabilities[numbers]
             if self.examples and isinstance(self.examples[-1], PromptOnly):
                 last = {self.row[unit[0]]: position[int(unit[-1])] for unit in units}
-                prompts = [last[self.row[i]] for i in self.comparisons.index[numbers, 0]]
+                prompts = [last[self.row[i]] for i in self.compared.index[numbers, 0]]
         else:
             pairs = self._pairs_in(units)
             margins, probabilities = np.zeros(len(pairs)), np.ones(len(pairs))
@@ -202,7 +214,7 @@ class PreferenceData:
     @cached_property
     def _pairs_of_rows(self) -> list[np.ndarray]:
         """For each row, the numbers of its pairs."""
-        rows = self.row[self.comparisons.index[:, 0]]
+        rows = self.row[self.compared.index[:, 0]]
         order = np.argsort(rows, kind="stable")
         return np.split(order, np.searchsorted(rows[order], np.arange(1, self.n_rows)))
 
@@ -223,6 +235,7 @@ class PreferenceData:
 def both_orders(data: PreferenceData, first: int, second: int) -> tuple[Comparison, Comparison]:
     """What a cross-encoder reads of two examples."""
     a, b = data.examples[first], data.examples[second]
+    assert isinstance(a, Example) and isinstance(b, Example)
     return Comparison(a.prompt, a.response, b.response), Comparison(a.prompt, b.response, a.response)
 
 

@@ -31,7 +31,7 @@ from rlhf.reward.models import RewardModel
 from rlhf.reward.modules import EncoderWithHead, parts
 from rlhf.reward.training.dataset import PreferenceData
 from rlhf.reward.training.group import Group
-from rlhf.reward.training.objectives import Labels, Objective
+from rlhf.reward.training.objectives import Labels, Objective, observing
 from rlhf.tracking.jsonl import JsonLines, read
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.engine import sharding
@@ -124,6 +124,7 @@ class FineTuning(Learner):
         module, group = self._model.module, self._settings.group
         if self._start is not None:
             shards = sharding(_policy(self._settings, updates=1), learn=True)
+            assert shards is not None, "of stage 3, where a start is set aside"
             fill_sharded(module, self._start, DTYPES[group.dtype], shards)
         if group.gradient_checkpointing:
             _transformer(module).gradient_checkpointing_enable({"use_reentrant": False})
@@ -131,7 +132,7 @@ class FineTuning(Learner):
             for part in module.modules():
                 if isinstance(part, EncoderWithHead):  # its features are fp32 whatever the encoder computes in
                     part.head.__class__ = Fp32Linear
-        if self._objective.observes:
+        if observing(self._objective):
             module.head.weight.register_hook(self._add)
         return module
 
@@ -161,7 +162,7 @@ class FineTuning(Learner):
         module.train(learning)
 
     def accumulated(self) -> None:
-        if self._objective.observes:
+        if observing(self._objective):
             # The trainer multiplies losses by the number of ranks, because DeepSpeed will divide gradients by it.
             gradient = self._gradient / torch.distributed.get_world_size()
             torch.distributed.all_reduce(gradient)
@@ -169,9 +170,10 @@ class FineTuning(Learner):
             self._gradient = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        return self._objective.state_dict() if self._objective.observes else {}
+        return self._objective.state_dict() if observing(self._objective) else {}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
+        assert observing(self._objective), "another has no state"
         self._objective.load_state_dict(state)
 
     def export(self, module: nn.Module, folder: Path, main: bool) -> None:
@@ -296,7 +298,7 @@ def _take_over(model: RewardModel, objective: Objective, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.module.named_parameters():
             parameter.copy_(weights[name])
-    if objective.observes:
+    if observing(objective):
         objective.load_state_dict(torch.load(folder / OBJECTIVE, weights_only=True))
     for name in (WEIGHTS, OBJECTIVE, START):
         (folder / name).unlink(missing_ok=True)

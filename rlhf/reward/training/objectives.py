@@ -8,7 +8,7 @@ the whole global batch: then neither ranks nor micro-batches change the result. 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -77,6 +77,11 @@ class ObservingObjective(Objective, Protocol):
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+def observing(objective: Objective) -> TypeGuard[ObservingObjective]:
+    """Whether it looks at the gradients."""
+    return objective.observes
 
 
 class Squared:

@@ -93,7 +93,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     ranks = [_ranks(np.asarray(values)) for values in (a, b)]
     if any(r.std() == 0 for r in ranks):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

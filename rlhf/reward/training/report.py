@@ -6,14 +6,14 @@ Owns how a trained model is asked about pairs (as the server would) and the figu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from rlhf.reward.models import RewardModel
 from rlhf.reward.pairwise import pair_probabilities
 from rlhf.reward.pairwise_model import GeneralPreferenceModel
-from rlhf.reward.reading import PromptOnly, Tokens
+from rlhf.reward.reading import Example, PromptOnly, Tokens
 from rlhf.reward.training.dataset import Pairs, PreferenceData, both_orders
 from rlhf.reward.training.reliability import (
     Bin,
@@ -102,7 +102,7 @@ def measure(model: RewardModel, data: PreferenceData, pairs: Pairs) -> tuple[dic
             "agreement_ceiling": float(p.mean()),
             "probability_rms_error": float(np.sqrt(np.mean((probabilities - p) ** 2))),
         }
-    if rewards is not None:
+    if rewards is not None and outputs is not None:
         figures |= {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
         figures |= _pearsons(model, data, outputs, rewards)
     return figures, reliability_bins(turned, won)
@@ -117,7 +117,9 @@ def _length(
     model: RewardModel, data: PreferenceData, pairs: np.ndarray, right: np.ndarray, rewards: np.ndarray | None
 ) -> dict[str, Any]:
     """Whether the model likes length itself, in tokens of the responses."""
-    responses = [example.response for example in data.examples]
+    # As they were read: comparisons and lone prompts are made for training only.
+    examples = cast(list[Example], data.examples)
+    responses = [example.response for example in examples]
     lengths = np.array([len(ids) for ids in model.tokenizer(responses, add_special_tokens=False)["input_ids"]])
     figures: dict[str, Any] = length_bias(right, lengths, pairs)
     if rewards is not None:

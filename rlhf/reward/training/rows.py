@@ -118,7 +118,9 @@ def read_preferences(path: str, columns: Columns | None = None) -> list[Row]:
 
 
 def _dialogues(row: dict[str, Any]) -> dict[str, Any]:
-    read = {name: dialogue(row[name]) or row[name] for name in ("text", "chosen", "rejected") if name in row}
+    read: dict[str, Any] = {
+        name: dialogue(row[name]) or row[name] for name in ("text", "chosen", "rejected") if name in row
+    }
     if isinstance(row.get("responses"), list):
         read["responses"] = [dialogue(text) or text for text in row["responses"]]
     return row | read

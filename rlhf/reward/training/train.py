@@ -34,6 +34,7 @@ from rlhf.reward.training.dataset import Pairs, PreferenceData, read_data
 from rlhf.reward.training.group import Group, read_group, training_folder
 from rlhf.reward.training.group import add_arguments as add_group_arguments
 from rlhf.reward.training.heads import LinearHead, fit_logistic, fit_ridge
+from rlhf.reward.training.objectives import MultiObjective
 from rlhf.reward.training.reliability import Bin, draw_reliability, fit_temperature
 from rlhf.reward.training.report import measure, pair_logits, readable, unreadable
 from rlhf.types import Failed
@@ -289,7 +290,7 @@ def _train_full(
     if isinstance(model.module, CumulativeLogits):
         thresholds = tuple(model.module.thresholds().tolist())
         model.module, model.description = scorer, replace(model.description, thresholds=thresholds)
-    if choice.name == "more":
+    if isinstance(choice.objective, MultiObjective):
         shares = (choice.objective.weights / choice.objective.outputs).tolist()
         details["gradient_weights"] = dict(zip(fit.names, shares, strict=True))
     return details

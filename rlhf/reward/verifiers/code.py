@@ -55,10 +55,12 @@ class CodeVerifier(Verifier[CodeFields]):
             memory_bytes=fields.memory_mb * 2**20,
             forks=fields.forks,
         )
-        if isinstance(fields.tests[0], str):
-            passed = _statements(blocks[-1], fields.tests, limits)
+        statements = [test for test in fields.tests if isinstance(test, str)]
+        examples = [test for test in fields.tests if isinstance(test, Example)]
+        if statements:
+            passed = _statements(blocks[-1], statements, limits)
         else:
-            passed = _examples(blocks[-1], fields, limits)
+            passed = _examples(blocks[-1], examples, limits, fields.strict)
         return float(all(passed)) if fields.strict else sum(passed) / len(fields.tests)
 
 
@@ -71,12 +73,12 @@ def _statements(code: str, tests: list[str], limits: Limits) -> list[bool]:
     return [mark == ord("1") for mark in marks]
 
 
-def _examples(code: str, fields: CodeFields, limits: Limits) -> list[bool]:
+def _examples(code: str, examples: list[Example], limits: Limits, strict: bool) -> list[bool]:
     passed = []
-    for example in fields.tests:
+    for example in examples:
         ran = run_program(code, example.stdin, limits)
         passed.append(ran.status == 0 and _lines(ran.output.decode("utf-8", "replace")) == _lines(example.stdout))
-        if fields.strict and not passed[-1]:
+        if strict and not passed[-1]:
             break  # the others cannot change the score
     return passed
 

@@ -61,4 +61,6 @@ class RegexVerifier(Verifier[RegexFields]):
         found = matches[-1]
         if found is None:
             return 0.0
-        return float(fields.group is None or (found[fields.group] or "").strip() == fields.answer.strip())
+        if fields.group is None or fields.answer is None:
+            return 1.0
+        return float((found[fields.group] or "").strip() == fields.answer.strip())

@@ -204,20 +204,24 @@ def _start(plan: dict[str, Any], stdin: Any, descriptors: Sequence[int], **optio
 
 def _watch(process: subprocess.Popen[bytes], reports: BinaryIO, verdicts: BinaryIO, limits: Limits) -> Ran:
     """Read until the program has ended, and all that it started with it."""
+    assert process.stdout is not None
+    longest = None if limits.wall_s is None else limits.wall_s + PATIENCE_S
     try:
         output = process.stdout.read(limits.output_bytes + 1)
         if len(output) > limits.output_bytes:
             return Ran(None, output[: limits.output_bytes])
-        process.wait(limits.wall_s + PATIENCE_S)
+        process.wait(longest)
     except subprocess.TimeoutExpired:
-        raise SandboxError(f"the jail did not end within {limits.wall_s + PATIENCE_S:g} s") from None
+        raise SandboxError(f"the jail did not end within {longest:g} s") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         process.stdout.close()
     report = reports.read()
-    outcome = json.loads(report) if report else {"error": f"the jail ended with status {process.returncode}"}
+    outcome: dict[str, Any] = (
+        json.loads(report) if report else {"error": f"the jail ended with status {process.returncode}"}
+    )
     if "error" in outcome:
         raise SandboxError(outcome["error"])
     return Ran(outcome["status"], output, verdicts.read())

@@ -13,6 +13,8 @@ import socket
 import tempfile
 from functools import cache
 
+from rlhf.config.extras import remedy
+
 ALLOWED = """
 access faccessat faccessat2 stat lstat fstat newfstatat statx statfs fstatfs readlink readlinkat getcwd chdir fchdir
 open openat close close_range read readv pread64 preadv preadv2 write writev pwrite64 pwritev pwritev2 lseek sendfile
@@ -54,7 +56,7 @@ def syscall_filter(forks: bool) -> bytes:
     try:
         import pyseccomp
     except ModuleNotFoundError:
-        raise NoFilter("the package pyseccomp, which `rlhf[verifiers]` brings, is not installed") from None
+        raise NoFilter(f"the package pyseccomp is not installed. {remedy('verifiers')}") from None
     except RuntimeError as error:
         raise NoFilter(f"the system's library libseccomp.so.2 (Debian's libseccomp2): {error}") from None
     made = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -50,7 +50,7 @@ class Verifier(ABC, Generic[Fields]):
             PayloadError: one is missing, or cannot be used.
         """
         try:
-            return self.fields.model_validate(dict(payload))
+            return cast(Fields, self.fields.model_validate(dict(payload)))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])

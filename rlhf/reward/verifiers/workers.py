@@ -143,6 +143,7 @@ class _Worker:
         Raises:
             _WorkerEnded: it has died, or been ended for want of time.
         """
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
