@@ -73,7 +73,10 @@ class Record:
                 "Set run.dir to a folder on a disk with free space that you may write to."
             ) from error
         self._failed_files: set[str] = set()
-        self._audience = audience or audience_of(settings)
+        if audience is None:
+            assert isinstance(settings, Settings), "fine-tuning brings its own"
+            audience = audience_of(settings)
+        self._audience = audience
         self._audience.join(
             "wandb", lambda: Wandb(settings, self.folder, self.run_id) if settings.tracking.wandb != "off" else None
         )

@@ -70,7 +70,9 @@ def apart(verifier: Verifier[Any], request: dict[str, Any]) -> dict[str, Any]:
         return {"timed_out": True}
     try:
         ((kind, found),) = json.loads(said).items()
-        return {"value": float(found)} if kind == "value" else {"invalid" if kind == "invalid" else "failed": str(found)}
+        return (
+            {"value": float(found)} if kind == "value" else {"invalid" if kind == "invalid" else "failed": str(found)}
+        )
     except (ValueError, TypeError, AttributeError, RecursionError):
         return {"failed": "the process that verified this response ended without a verdict"}
 

@@ -157,6 +157,7 @@ class _Worker:
         return Invalid(answer["invalid"]) if "invalid" in answer else Failed(answer["failed"])
 
     def _answer(self, limit_s: float | None = None) -> dict[str, Any]:
+        assert self._process.stdout is not None
         poll = select.poll()
         poll.register(self._process.stdout, select.POLLIN)
         if not poll.poll(None if limit_s is None else limit_s * 1000):
