@@ -18,6 +18,7 @@ from rlhf.cluster import precision
 from rlhf.cluster.precision import Bf16
 from rlhf.config.extras import DISTRIBUTION
 from rlhf.preflight.finding import Finding
+from rlhf.reward.verifiers.sandbox import SandboxError, require_sandbox
 
 SHARED_MEMORY = 8 * 2**30
 """Least room in /dev/shm, in bytes: Ray's object store and NCCL's buffers between the GPUs of a node live there."""
@@ -41,6 +42,7 @@ class HostFacts:
         open_files: the most that a process may be allowed to have open.
         gpus: names, as the driver shows them.
         bf16: whether what models run on computes in it: the GPUs, or without any the processor.
+        unsandboxed: why what a model wrote cannot be run here; None: it can.
     """
 
     host: str
@@ -51,6 +53,7 @@ class HostFacts:
     open_files: int
     gpus: tuple[str, ...]
     bf16: Bf16
+    unsandboxed: str | None = None
 
 
 def look() -> HostFacts:
@@ -69,7 +72,16 @@ def look() -> HostFacts:
         open_files=_open_files(),
         gpus=gpus,
         bf16=precision.look(gpu=bool(gpus)),
+        unsandboxed=_unsandboxed(),
     )
+
+
+def _unsandboxed() -> str | None:
+    try:
+        require_sandbox()
+    except SandboxError as error:
+        return str(error)
+    return None
 
 
 def requirements() -> list[Requirement]:
@@ -172,7 +184,20 @@ def check_open_files(facts: HostFacts) -> Finding:
     )
 
 
-HOST_CHECKS = (check_compiler, check_shared_memory, check_open_files)
+def check_sandbox(facts: HostFacts) -> Finding:
+    """Whether the verifiers that run what a model wrote can do so."""
+    if facts.unsandboxed is None:
+        layers = "namespaces, a filter of system calls (seccomp) and resource limits"
+        return Finding("sandbox", "ok", f"{facts.host}: programs of a model can be run, in {layers}")
+    return Finding(
+        "sandbox",
+        "warning",
+        f"{facts.host}: programs of a model cannot be run: {facts.unsandboxed}; the verifiers `code` and `reasoning_gym` refuse to start",
+        "if you use them: docs/verifiers.md (The sandbox) lists what they need of the kernel and the packages",
+    )
+
+
+HOST_CHECKS = (check_compiler, check_shared_memory, check_open_files, check_sandbox)
 
 
 def worst(findings: Iterable[Finding]) -> Finding:

@@ -95,6 +95,8 @@ def test_what_a_host_lacks() -> None:
     assert small.state == "warning" and "--shm-size" in small.remedy
     assert checks_host.check_shared_memory(replace(SOUND, shared_memory=None)).state == "skipped"
     assert checks_host.check_open_files(replace(SOUND, open_files=1024)).state == "failed"
+    unsound = checks_host.check_sandbox(replace(SOUND, unsandboxed="no namespaces"))
+    assert unsound.state == "warning" and "no namespaces" in unsound.seen
     assert checks_host.worst([Finding("a", "ok", "x"), small]) is small
 
 
@@ -192,6 +194,7 @@ def test_the_environment_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         "compiler",
         "shared memory",
         "open files",
+        "sandbox",
         "precision",
         "nodes alike",
         "ports",
