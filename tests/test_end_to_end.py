@@ -78,6 +78,14 @@ def test_the_first_step_shows_what_theory_says(ray_run: Path, debug_run: Path) -
     assert all(line["policy/probe_gap"] < 1e-4 for line in lines(ray_run / "metrics.jsonl")), "each of the two engines"
 
 
+def test_the_last_checkpoint_of_two_ranks_is_exported_as_the_run_exported_it(ray_run: Path, tmp_path: Path) -> None:
+    assert rlhf("export", str(ray_run), "--out", str(tmp_path / "out")).stdout.strip() == str(tmp_path / "out")
+    written, own = (
+        {file.name: file.read_bytes() for file in at.iterdir()} for at in (tmp_path / "out", ray_run / "export")
+    )
+    assert written == own
+
+
 def test_ray_and_debug_mode_are_the_same_run(ray_run: Path, debug_run: Path) -> None:
     """Two engines and two ranks, or one of each in one process: the same seed gives the same samples and nearly the same numbers."""
     for one, other in zip(lines(ray_run / "metrics.jsonl"), lines(debug_run / "metrics.jsonl"), strict=True):
