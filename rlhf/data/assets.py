@@ -71,8 +71,8 @@ def resolve(name: str) -> str:
         return str(path)
     held = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
     if inner not in held:
-        files = ", ".join(f"{PREFIX}{asset}/{file}" for file in sorted(held)) or f"it is a file itself: {PREFIX}{asset}"
-        raise AssetError(f"there is no file `{name:.200}`. In this asset: {files}.")
+        files = ", ".join(f"{PREFIX}{asset}/{file}" for file in sorted(held)) or f"{PREFIX}{asset} is a file itself"
+        raise AssetError(f"there is no file `{name:.200}` in this asset. Name one that is: {files}.")
     return str(held[inner])
 
 

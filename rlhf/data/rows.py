@@ -26,14 +26,15 @@ MOST_NESTED = 200
 """Levels of objects and lists in a row; more would exhaust the stack of whoever reads it later."""
 SPACE = re.compile(r"\s*")
 OTHER_FILES = {
-    b"\x1f\x8b": "a gzip archive. Unpack it with gunzip.",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd. Unpack it with unzstd.",
-    b"PK\x03\x04": "a zip archive. Unpack it.",
+    b"\x1f\x8b": "a gzip archive. Give the file in it: `gunzip`.",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd. Give the file in it: `unzstd`.",
+    b"PK\x03\x04": "a zip archive. Give the file in it: `unzip`.",
     b"PAR1": "a Parquet file. Its name must end in .parquet.",
     b"\xff\xfe": "UTF-16 text. Save it as UTF-8.",
     b"\xfe\xff": "UTF-16 text. Save it as UTF-8.",
 }
 """How files begin that are no JSON, and what to do."""
+NAMES = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 Placed = tuple[str, dict[str, Any]]
 """Where a row stands, `FILE:LINE` or `FILE, row N`, and the row."""
@@ -168,7 +169,9 @@ def _value(where: str, text: str, at: int) -> tuple[Any, int]:
 
 def _object(where: str, row: Any, text: str, wanted: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}, not an object with {wanted}")
+        raise DataError(
+            f"{where}: {NAMES.get(type(row), 'a number')}, not an object with {wanted}. Write each row as one JSON object, or remove it."
+        )
     if text.count("{") + text.count("[") > MOST_NESTED and _depth(row) > MOST_NESTED:
         raise _too_deep(where)
     if SURROGATE.search(text) is not None:

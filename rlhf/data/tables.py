@@ -35,7 +35,10 @@ def parquet_rows(path: str) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error}).") from None
+        words = " ".join(str(error).split()).rstrip(".")
+        raise DataError(
+            f"{path}: not a Parquet file that can be read ({words}). Write it again, or give JSON lines."
+        ) from None
 
 
 def hub_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -61,8 +64,10 @@ def hub_rows(path: str) -> Iterator[dict[str, Any]]:
     except DataError:
         raise
     except Exception as error:  # the hub's client raises what it likes; all of it means that it cannot be read
+        error = error.__cause__ or error  # where the package only says that there was one
+        said = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         raise DataError(
-            f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}). One of several configurations is named as "
+            f"{path}: cannot be read ({said}). One of several configurations is named as "
             f"`{HUB}NAME@CONFIG[:SPLIT]`. Without a network, save the data set with `save_to_disk` where there is one, and name that "
             f"folder: `{HUB}FOLDER[:SPLIT]`."
         ) from error

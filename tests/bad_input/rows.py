@@ -249,7 +249,8 @@ def cases(every: bool = False) -> Iterator[Case]:
                 right,
             )
         for how, make in _files(kind):
-            yield _case(f"rows/{name}/file-{how}", kind, make)
+            array = "an array of rows is a file of rows" if how == "one-json-list" else None
+            yield _case(f"rows/{name}/file-{how}", kind, make, array)
     prompts = KINDS["prompts"]
     for how, chat in CHATS.items():
         line = json.dumps({"messages": chat})
@@ -257,6 +258,7 @@ def cases(every: bool = False) -> Iterator[Case]:
             f"rows/prompts/messages-{how}",
             prompts,
             lambda place, one=line: place.write("bad.jsonl", _lines(prompts, one)),
+            "turns as ShareGPT has them" if how == "sharegpt" else None,
         )
     for how, text in GOOD_FILES.items():
         yield _case(
@@ -292,5 +294,5 @@ def _case(
         right=right,
         required=required,
         starts=kind.starts,
-        leaves=("home/cache",),  # where assets are made
+        leaves=("home/cache", "home/.cache"),  # where assets are made, and data sets converted
     )

@@ -75,10 +75,11 @@ def test_errors_name_the_remedy(cache: Path):
         resolve("asset:tiny-llama/none.txt")
     for name in ("../outside", "/etc/hostname", "config.json/x", "none/none", "x" * 5000, "a\0b"):
         with pytest.raises(
-            AssetError, match="no file `asset:tiny-llama/(?s:.)* In this asset: .*asset:tiny-llama/config.json"
+            AssetError,
+            match="no file `asset:tiny-llama/(?s:.)* in this asset. Name one that is: .*asset:tiny-llama/config.json",
         ):
             resolve(f"asset:tiny-llama/{name}")
-    with pytest.raises(AssetError, match="it is a file itself: asset:tiny-prompts.jsonl"):
+    with pytest.raises(AssetError, match="asset:tiny-prompts.jsonl is a file itself"):
         resolve("asset:tiny-prompts.jsonl/x")
     with pytest.raises(AssetError, match=r"no asset `asset:\.\./x`"):
         resolve("asset:../x")

@@ -178,7 +178,7 @@ def test_files_are_read_in_order_and_checked(tmp_path: Path) -> None:
         read_conversations(str(tmp_path / "no.jsonl"), "data.examples", TOKENIZER, data())
     with pytest.raises(DataError, match=r"bad.jsonl:2: not JSON"):
         read_conversations(write(tmp_path / "bad.jsonl", rows[0], "{"), "data.examples", TOKENIZER, data())
-    with pytest.raises(DataError, match=r"list.jsonl, row 1: a int"):
+    with pytest.raises(DataError, match=r"list.jsonl, row 1: a number"):
         read_conversations(write(tmp_path / "list.jsonl", "[1]"), "data.examples", TOKENIZER, data())
     with pytest.raises(DataError, match="no chat template"):
         read_conversations(path, "data.examples", with_template(None), data())

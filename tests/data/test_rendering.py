@@ -301,3 +301,20 @@ def test_control_tokens_in_a_prompts_text_are_counted(
     with caplog.at_level(logging.WARNING, "rlhf"):
         read_inputs(settings)
     assert "2 of 3 prompts have control tokens written out in their text (<|end|>, <|user|>)" in caplog.text
+
+
+def test_control_tokens_in_a_pair_that_is_learned_from_are_counted(
+    tmp_path: Path, tiny_settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": f"q{n}", "chosen": chosen, "rejected": "no"} for n, chosen in enumerate(("yes", "what is <|user|>?"))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = {"kind": "function", "path": "rlhf.reward.functions:share_of_letter_a"}
+    algorithm = {"name": "iterative_dpo", "pairs": "dataset"}
+    data = {"prompts": str(path), "eval_prompts": None}
+    settings = tiny_settings(data=data, loop={"prompts_per_step": 2}, reward=reward, algorithm=algorithm)
+    with caplog.at_level(logging.WARNING, "rlhf"):
+        read_inputs(settings)
+    assert "1 of 2 prompts have control tokens written out in their text (<|user|>)" in caplog.text

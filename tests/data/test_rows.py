@@ -127,7 +127,7 @@ def test_a_json_array_is_read_row_by_row(tmp_path: Path, indent: int | None) -> 
         ('[{"a": 1}]\n[{"a": 2}]', "not JSON: more follows the array"),
         ('[{"a": 1}, {"a": 2, "a": 3}]', "row 2: the field `a` is there twice"),
         ('[{"a": "\\ud83d"}]', "row 1: field `a` holds half of a character"),
-        ('[{"a": 1}, 2]', "row 2: a int, not an object with words"),
+        ('[{"a": 1}, 2]', "row 2: a number, not an object with words"),
         ("[", "row 1: not JSON"),
         ('{"a": 1}{"a": 2}', ":1: not JSON: more follows the first value"),
         ('{\n"a": 1}', ":1: not JSON: .*or the whole file one array"),

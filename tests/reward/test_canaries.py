@@ -38,7 +38,7 @@ def test_a_file_is_read(tmp_path):
     [
         (["{"], ":1: not JSON"),
         ([{"good": "g", "bad": "b"}, {"good": "g"}], ":2: a pair needs the texts `good` and `bad`"),
-        ([[1]], ", row 1: a int, not an object with the texts `good`"),
+        ([[1]], ", row 1: a number, not an object with the texts `good`"),
         ([{"good": "g", "bad": "b", "prompt": 3}], ":1: field `prompt` must be a text"),
         ([{"good": "g", "bad": "b", "messages": []}], ":1: field `messages` must be a list"),
         ([{"good": "g", "bad": "b", "messages": [], "prompt": ""}], ":1: has `prompt` and `messages`"),

@@ -258,7 +258,7 @@ def read_data(path: str, columns: Columns | None = None) -> PreferenceData:
     """
     rows = read_preferences(path, columns)
     if not rows:
-        raise RewardError(f"{path} has no rows.")
+        raise RewardError(f"{path} has no rows. Give a file of ratings or pairs.")
     kind, given = _kind(rows[0]), [row.prompt() for row in rows]
     for row, prompt in zip(rows, given, strict=True):
         if (prompt is None) != (given[0] is None):

@@ -34,7 +34,10 @@ class Row:
 
     def field(self, name: str) -> Any:
         if not self.has(name):
-            raise self.error(name, f"missing. The row has {', '.join(n for n in self.fields if self.has(n))}.")
+            raise self.error(
+                name,
+                f"missing. Add it, or remove the row, which has {', '.join(filter(self.has, self.fields)) or 'nothing'}.",
+            )
         return self.fields[name]
 
     def text(self, name: str) -> str:
