@@ -65,6 +65,11 @@ def test_lint_checks_style_format_and_types() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"] == ["rlhf"]
 
 
+def test_continuous_integration_lints_and_then_tests() -> None:
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
+    assert commands == ["make lint", "make test"]
+
+
 def test_the_hosted_workflow_runs_the_same_commands() -> None:
     steps = read_yaml(".github/workflows/ci.yml")["jobs"]["test"]["steps"]
     runs = [step["run"] for step in steps if "run" in step]
