@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf.cluster.signals import ended_by_sigterm
 from rlhf.commands.grammar import parse
 from rlhf.config import Settings, UserError, load, show
 from rlhf.config.arguments import printable
@@ -20,17 +21,19 @@ from rlhf.config.method_checks import method_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 if `doctor` finds a failure, 2 for a user's mistake, 130 after Ctrl-C."""
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        status = COMMANDS[args.command](args)
-    except UserError as error:
-        sys.stderr.write(f"rlhf: {printable(str(error))}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("rlhf: interrupted\n")
-        return 130
-    return status or 0
+    """Run one command. Returns the exit status: 0, 1 if `doctor` finds a failure, 2 for a user's mistake, 130 after Ctrl-C, 143 after
+    SIGTERM."""
+    with ended_by_sigterm() as ending:
+        try:
+            args = parse(sys.argv[1:] if argv is None else argv)
+            status = COMMANDS[args.command](args)
+        except UserError as error:
+            sys.stderr.write(f"rlhf: {printable(str(error))}\n")
+            return 2
+        except KeyboardInterrupt:
+            sys.stderr.write("rlhf: ended by SIGTERM\n" if ending.told else "rlhf: interrupted\n")
+            return 143 if ending.told else 130
+        return status or 0
 
 
 @contextmanager

@@ -73,7 +73,8 @@ trap finish EXIT
 # shellcheck disable=SC2206 # several words
 extra=(${RAY_START_ARGS:-})
 say "Ray on $count hosts, head $head; logs in $logs"
-ray start --head --block --disable-usage-stats --node-ip-address="$HEAD_IP" --port="$RAY_PORT" --include-dashboard=false \
+temp=$(python -m rlhf.cluster.launching session-folder) || exit
+ray start --head --block --disable-usage-stats --temp-dir="$temp" --node-ip-address="$HEAD_IP" --port="$RAY_PORT" --include-dashboard=false \
   ${resources[0]:+"${resources[0]}"} "${extra[@]}" 9>&- >"$logs/${hosts[0]}.log" 2>&1 &
 parts=($!)
 for ((i = 1; i < count; i++)); do

@@ -10,8 +10,9 @@ export PATH=$path:$PATH
 # shellcheck source=/dev/null
 [ -z "$setup" ] || source "$setup"
 python -m rlhf.cluster.launching head "$head" --deadline "$deadline" || exit
+temp=$(python -m rlhf.cluster.launching session-folder) || exit
 exec 3<&0
-ray start --block --disable-usage-stats --address="$head" "$@" </dev/null &
+ray start --block --disable-usage-stats --temp-dir="$temp" --address="$head" "$@" </dev/null &
 ray=$!
 { cat; kill -TERM "$ray"; } <&3 >/dev/null 2>&1 &
 wait "$ray"

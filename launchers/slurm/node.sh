@@ -2,8 +2,9 @@
 # The Ray node of one SLURM node, until it is told to end. The first node is the head, where the others join. Passed as text to
 # `bash -c`, because a container does not see the launchers' folder.
 
-temp=${RAY_TMP:-/tmp}/rlhf-ray-$SLURM_JOB_ID-$SLURM_NODEID # short: Ray makes Unix sockets in it
-options=(--block --disable-usage-stats --temp-dir="$temp" --num-cpus="$SLURM_CPUS_ON_NODE")
+# Short, because Ray makes Unix sockets in it, and this user's alone: Ray lets everybody write into the folder inside.
+temp=$(mktemp -d "${RAY_TMP:-/tmp}/rlhf-ray-XXXXXX") || exit
+options=(--block --disable-usage-stats --temp-dir="$temp/ray" --num-cpus="$SLURM_CPUS_ON_NODE")
 if [[ $SLURM_NODEID == 0 ]]; then
   echo "$SLURM_STEP_ID" >"$LOGS/step" # for who ends this step
   options+=(--head --node-ip-address="$HEAD_IP" --port="$RAY_PORT" --include-dashboard=false)
@@ -26,7 +27,7 @@ while kill -0 "$ray" 2>/dev/null; do wait "$ray"; status=$?; done
 
 # What actors wrote to stderr is only in Ray's own logs.
 mkdir -p "$LOGS/ray-$SLURMD_NODENAME"
-cp -r "$temp"/session_latest/logs/. "$LOGS/ray-$SLURMD_NODENAME"
+cp -r "$temp"/ray/session_latest/logs/. "$LOGS/ray-$SLURMD_NODENAME"
 rm -rf "$temp"
 if [[ -z $told ]]; then
   echo "Ray ended by itself with status $status" >&2

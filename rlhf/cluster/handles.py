@@ -77,7 +77,12 @@ async def together(*calls: Awaitable[Any]) -> list[Any]:
     waiting, end = set(tasks), None
     while waiting and not any(isinstance(error, ActorDied) for error in errors):
         patience = None if end is None else max(0.0, end - clock())
-        done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # otherwise they would go on, and fail when the actors end
+            for task in waiting:
+                task.cancel()
+            raise
         if not done:
             break
         errors += [error for task in tasks if task in done and (error := task.exception()) is not None]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf.cluster.own_ray import session_folder
 from rlhf.config import UserError
 from rlhf.config.commands import LOADERS
 
@@ -107,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.add_argument("config")
     folder.add_argument("overrides", nargs=argparse.REMAINDER)
     questions.add_parser("address", help="this host's address as PEER sees it").add_argument("peer")
+    questions.add_parser("session-folder", help="where Ray keeps its sockets and logs here, shut to other users")
     for name, summary in (("head", "wait until the head listens"), ("nodes", "wait until all nodes have joined")):
         wait = questions.add_parser(name, help=summary)
         wait.add_argument("address", help="HOST:PORT of the Ray head")
@@ -119,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(run_folder(args.config, args.overrides, args.command))
         elif args.question == "address":
             print(address_towards(args.peer))
+        elif args.question == "session-folder":
+            print(os.environ.get("RAY_TMPDIR") or session_folder())
         elif args.question == "head":
             wait_for_head(args.address, args.deadline)
         else:

@@ -183,7 +183,8 @@ class Reservation:
             )
             raise DeadlineExpired(
                 f"the driver waited {self._answer_deadline_s:g} s for a first process on {', '.join(nodes)}. Is this package installed "
-                "there, in the same Python? Ray's logs on that node (/tmp/ray/session_latest/logs) say why its workers end"
+                "there, in the same Python? Ray's logs on that node say why its workers end: session_latest/logs in /tmp/ray, or in "
+                "/tmp/rlhf-UID/ray where the run itself or hosts.sh has started it"
             )
         return ray.get(answers)
 

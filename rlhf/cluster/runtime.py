@@ -8,8 +8,11 @@ from typing import Any, Protocol
 
 from rlhf.cluster.devices import SHARED_BY, claim_threads
 from rlhf.cluster.handles import Handle, LocalHandle, RayHandle
+from rlhf.cluster.network import INTERFACES, LOOPBACK, choose_interfaces
+from rlhf.cluster.own_ray import own_ray
 from rlhf.cluster.placement import CannotPlace, Placement, place
 from rlhf.cluster.reservation import Reservation, cluster_nodes
+from rlhf.cluster.signals import sigterm_kept
 from rlhf.cluster.wishes import Wishes
 from rlhf.cluster.worker_setup import job_environment
 from rlhf.config.cluster import ClusterSettings, Role
@@ -87,11 +90,11 @@ class RayRuntime:
         self._actors: list[Any] = []
         self._reservation: Reservation | None = None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": job_environment()}
-        if settings.address is None:
-            options |= {"address": "local", "num_cpus": max(actors, os.cpu_count() or 1), "include_dashboard": False}
-        else:
-            options["address"] = settings.address
-        ray.init(**options)
+        with sigterm_kept():
+            if settings.address is None:
+                own_ray(num_cpus=max(actors, os.cpu_count() or 1), **options)
+            else:
+                ray.init(address=settings.address, **options)
 
     def reserve(self, wishes: Wishes) -> Placement:
         settings, nodes = self._settings, cluster_nodes()
@@ -143,6 +146,8 @@ class LocalRuntime:
 
     def __init__(self) -> None:
         self._targets: list[Any] = []
+        self._environment = {name: os.environ.get(name) for name in INTERFACES}
+        choose_interfaces(LOOPBACK, several_nodes=False)
 
     def reserve(self, wishes: Wishes) -> None:
         """Nothing to reserve: all roles share this process and its device."""
@@ -168,3 +173,6 @@ class LocalRuntime:
             if close is not None:
                 close()
         self._targets.clear()
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)

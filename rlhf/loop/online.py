@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -131,15 +131,22 @@ class OnlineLoop:
         pairs = algorithm is not None and algorithm.dataset_pairs
         judged = algorithm is None or algorithm.judged
 
-        async def answer(prompt: Prompt) -> tuple[Rollout, Awaitable[Feedback]]:
+        judging: list[asyncio.Task[Feedback]] = []
+
+        async def answer(prompt: Prompt) -> tuple[Rollout, asyncio.Task[Feedback]]:
             rollout = await self.roles.rollouts.sample(prompt, samplings, with_pair=pairs)
             verdict = self.roles.rewards.judge(rollout) if judged else _unjudged(rollout)
-            return rollout, asyncio.create_task(verdict)
+            judging.append(asyncio.create_task(verdict))
+            return rollout, judging[-1]
 
-        answered = await asyncio.gather(*(answer(prompt) for prompt in prompts))
-        clock.lap("time/generate")
-        feedbacks = await asyncio.gather(*(judging for _, judging in answered))
-        clock.lap("time/reward")
+        try:
+            answered = await asyncio.gather(*(answer(prompt) for prompt in prompts))
+            clock.lap("time/generate")
+            feedbacks = await asyncio.gather(*(verdict for _, verdict in answered))
+            clock.lap("time/reward")
+        finally:
+            for verdict in judging:  # after an error nobody asks for them
+                verdict.cancel()
         return [Judged(rollout, feedback) for (rollout, _), feedback in zip(answered, feedbacks, strict=True)]
 
     async def measure(self, assignments: Sequence[Assignment]) -> dict[str, float]:

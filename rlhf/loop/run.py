@@ -13,7 +13,6 @@ from typing import Any
 from rlhf.algorithms import Algorithm, make
 from rlhf.cluster import (
     ActorDied,
-    DeadlineExpired,
     LocalRuntime,
     Placement,
     RayRuntime,
@@ -55,6 +54,10 @@ from rlhf.transfer import TransferSession
 from rlhf.types import Prompt
 
 log = logging.getLogger(__name__)
+
+FAREWELL_S = 10.0
+"""How long a role gets to end by itself when the run ends for another reason, in seconds. A rank in a long step cannot, and whoever
+told the run to end does not wait for it: SLURM and Kubernetes kill after 30 s."""
 
 
 def train(settings: Settings, debug: bool = False, resume: bool = False, full_length: bool = False) -> None:
@@ -229,6 +232,7 @@ async def started_roles(
     say("starting policy, engines and reward")
 
     turns = takes_turns(settings, runtime.local)
+    ended_well = False
     try:
         if settings.checkpoint.every:
             runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
@@ -252,10 +256,11 @@ async def started_roles(
         )
         await asyncio.gather(policy.open_transfer(session), rollouts.connect(session))
         yield Roles(policy, rollouts, rewards, turns=turns)
+        ended_well = True
     finally:
         for role in reversed(started):
-            with suppress(ActorDied, DeadlineExpired):  # it may be what ended the run
-                await role.close()
+            with suppress(ActorDied, TimeoutError):  # it may be what ended the run
+                await asyncio.wait_for(role.close(), None if ended_well else FAREWELL_S)
 
 
 def make_runtime(settings: Settings, debug: bool) -> Runtime:

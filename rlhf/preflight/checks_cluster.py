@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from rlhf.cluster.network import choose_interfaces
+from rlhf.cluster.network import choose_interfaces, listener, meeting_place
+from rlhf.cluster.own_ray import own_ray
+from rlhf.cluster.signals import sigterm_kept
 from rlhf.config.cluster import ClusterSettings
 from rlhf.preflight.checks_host import HostFacts, look
 from rlhf.preflight.finding import Finding
@@ -55,9 +57,7 @@ class Probe:
 
     def listen(self) -> tuple[str, int]:
         """Open a free port and name it."""
-        self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._listener.bind(("", 0))
-        self._listener.listen()
+        self._listener = listener(self._address)
         return self._address, self._listener.getsockname()[1]
 
     def unreached(self, places: Sequence[tuple[str, int]]) -> list[str]:
@@ -81,8 +81,8 @@ class Probe:
         import torch
         import torch.distributed as dist
 
-        os.environ |= {"MASTER_ADDR": place[0], "MASTER_PORT": str(place[1])}
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=DEADLINE_S))
+        meeting, deadline = meeting_place(*place), timedelta(seconds=DEADLINE_S)
+        dist.init_process_group(backend, meeting, rank=rank, world_size=world, timeout=deadline)
         device = "cuda" if backend == "nccl" else "cpu"
         tensor = torch.empty(MESSAGE[backend] // 4, device=device)
 
@@ -176,15 +176,13 @@ def team(settings: ClusterSettings) -> Iterator[Team]:
     silent = check_address(settings.address)
     if silent is not None:
         raise Unreachable(silent)
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "warning",
-        "address": settings.address or "local",
-    }
-    if settings.address is None:
-        options |= {"include_dashboard": False}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     try:
-        ray.init(**options)
+        with sigterm_kept():
+            if settings.address is None:
+                own_ray(**options)
+            else:
+                ray.init(address=settings.address, **options)
     except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise Unreachable(
             Finding(

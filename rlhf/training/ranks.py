@@ -10,7 +10,7 @@ import deepspeed
 import torch
 
 from rlhf.cluster import uses_gpu
-from rlhf.cluster.network import free_port, host_address
+from rlhf.cluster.network import free_port, host_address, meeting_place
 from rlhf.config.cluster import ClusterSettings
 from rlhf.training.builds import remove_abandoned_locks
 
@@ -46,6 +46,9 @@ def join(member: Member, cluster: ClusterSettings) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if uses_gpu(cluster) else "gloo",
         timeout=timedelta(seconds=cluster.learn_deadline_s),
+        init_method=meeting_place(member.host, member.port),
+        rank=member.rank,
+        world_size=member.ranks,
         verbose=False,
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from rlhf.cluster.network import open_store
 from rlhf.transfer.session import TransferFailed, TransferSession
 
 _GIVEN_UP = "given-up"
@@ -32,7 +33,7 @@ class Board:
         self._session = session
         timeout = timedelta(seconds=session.timeout_s)
         try:
-            store = dist.TCPStore(session.host, session.port, None, rank == 0, timeout, wait_for_workers=False)
+            store = open_store(session.host, session.port, timeout, serves=rank == 0)
         except RuntimeError as error:  # torch.distributed's own errors derive from it
             raise TransferFailed(
                 f"rank {rank} of {session.world_size} could not join the weight transfer at {session.host}:{session.port} "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlhf.cluster.network import open_store
 from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec, local_address_towards
@@ -32,9 +33,7 @@ def join(session: TransferSession, rank: int) -> dist.ProcessGroup:
     """
     timeout = timedelta(seconds=session.timeout_s)
     try:
-        store = dist.TCPStore(
-            session.host, session.port, session.world_size, rank == 0, timeout, wait_for_workers=False
-        )
+        store = open_store(session.host, session.port, timeout, serves=rank == 0, world_size=session.world_size)
         options = dist.ProcessGroupGloo._Options()
         # By default gloo listens on what the host name resolves to, which is often the loopback.
         address = local_address_towards(session.host, session.port)

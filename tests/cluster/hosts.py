@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from rlhf.cluster.network import INTERFACES
+
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 6379
@@ -41,7 +43,8 @@ class TwoHosts:
         self.names = (f"{mark}a", f"{mark}b")
         self._temporary = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))  # short: Ray puts Unix sockets there
         # The head turns on tokens by itself; a joining node and a driver must be told.
-        self._env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        inherited = {name: value for name, value in os.environ.items() if name not in INTERFACES}
+        self._env = inherited | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._env |= {"RAY_DISABLE_IMPORT_WARNING": "1", "PYTHONPATH": str(ROOT)}
         try:
             self._make()

@@ -97,6 +97,7 @@ def ray(arguments: list[str]) -> int:
     if temp:
         logs = Path(temp[1]) / "session_latest" / "logs"
         logs.mkdir(parents=True)
+        (FAKE / f"folder-{node}").write_text(f"{Path(temp[1]).parent} {Path(temp[1]).parent.stat().st_mode & 0o777:o}")
         (logs / "worker.err").write_text(f"said by an actor of node {node}")
     joined = FAKE / "joined" / node
     joined.parent.mkdir(exist_ok=True)
@@ -114,6 +115,9 @@ def python(arguments: list[str]) -> int:
     question = arguments[2]
     if question in ("run-folder", "address"):
         return subprocess.call([os.environ["FAKE_PYTHON"], *arguments])
+    if question == "session-folder":
+        print(FAKE / f"sessions-{os.environ.get('FAKE_HOST', '0')}")
+        return 0
     count = int(arguments[arguments.index("--count") + 1]) if question == "nodes" else 1
     while len(list((FAKE / "joined").glob("*"))) < count:
         time.sleep(0.02)

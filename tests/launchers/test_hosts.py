@@ -42,6 +42,8 @@ def test_success_ends_all_hosts(started: Any) -> None:
     assert calls["rlhf train"].endswith("cluster.address=10.0.0.1:6379")
     (ray,) = [call for call in started.calls if call.startswith("ray start") and "rollout_node" in call]
     assert "--address=10.0.0.1:6379" in ray
+    for host in ("0", "one", "two"):  # Ray's files lie where no other user can open them
+        assert any(f"--temp-dir={started.folder}/sessions-{host} " in call for call in started.calls), started.calls
 
 
 def test_it_runs_the_command_that_is_asked_for(stage: Any) -> None:

@@ -51,6 +51,11 @@ def test_success_ends_all_nodes_and_gathers_the_logs(stage: Any) -> None:
         assert (logs / f"node-{node}-{name}.log").exists()
         assert (logs / f"ray-{name}" / "worker.err").read_text() == f"said by an actor of node {node}"
     assert not list(stage.folder.glob("rlhf-ray-*"))
+    folders = [(stage.folder / f"folder-{node}").read_text().split() for node in range(3)]
+    assert [mode for _, mode in folders] == ["700"] * 3, (
+        "what Ray keeps there is shut to others, who cannot guess its name"
+    )
+    assert len({name for name, _ in folders}) == 3
 
 
 def test_the_drivers_failure_is_the_jobs(stage: Any) -> None:

@@ -1,0 +1,133 @@
+"""A run on one machine, from outside: who can reach it, and what is left when it is told to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parents[1]
+MARK = "RLHF_TEST_RUN"
+PATIENCE_S = 300
+SMALL = ("rollout.engines=1", "policy.ranks=1", "data.eval_prompts=null", "loop.eval_every=0", "checkpoint.every=0")
+
+
+class Run:
+    """`rlhf train` on the tiny model, as a user starts it, with a mark by which all its processes are known."""
+
+    def __init__(self, folder: Path, *options: str):
+        self.folder, self._mark = folder, uuid.uuid4().hex
+        plain = (f"run.dir={folder}", "cluster.device=cpu", "tracking.console=off", "loop.steps=100000")
+        command = [sys.executable, "-m", "rlhf.cli", "train", "configs/tiny.yaml", *plain, *SMALL, *options]
+        self._errors = folder.with_suffix(".log")
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {MARK: self._mark},
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors.open("w"),
+            start_new_session=True,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Those that live, the driver among them."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:  # it has ended, or is another user's
+                continue
+        return found
+
+    def steps(self) -> int:
+        metrics = self.folder / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def said(self) -> str:
+        return self._errors.read_text()
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < end, f"nothing came: {self.said()[-3000:]}"
+            assert self.process.poll() is None, f"the run has ended: {self.said()[-3000:]}"
+            time.sleep(0.2)
+
+    def listening(self) -> dict[str, list[str]]:
+        """Address -> who listens there, or takes datagrams."""
+        found: dict[str, list[str]] = {}
+        for process in self.processes():
+            try:
+                sockets = process.net_connections("inet")
+            except psutil.Error:
+                continue
+            for one in sockets:
+                if one.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and one.laddr:
+                    found.setdefault(one.laddr.ip, []).append(f"{process.name()}:{one.laddr.port}")
+        return found
+
+    def kill(self) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.wait()
+
+    def must_end_well(self) -> None:
+        """Told by SIGTERM, with one line, and nobody is left."""
+        self.process.send_signal(signal.SIGTERM)
+        print(told := time.monotonic())
+        assert self.process.wait(timeout=PATIENCE_S) == 143, self.said()[-6000:]
+        print("ended after", time.monotonic() - told)
+        said = self.said()
+        assert said.splitlines().count("rlhf: ended by SIGTERM") == 1, said[-6000:]
+        for word in ("Traceback", "Stack trace", "stack trace", "*** ", "terminate called", "SIGABRT"):
+            assert word not in said, said[-6000:]
+        end = time.monotonic() + 30
+        while (left := self.processes()) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert [process.cmdline() for process in left] == []
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def begin(*options: str) -> Run:
+        runs.append(Run(tmp_path / f"run{len(runs)}", *options))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.kill()
+
+
+@pytest.mark.parametrize("mode", [(), ("--debug",)], ids=["ray", "debug"])
+def test_nothing_listens_beyond_the_loopback_and_sigterm_ends_it(start: Callable[..., Run], mode: tuple) -> None:
+    run = start(*mode)
+    run.wait(lambda: run.steps() >= 1)
+    listening = run.listening()
+    ray = not mode
+    assert len(run.processes()) > (5 if ray else 0)
+    assert sum(map(len, listening.values())) > (8 if ray else 0), "what is looked at is what listens"
+    open_to_others = {
+        ip: who for ip, who in listening.items() if not ip.removeprefix("::ffff:").startswith("127.") and ip != "::1"
+    }
+    assert open_to_others == {}
+    run.must_end_well()
+    assert [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sigterm_ends_a_run_that_is_starting(start: Callable[..., Run]) -> None:
+    run = start()
+    run.wait(lambda: any("ray::" in "".join(process.cmdline()) for process in run.processes()))
+    run.must_end_well()
