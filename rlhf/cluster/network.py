@@ -73,11 +73,11 @@ def listener(host: str, port: int = 0) -> socket.socket:
         host: this machine's, a name or an address.
         port: 0: any that is free.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, kind, protocol)
+    family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    address, bound = str(place[0]), socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(("" if interface_of(address[0]) is None else address[0], port))
+        bound.bind(("" if interface_of(address) is None else address, port))
         bound.listen()
     except OSError:
         bound.close()
@@ -125,5 +125,6 @@ def meeting_place(host: str, port: int) -> str:
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[TCPStore, int, int]]:
     place = urlsplit(url)
     rank, size = (int(parse_qs(place.query)[name][0]) for name in ("rank", "world_size"))
-    yield open_store(place.hostname, place.port, timeout, serves=rank == 0, world_size=size, wait=True), rank, size
+    host, port = str(place.hostname), int(place.port or 0)
+    yield open_store(host, port, timeout, serves=rank == 0, world_size=size, wait=True), rank, size
     raise RuntimeError("a group that has met cannot meet again at the same place")

@@ -12,6 +12,7 @@ Owns: that order of things. Does not know: DeepSpeed's configuration (`engine`),
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -154,16 +155,27 @@ def _first() -> bool:
 
 def _agreed(parts: Iterator[list[str]] | None) -> list[str]:
     """The names of the tensors that rank 0 has read next; empty at the end. Raises its WeightsError on every rank."""
-    said: list[Any] = [None]
+    said: list[str] | str = []
     if parts is not None:
         try:
-            said = [next(parts, [])]
+            said = next(parts, [])
         except WeightsError as error:
-            said = [str(error)]
-    torch.distributed.broadcast_object_list(said, 0)
-    if isinstance(said[0], str):
-        raise WeightsError(said[0])
-    return said[0]
+            said = str(error)
+    said = _broadcast(said)
+    if isinstance(said, str):
+        raise WeightsError(said)
+    return said
+
+
+def _broadcast(said: list[str] | str) -> list[str] | str:
+    """What rank 0 says, on every rank. As JSON: torch's way would unpickle what comes over the wire."""
+    text = torch.tensor(bytearray(json.dumps(said).encode()), dtype=torch.uint8, device=_device())
+    size = torch.tensor([len(text)], device=_device())
+    torch.distributed.broadcast(size, 0)
+    if not _first():
+        text = torch.empty(int(size), dtype=torch.uint8, device=_device())
+    torch.distributed.broadcast(text, 0)
+    return json.loads(bytes(text.tolist()))
 
 
 def _places(model: nn.Module, *, buffers: bool = True) -> dict[str, list[_Place]]:
