@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[1]
 MARK = "RLHF_TEST_RUN"
-PATIENCE_S = 300
+PATIENCE_S = 600
 SMALL = ("rollout.engines=1", "policy.ranks=1", "data.eval_prompts=null", "loop.eval_every=0", "checkpoint.every=0")
 
 
@@ -129,5 +129,6 @@ def test_nothing_listens_beyond_the_loopback_and_sigterm_ends_it(start: Callable
 
 def test_sigterm_ends_a_run_that_is_starting(start: Callable[..., Run]) -> None:
     run = start()
-    run.wait(lambda: any("ray::" in "".join(process.cmdline()) for process in run.processes()))
+    # Ray's own processes start; no rank is killed while DeepSpeed builds, which would make the next run wait.
+    run.wait(lambda: any("raylet" in process.name() for process in run.processes()))
     run.must_end_well()
