@@ -12,6 +12,7 @@ import pytest
 from rlhf.cluster import ActorDied, DeadlineExpired, LocalRuntime, Runtime, compute_env, fetch, handles, together
 from rlhf.cluster.devices import claim_threads
 from rlhf.config.cluster import ClusterSettings
+from rlhf.config.loader import UserError
 
 
 class Worker:
@@ -34,6 +35,9 @@ class Worker:
 
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)
+
+    def refuse(self) -> None:
+        raise UserError("file.pt: no")
 
     def die(self) -> None:
         os._exit(1)
@@ -143,3 +147,27 @@ def test_without_a_death_the_first_error_is_raised(run: Callable, monkeypatch: p
 
     with pytest.raises(ValueError, match="first"):
         run(with_one_that_hangs())
+
+
+def test_a_caller_that_is_cancelled_takes_its_calls_along(run: Callable) -> None:
+    """Otherwise they go on, and fail with a traceback when the run that was told to end has closed the actors."""
+
+    async def use() -> None:
+        calls = [asyncio.ensure_future(after(asyncio.Event(), None)) for _ in range(2)]
+        waiting = asyncio.ensure_future(together(*calls))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.sleep(0)
+        assert all(call.cancelled() for call in calls)
+
+    run(use())
+
+
+@pytest.mark.engine
+def test_what_a_user_did_wrong_crosses_without_a_traceback(scratch_runtime: Runtime, run: Callable) -> None:
+    worker = scratch_runtime.start("worker", Worker, 0)
+    with pytest.raises(UserError) as caught:
+        run(worker.call("refuse", deadline=60))
+    assert str(caught.value) == "file.pt: no"
