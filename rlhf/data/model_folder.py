@@ -146,7 +146,7 @@ def read_config(path: str | Path, where: str) -> Any:
     Raises:
         FolderError: there is none, it is not whole, its sizes are none, or only code of its own could read it.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     folder = Path(path)
     if not folder.is_dir():
@@ -180,6 +180,8 @@ def read_config(path: str | Path, where: str) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = None  # who builds a model chooses
         text = config.get_text_config()
+        if not isinstance(text, PretrainedConfig):
+            raise TypeError(f"`text_config: {text}` is no configuration")
     except (
         Exception
     ) as error:  # transformers raises what it likes for a configuration that nobody can build a model from

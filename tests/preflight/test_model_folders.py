@@ -117,6 +117,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "positions": (fields(max_position_embeddings=10**30), "from 1 to 2147483647"),
     "no heads": (fields(num_attention_heads=0), "config.json does not describe a model: integer modulo by zero"),
     "words": (fields(hidden_size="many"), "'hidden_size' expected int"),
+    "text": (fields(text_config=5), "`text_config: 5` is no configuration"),
     "type": (fields(dtype=5), "says `dtype: 5`"),
     "quantization": (fields(quantization_config={}), "quantiz"),
     "link": (to_nowhere("tokenizer_config.json"), "is a link to /nowhere/at/all, which is not there"),
