@@ -16,7 +16,7 @@ from pathlib import Path
 from rlhf.cluster.signals import ended_by_sigterm
 from rlhf.commands.grammar import parse
 from rlhf.config import Settings, UserError, load, show
-from rlhf.config.arguments import printable
+from rlhf.config.arguments import printable, shortened
 from rlhf.config.method_checks import method_warnings
 
 
@@ -104,9 +104,13 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    given = [args.prompt, args.good, args.bad]
-    if any(given) and not all(given):
-        raise UserError("`rlhf doctor`: give --prompt, --good and --bad together, or none of them")
+    given = [text for text in (args.prompt, args.good, args.bad) if text is not None]
+    if given and (len(given) < 3 or not all(text.strip() for text in given) or args.good == args.bad):
+        raise UserError(
+            "`rlhf doctor`: give --prompt, --good and --bad together, none empty, or none of them; --good is not --bad"
+        )
+    if given and args.config is None:
+        raise UserError("`rlhf doctor`: --prompt, --good and --bad are for the reward of a configuration. Give CONFIG")
     settings = None if args.config is None else load(args.config, args.overrides)
     from rlhf.preflight import doctor
     from rlhf.preflight.checks_reward import Pair
@@ -116,7 +120,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
         train(trial, full_length=True)
 
-    pair = Pair(*given) if all(given) else None
+    pair = Pair(*given) if given else None
     findings = []
     for finding in doctor.examine(settings, doctor.Wanted(pair, None if args.no_step else train)):
         print(doctor.line(finding), flush=True)
@@ -248,8 +252,13 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from rlhf.data.assets import resolve
+    from rlhf.data.assets import PREFIX, resolve
 
+    for asset in args.assets:
+        if not asset.startswith(PREFIX):
+            raise UserError(
+                f"`{shortened(asset)}` is no asset: these begin with `{PREFIX}`, such as asset:tiny-llama. Correct the name"
+            )
     for asset in args.assets:
         print(resolve(asset))
 

@@ -16,13 +16,13 @@ import numpy as np
 from rlhf.cluster import RayRuntime, wishes
 from rlhf.cluster.precision import settle
 from rlhf.commands.export import as_model
+from rlhf.commands.generate import open_language_model
 from rlhf.commands.progress import Progress
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
 from rlhf.data.loading_time import with_startup_deadline
-from rlhf.data.model_folder import find_model
-from rlhf.data.prompts import load_prompts, load_tokenizer
+from rlhf.data.prompts import load_prompts
 from rlhf.loop.evaluation import evaluation_sampling, held_out
 from rlhf.loop.judged import Judged
 from rlhf.loop.progress import require_some_reward
@@ -104,7 +104,7 @@ def held_out_prompts(settings: Settings, models: Mapping[str, str]) -> list[Aske
     """
     read = {}
     for name, model in models.items():
-        tokenizer = load_tokenizer(find_model(model, name, weights=False), name)
+        _, tokenizer = open_language_model(model, name)
         read[name] = Asked(model, load_prompts(settings.data.eval_prompts or (), tokenizer, settings.data), tokenizer)
     common = set.intersection(*({prompt.id for prompt in one.prompts} for one in read.values()))
     if not common:

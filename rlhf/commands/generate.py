@@ -15,6 +15,7 @@ from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import settle
 from rlhf.commands.export import as_model
 from rlhf.config import Settings
+from rlhf.config.data import of_the_template
 from rlhf.config.loader import UserError
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.model_folder import find_model, read_config
@@ -24,6 +25,8 @@ from rlhf.rollout.pool import RolloutPool
 from rlhf.rollout.sampling import Sampling
 from rlhf.types import Completion, Prompt
 
+SILENT = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+"""How the names of architectures end that give no next token."""
 ANNOUNCEMENTS = 10
 """How often `rlhf generate --out` says how far it is."""
 
@@ -81,12 +84,10 @@ def ask(
     Raises:
         UserError: a model or prompt that cannot be used.
     """
-    folder = find_model(model, "MODEL", weights=False)
-    read_config(folder, "MODEL")
-    tokenizer = load_tokenizer(folder, "MODEL")
+    config, tokenizer = open_language_model(model, "MODEL")
     chat = tokenizer.chat_template is not None
     data = {"prompts": prompts_file or "--prompt", "chat_template": chat, "max_prompt_tokens": 2**20}
-    data["template_arguments"] = dict(template_arguments or {})
+    data["template_arguments"] = _checked(template_arguments or {})
     settings = Settings.model_validate(
         {"data": data, "policy": {"model": model}, "rollout": {"max_tokens": max_tokens}}
     )
@@ -98,8 +99,40 @@ def ask(
         conversations.check()
         asked = [make_prompt("--prompt", {"prompt": text}, conversations) for text in prompts or ()]
     longest = max(len(prompt.token_ids) for prompt in asked)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest + max_tokens > context:
+        raise UserError(
+            f"--max-tokens {max_tokens}: with a prompt of {longest} tokens that is more than the model's context holds, {context}. Lower "
+            "it, or shorten the prompt (--prompt, --prompts)"
+        )
     data_settings = settings.data.model_copy(update={"max_prompt_tokens": longest})
     return Question(settings.model_copy(update={"data": data_settings}), asked, tokenizer)
+
+
+def open_language_model(name: str, where: str) -> tuple[Any, Any]:
+    """Configuration and tokenizer of a model that is to write.
+
+    Args:
+        where: what names it, for messages.
+
+    Raises:
+        UserError: there is none, or it writes no text.
+    """
+    folder = find_model(name, where, weights=False)
+    config = read_config(folder, where)
+    for architecture in config.architectures or ():
+        if architecture.endswith(SILENT):
+            raise UserError(
+                f"{where}: `{name}` is a {architecture}, which writes no text. Give a causal language model"
+            )
+    return config, load_tokenizer(folder, where)
+
+
+def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return of_the_template(dict(arguments))
+    except ValueError as error:
+        raise UserError(f"--template-arguments: {error}. Leave it out") from None
 
 
 async def write_rows(answers: Sequence[Coroutine[Any, Any, list[dict[str, Any]]]], out: str | None) -> int:

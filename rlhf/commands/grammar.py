@@ -11,6 +11,7 @@ from rlhf.config.arguments import (
     count,
     jobs_server,
     json_object,
+    named,
     output_file,
     output_file_in_new_folder,
     port,
@@ -76,10 +77,12 @@ def _parser(reward_training: bool) -> Parser:
     _add_eval(commands)
     export = _add(commands, "export", "turn a checkpoint into a model folder, as a run does with its last one")
     export.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help=f"{CHECKPOINT}, of which the last complete one is taken"
+        "checkpoint", type=named, metavar="CHECKPOINT", help=f"{CHECKPOINT}, of which the last complete one is taken"
     )
-    export.add_argument("--out", metavar="DIR", help="folder to write (default: export-STEP in the run folder)")
-    export.add_argument("--model", metavar="MODEL", help="what the run started from, if it has moved since")
+    export.add_argument(
+        "--out", type=named, metavar="DIR", help="folder to write (default: export-STEP in the run folder)"
+    )
+    export.add_argument("--model", type=named, metavar="MODEL", help="what the run started from, if it has moved since")
     fetch = _add(commands, "fetch", "build or download assets, and print their paths")
     fetch.add_argument("assets", nargs="+", metavar="ASSET", help="such as asset:tiny-llama")
     return parser
@@ -115,7 +118,9 @@ def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan = _add(commands, "plan", "memory, fit, time of a step and a layout, from the model's configuration alone")
     _add_configuration(plan, without="left out with --model")
-    plan.add_argument("--model", metavar="NAME", help="such as llama-3.1-8b, a folder or a hub name, instead of a file")
+    plan.add_argument(
+        "--model", type=named, metavar="NAME", help="such as llama-3.1-8b, a folder or a hub name, instead of a file"
+    )
     plan.add_argument("--nodes", type=whole(1, MOST_NODES), default=1, help="nodes of the cluster (default: 1)")
     plan.add_argument("--gpus-per-node", type=whole(1, MOST_GPUS), default=8, help="GPUs of each node (default: 8)")
     plan.add_argument("--gpu", metavar="KIND", help="kind of GPU, such as h100-80gb; without it: memory only")
@@ -177,9 +182,11 @@ def _add_reward(commands: argparse._SubParsersAction, training: bool) -> None:
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = _add(commands, "generate", "sample responses from a model with the rollout engine")
-    generate.add_argument("model", metavar="MODEL", help=f"folder, asset or hub name, or a checkpoint: {CHECKPOINT}")
+    generate.add_argument(
+        "model", type=named, metavar="MODEL", help=f"folder, asset or hub name, or a checkpoint: {CHECKPOINT}"
+    )
     source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", metavar="FILE", help="file of prompts, as `data.prompts` describes it")
+    source.add_argument("--prompts", type=named, metavar="FILE", help="file of prompts, as `data.prompts` describes it")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given more than once")
     generate.add_argument("--max-tokens", type=count, default=256, help="longest response, in tokens (default: 256)")
     generate.add_argument("--temperature", type=real(0, 2), default=1.0, help="0 to 2; 0 is greedy (default: 1.0)")
@@ -197,7 +204,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="sample N responses per prompt, keep the best one",
     )
-    generate.add_argument("--reward-config", metavar="CONFIG", help="with --best-of: whose `reward` judges")
+    generate.add_argument("--reward-config", type=named, metavar="CONFIG", help="with --best-of: whose `reward` judges")
     generate.add_argument("--keep-all", action="store_true", help="with --best-of: keep all N, each with its reward")
     generate.add_argument("--at-least", type=real(), metavar="R", help="with --best-of: leave out rewards below R")
 
@@ -206,9 +213,16 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate = _add(commands, "eval", "mean reward, and win rate against a baseline, on held-out prompts")
     _add_configuration(evaluate)
     evaluate.add_argument(
-        "--policy", required=True, metavar="MODEL", help=f"the model to evaluate, or a checkpoint: {CHECKPOINT}"
+        "--policy",
+        required=True,
+        type=named,
+        metavar="MODEL",
+        help=f"the model to evaluate, or a checkpoint: {CHECKPOINT}",
     )
     evaluate.add_argument(
-        "--baseline", metavar="MODEL", help="the model, or checkpoint, to win against (default: policy.model)"
+        "--baseline",
+        type=named,
+        metavar="MODEL",
+        help="the model, or checkpoint, to win against (default: policy.model)",
     )
     _add_json(evaluate, "figures")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from rlhf.config.base import path_text
 from rlhf.config.loader import UserError
 
 MOST = 2**31 - 1
@@ -88,6 +89,7 @@ def jobs_server(text: str) -> str:
     try:
         url = urlsplit(text)
         whole_address = url.scheme in ("http", "https") and url.hostname is not None and url.port != 0
+        whole_address = whole_address and url.username is None  # it would be shown in every message
     except ValueError:  # a port that is none, brackets that do not close
         whole_address = False
     if not whole_address or re.search(r"\s", text):
@@ -99,13 +101,37 @@ def jobs_server(text: str) -> str:
 
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name is there twice")
+        return found
+
+    def no_number(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number in JSON")
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"`{shortened(text)}` is no JSON object")
     return value
+
+
+def named(text: str) -> str:
+    """The name of a file, a folder, or what is looked up like one. A leading `~` is the home folder, as in a shell."""
+    try:
+        return path_text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def output_folder(text: str) -> str:
+    """A folder that is there, or can be made. What may be in it is for the command to say."""
+    name = named(text)
+    return name if os.path.isdir(name) else _writable(name, make_folder=True)
 
 
 def output_file(text: str) -> str:
@@ -136,7 +162,7 @@ def unwritable(name: str, *, make_folder: bool) -> str | None:
         return f"{shown} is no name of a file"
     path = Path(os.path.realpath(name))
     try:
-        if path.is_dir():
+        if path.is_dir() or name.endswith("/"):
             return f"{shown} is a folder. Name a file in it, such as {Path(name) / 'out.json'}"
         folder = path.parent
         while make_folder and not folder.exists():

@@ -15,7 +15,7 @@ LONGEST_PATH = 4096
 """Characters, as on Linux."""
 
 
-def _path(path: str) -> str:
+def path_text(path: str) -> str:
     """What names a file or a folder, with a leading `~` made the home folder, as a shell does."""
     if not path.strip():
         raise ValueError("is empty text. Name a file or folder, or leave the field out")
@@ -34,7 +34,7 @@ def _path(path: str) -> str:
     return expanded
 
 
-PathText = Annotated[str, AfterValidator(_path)]
+PathText = Annotated[str, AfterValidator(path_text)]
 """Names a file or folder, or something else that is looked up like one: an asset, a hub name, a function's import path."""
 
 

@@ -27,14 +27,15 @@ OWN_ARGUMENTS = frozenset(
 """Arguments of transformers' `apply_chat_template` that say what comes out; they are not the user's to set."""
 
 
-def _of_the_template(arguments: dict[str, Any]) -> dict[str, Any]:
+def of_the_template(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments. Raises ValueError if one is not the user's to set."""
     taken = sorted(OWN_ARGUMENTS & arguments.keys())
     if taken:
         raise ValueError(f"{', '.join(taken)} cannot be set: the system decides what comes out of the template")
     return arguments
 
 
-TemplateArguments = Annotated[dict[str, Any], AfterValidator(_of_the_template)]
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(of_the_template)]
 TEMPLATE_ARGUMENTS = (
     "Further arguments of the chat template, such as {enable_thinking: false}. In it, `chat_template` names the one to use of several "
     "templates."

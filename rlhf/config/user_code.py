@@ -54,7 +54,7 @@ def import_users_module(field: str, path: str, error: type[UserError]) -> Module
         remedy = (
             " Start the run in the folder that holds it, or install it on every machine of the cluster."
             if missing
-            else frames(raised, name)
+            else f" Correct it.{frames(raised, name)}"
         )
         raise error(f"`{field}`: cannot import the module `{name}` of `{path}`: {message(raised)}.{remedy}") from raised
 
@@ -72,7 +72,9 @@ def call_users(field: str, path: str, function: Callable[..., Any], argument: An
     except BaseException as raised:  # code of the user, which may raise anything
         if ends_the_run(raised):
             raise
-        raise error(f"`{field}`: `{path}` raised {message(raised)}.{frames(raised, module_of(function))}") from raised
+        raise error(
+            f"`{field}`: `{path}` raised {message(raised)}. Correct it.{frames(raised, module_of(function))}"
+        ) from raised
 
 
 def ends_the_run(raised: BaseException) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 from rlhf.cluster.precision import look
 from rlhf.data.architecture import REPORTED, architecture_of, check_finite, check_loaded, difference, refuse
-from rlhf.data.weight_files import Difference
+from rlhf.data.weight_files import Difference, read_headers
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import (
     DESCRIPTION,
@@ -308,6 +308,7 @@ def _base(model_class: Any, path: Path, config: Any, kept: bool) -> Any:
     Args:
         kept: the head is from the files too.
     """
+    read_headers(path, BASE)  # what is cut off or missing is named
     model, info = model_class.from_pretrained(path, dtype=torch.float32, config=config, **_how(config), **REPORTED)
     what = f"{BASE}: the weights in `{path}`"
     if kept:

@@ -161,7 +161,7 @@ class Checkpoints:
 
     def tag(self, step: int) -> str:
         """Name of the checkpoint after `step` steps; what is left of a broken one with that name is removed."""
-        tag = f"step-{step:06d}"
+        tag = _tag(step)
         if (self.folder / tag).exists():
             shutil.rmtree(self.folder / tag)
         return tag
@@ -194,7 +194,13 @@ class Checkpoints:
         complete = self._complete()
         if not complete:
             return None
-        return complete[-1].name, read_checkpoint(complete[-1], self._remedy(complete[-1]))
+        folder = complete[-1]
+        state = read_checkpoint(folder, self._remedy(folder))
+        if folder.name != _tag(state["step"]):
+            raise UserError(
+                f"{folder}: the run saved it after step {state['step']}, so the name is another's. Rename it to {_tag(state['step'])}"
+            )
+        return folder.name, state
 
     def _remedy(self, folder: Path) -> str:
         before = [path.name for path in self._complete() if path.name < folder.name]
@@ -206,6 +212,10 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob(f"step-*/{STATE}"))
+
+
+def _tag(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _write(target: Path, text: str) -> None:

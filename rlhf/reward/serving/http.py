@@ -276,6 +276,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: this address cannot be used: {error}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host is so long
+        raise UserError(
+            f"--host {host} --port {port}: this address cannot be used ({error}). Give an address of this machine"
+        ) from None
     return listener

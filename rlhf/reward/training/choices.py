@@ -123,6 +123,10 @@ def check(args: argparse.Namespace, data: PreferenceData, ready_made: bool) -> N
         raise RewardError(
             f"{args.train} has {data.n_rows} rows; at least {LEAST_ROWS} are needed to train, validate and test."
         )
+    if data.ratings is not None and np.nanmax(data.overall) - np.nanmin(data.overall) <= args.margin:
+        raise RewardError(
+            f"--margin {args.margin:g}: no two ratings of {args.train} are further apart, so no pair could be measured. Lower it."
+        )
     if args.method != "full" and args.objective != "auto":
         raise RewardError(
             f"--objective {args.objective} is for --method full; {args.method} has its own. Leave one of them out."

@@ -30,7 +30,7 @@ from rlhf.reward.errors import RewardError
 from rlhf.reward.models import RewardModel
 from rlhf.reward.modules import EncoderWithHead, parts
 from rlhf.reward.training.dataset import PreferenceData
-from rlhf.reward.training.group import Group
+from rlhf.reward.training.group import Group, require_training
 from rlhf.reward.training.objectives import Labels, Objective, observing
 from rlhf.tracking.jsonl import JsonLines, read
 from rlhf.training.checkpoints import Checkpoints
@@ -321,9 +321,9 @@ class Journal:
     """`metrics.jsonl` and `evaluations.jsonl` of a training, and a line on the terminal now and then."""
 
     def __init__(self, folder: Path, updates: int, resume: bool):
-        if resume and not folder.is_dir():
-            raise RewardError(f"--resume: there is no training to go on with in {folder}. Leave it out to start one.")
-        if not resume:
+        if resume:
+            require_training(folder)
+        else:
             _empty(folder)
         self._metrics, self._evaluations = (JsonLines(folder / name) for name in METRICS)
         self._updates, self._shown = updates, max(1, updates // 5)

@@ -91,6 +91,8 @@ def read_group(args: argparse.Namespace) -> Group:
         )
     if group.resume and group.checkpoint_every == 0:
         raise RewardError("--resume goes on from a checkpoint; give the --checkpoint-every of the training that ended.")
+    if group.resume:
+        require_training(training_folder(args.output))
     return group
 
 
@@ -98,3 +100,9 @@ def training_folder(output: str | Path) -> Path:
     """Where a training under way keeps its metrics and checkpoints: `OUTPUT.training`."""
     output = Path(output)
     return output.with_name(f"{output.name}.training")
+
+
+def require_training(folder: Path) -> None:
+    """Raises RewardError if no training to resume is there."""
+    if not folder.is_dir():
+        raise RewardError(f"--resume: there is no training to go on with in {folder}. Leave it out to start one.")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from rlhf.config import MissingPackageError
-from rlhf.config.arguments import count, real, whole
+from rlhf.config.arguments import count, named, output_folder, real, whole
 from rlhf.data.assets import resolve
 from rlhf.data.model_folder import find_model
 from rlhf.reward.errors import RewardError
@@ -53,11 +53,15 @@ LOOKED_AT = 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `rlhf reward train`."""
     parser.add_argument(
-        "--model", required=True, help="folder or asset: name of the encoder, language model or sequence classifier"
+        "--model",
+        required=True,
+        type=named,
+        help="folder or asset: name of the encoder, language model or sequence classifier",
     )
     parser.add_argument(
         "--train",
         required=True,
+        type=named,
         help="JSONL, Parquet or hf:NAME[@CONFIG][:SPLIT] with `text` and `rating` (or `ratings`), or `chosen` and `rejected`, or "
         "`responses`, best first; and perhaps `prompt`",
     )
@@ -69,8 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=COLUMN",
         help="names for the data's columns, such as chosen=better rating=scores.overall; NAME= leaves a column out",
     )
-    parser.add_argument("--test", help="held-out data; default: a fifth of the training rows is held out")
-    parser.add_argument("--output", required=True, help="folder to write; an older reward model there is replaced")
+    parser.add_argument("--test", type=named, help="held-out data; default: a fifth of the training rows is held out")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=output_folder,
+        help="folder to write; an older reward model there is replaced",
+    )
     parser.add_argument(
         "--method",
         choices=("ridge", "logistic", "full"),
@@ -93,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=count, default=1, help="of --method full")
     parser.add_argument(
         "--learning-rate",
-        type=real(0, above=True),
+        type=real(0, 100, above=True),
         default=2e-4,
         help="peak, of --method full; a large model wants 1e-5",
     )
@@ -120,6 +129,7 @@ def main(args: argparse.Namespace) -> int:
     """
     begun = time.monotonic()
     _check_output(Path(args.output))
+    _check_device(args.device)
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     rng = np.random.default_rng(args.seed)
     columns = dict(args.columns)
@@ -171,6 +181,11 @@ def main(args: argparse.Namespace) -> int:
 def _check_output(folder: Path) -> None:
     if folder.exists() and not (folder / DESCRIPTION).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RewardError(f"--output {folder} exists and is not a reward model; name another folder, or remove it.")
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RewardError("--device cuda: this machine shows no GPU. Leave it out, or use --device cpu.")
 
 
 def _check_test(args: argparse.Namespace, data: PreferenceData, test: PreferenceData) -> None:
