@@ -1,10 +1,8 @@
-"""Count the verdicts of the walk: `python -m tests.bad_input [--failures] [--all] [TEXT ...]`.
-
-TEXT: a part of the names of the cases to run. `--all`: every value with every field of the schema, several times as many.
-"""
+"""Count the verdicts of the walk; see `python -m tests.bad_input --help`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -16,16 +14,20 @@ from tests.bad_input.tables import all_cases
 from tests.bad_input.walk import Verdict, nothing_starts, run
 
 
-def main(arguments: list[str]) -> int:
-    show = "--failures" in arguments
-    wanted = [argument for argument in arguments if not argument.startswith("--")]
+def main() -> int:
+    """Returns 1 if an answer is not good."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bad_input", description="Count the verdicts of the walk.")
+    parser.add_argument("parts", nargs="*", metavar="TEXT", help="run the cases whose names hold one of these")
+    parser.add_argument("--failures", action="store_true", help="show each answer that is not good")
+    parser.add_argument("--every", action="store_true", help="also the cases that the tests leave out, for time")
+    args = parser.parse_args()
     counts: dict[str, Counter[Verdict]] = defaultdict(Counter)
     seconds: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder, nothing_starts():
         build_sources(Path(folder) / "sources")
         place = Place(Path(folder) / "place", Path(folder) / "sources")
-        for case in all_cases(every="--all" in arguments):
-            if not all(part in case.name for part in wanted):
+        for case in all_cases(args.every):
+            if args.parts and not any(part in case.name for part in args.parts):
                 continue
             begun = time.process_time()
             answer = run(case, place)
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> int:
             kind = case.name.partition("/")[0]
             seconds[kind] += took
             counts[kind][answer.verdict] += 1
-            if show and not answer.good:
+            if args.failures and not answer.good:
                 print(f"## {case.name}\n{answer}\n", flush=True)
     total = sum(counts.values(), Counter())
     for kind, found in [*sorted(counts.items()), ("all", total)]:
@@ -43,4 +45,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

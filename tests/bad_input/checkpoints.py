@@ -183,7 +183,8 @@ def _resume(damage: Damage, *overrides: str) -> Callable[[Place], Sequence[str]]
 def cases(every: bool = False) -> Iterator[Case]:
     about = ("run.dir", "state.json", "manifest.json", "step-", "mp_rank")
     for name, damage in _damages():
-        yield Case(f"checkpoint/{name}", _resume(damage), about, right=MAY.get(name))
+        again = name.startswith("state/") and name.endswith(("-number", "-negative", "-huge", "-list", "-nested"))
+        yield Case(f"checkpoint/{name}", _resume(damage), about, right=MAY.get(name), again=again)
     for name, overrides in OVERRIDES.items():
         yield Case(
             f"checkpoint/with/{name}",

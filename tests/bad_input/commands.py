@@ -36,7 +36,7 @@ BASES: Mapping[str, Sequence[str]] = {
     "eval": ["run.yaml", "--policy", "tiny", "data.eval_prompts=prompts.jsonl"],
     "fetch": ["asset:tiny-prompts.jsonl"],
 }
-"""Good arguments of each command. A command without an entry gets none."""
+"""Good arguments of each command. A command without an entry gets names at which there is nothing."""
 PARTNERS: Mapping[str, tuple[str, Sequence[str]]] = {
     "--prompts": ("--prompt", []),
     "--reward-config": ("", ["--best-of", "4"]),
@@ -65,7 +65,7 @@ KINDS: Sequence[Mapping[str, str]] = (
     },
     {"not-utf-8": os.fsdecode(b"\xff\xfe"), "control": "\x1b[31m", "newline": "a\nb"},
 )
-"""Values by kind. An option is tried with one of each kind, the next option with the next; `--all` tries all."""
+"""Values by kind. An option is tried with one of each kind, the next option with the next; `--every` tries all."""
 NO_NUMBER = (
     "empty",
     "blank",
@@ -118,7 +118,8 @@ def _leaves(parser: argparse.ArgumentParser, words: str) -> Iterator[tuple[str, 
 
 def cases(every: bool = False) -> Iterator[Case]:
     for words, parser in commands().items():
-        base = [*words.split(), *BASES.get(words, ())]
+        needed = [action.dest for action in parser._actions if not action.option_strings and action.required]
+        base = [*words.split(), *BASES.get(words, needed)]
         yield from _of_command(words, parser, base, every)
     for name, (argv, *about) in TOGETHER.items():
         yield Case(f"command/together/{name}", lambda place, argv=argv: argv, (*about, *_options(argv)))
@@ -180,7 +181,12 @@ def _valued(name: str, words: str, action: argparse.Action, how: str, argv: list
         refused = how in NO_FILE and not (how == "no-folder" and words in MAKES_FOLDERS)
         right = None if refused else "a file of that name can be written"
     value = argv[-1].partition("=")[2]
-    about = (option, "argument", "UTF-8", *([ascii(value)[1:21], value[:20]] if value.strip() else ["``", "''"]))
+    about = (
+        option,
+        "argument",
+        "UTF-8",
+        *([ascii(value)[1:-1][:20], value.lstrip("~")[:20]] if value.strip() else ["``", "''", "(no name)"]),
+    )
     return Case(name, lambda place: argv, about, right, starts=True, leaves=("work/", "home/"))
 
 
@@ -275,7 +281,7 @@ def _together() -> dict[str, tuple[list[str], str]]:
         "submit-no-address": (["submit", "run.yaml"], "--address"),
         "submit-nonsense": (["submit", "run.yaml", "--address", "nonsense"], "--address"),
         "submit-ray-address": (["submit", "run.yaml", "--address", "ray://head:10001"], "--address"),
-        "submit-password": (["submit", "run.yaml", "--address", "http://a:b@head:8265"], "--address"),
+        "submit-password": (["submit", *BASES["submit"], "--address", "http://a:b@head:8265"], "--address"),
         "submit-port": (["submit", "run.yaml", "--address", "http://head:99999"], "--address"),
         "submit-unknown-command": (
             ["submit", "run.yaml", "--address", "http://head:8265", "--command", "eval"],
@@ -371,7 +377,6 @@ def _together() -> dict[str, tuple[list[str], str]]:
         "reward-train-threads-0": ([*train, "--threads", "0"], "--threads"),
         "reward-train-rate-nan": ([*train, "--learning-rate", "nan"], "--learning-rate"),
         "reward-train-seed-negative": ([*train, "--seed", "-1"], "--seed"),
-        "reward-train-tokens-beyond-the-model": ([*train, "--max-tokens", "100000"], "--max-tokens"),
     }
 
 

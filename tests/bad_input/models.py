@@ -135,8 +135,6 @@ BOTH: dict[str, Damage] = {
     "weights/tensor-renamed": _tensors(lambda tensors: tensors.update({"banana": tensors.pop(_layer(tensors))})),
     "weights/tensor-of-another-shape": _replace(lambda tensor: tensor[:-1].clone()),
     "weights/tensor-transposed": _replace(lambda tensor: tensor.flatten().clone()),
-    "weights/nan": _fill(float("nan")),
-    "weights/inf": _fill(float("inf")),
     "weights/index-of-missing-shard": _index({"weight_map": {"a": "model-00009-of-00009.safetensors"}}),
     "weights/index-empty": _index({"weight_map": {}}),
     "weights/index-without-map": _index({}),
@@ -188,13 +186,9 @@ BOTH: dict[str, Damage] = {
     "tokenizer/vocabulary-negative": _json(TOKENIZER, model={"type": "BPE", "vocab": {"a": -1}, "merges": []}),
     "tokenizer/config-not-json": _write("tokenizer_config.json", "{"),
     "tokenizer/config-a-list": _write("tokenizer_config.json", "[]"),
-    "tokenizer/class-unknown": _json("tokenizer_config.json", tokenizer_class="Banana"),
     "tokenizer/class-a-number": _json("tokenizer_config.json", tokenizer_class=3),
     "tokenizer/code-of-its-own": _json(
         "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}, tokenizer_class="Mine"
-    ),
-    "tokenizer/token-beyond-the-embedding": _json(
-        "tokenizer_config.json", added_tokens_decoder={"5000": {"content": "<new>", "special": True}}
     ),
     "folder/empty": lambda folder: [file.unlink() for file in folder.iterdir()],
 }
@@ -230,6 +224,16 @@ for _size in SIZES:
         if (_size, _how) not in NO_DAMAGE:
             BOTH[f"config/{_size}-{_how}"] = _json(CONFIG, **{_size: _value})
 MAY: dict[str, tuple[Damage, str]] = {
+    "weights/nan": (_fill(float("nan")), "the dry run reads no weights; a run refuses it when it loads them"),
+    "weights/inf": (_fill(float("inf")), "the dry run reads no weights; a run refuses it when it loads them"),
+    "tokenizer/class-unknown": (
+        _json("tokenizer_config.json", tokenizer_class="Banana"),
+        "tokenizer.json holds the tokens",
+    ),
+    "tokenizer/token-beyond-the-embedding": (
+        _json("tokenizer_config.json", added_tokens_decoder={"5000": {"content": "<new>", "special": True}}),
+        "no prompt holds it, and all are looked at",
+    ),
     "config/num_key_value_heads-null": (
         _json(CONFIG, num_key_value_heads=None),
         "as many as heads, which the weights must agree with",
@@ -277,14 +281,11 @@ TEMPLATES = {
     "unknown-filter": "{{ messages | banana }}",
     "unknown-function": "{{ banana() }}",
     "unknown-attribute": "{{ messages[0].a.b.c }}",
-    "endless": "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
-    "endless-text": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
     "power": "{{ 9**9**9 }}",
     "long-text": "{{ 'x' * 10**11 }}",
     "recursion": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     "ignores-the-messages": "always the same",
     "ignores-the-content": "{% for m in messages %}<|{{ m['role'] }}|>{% endfor %}",
-    "only-the-first": "{{ messages[0]['content'] }}<|end|>",
     "division": "{{ 1 / 0 }}",
     "escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "includes": "{% include 'x' %}",
@@ -292,6 +293,11 @@ TEMPLATES = {
     "surrogate": "{{ messages[0]['content'] }}\ud800",
     "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
 }
+ENDLESS = {
+    "endless": "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+    "endless-text": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+}
+"""Tried in a process of their own, for some seconds each."""
 
 
 def _policy(damage: Damage) -> Callable[[Place], Sequence[str]]:
@@ -367,7 +373,8 @@ def cases(every: bool = False) -> Iterator[Case]:
     about = ("model/", "policy.model", "reward.path", "--model", "`model`", "'model'")
     for who, command in {"policy": _policy, "judge": _judge}.items():
         for name, damage in BOTH.items():
-            yield Case(f"model/{who}/{name}", command(damage), about, **_rightly(who, name))
+            again = who == "judge" and any(size in name for size in SIZES)
+            yield Case(f"model/{who}/{name}", command(damage), about, _rightly(who, name), again=again)
         for name, (damage, right) in MAY.items():
             yield Case(f"model/{who}/{name}", command(damage), about, right=right)
     for name, text in TEMPLATES.items():
@@ -397,11 +404,18 @@ def cases(every: bool = False) -> Iterator[Case]:
                 f"model/name/{field}/{how}",
                 lambda place, c=changes: ["train", place.configuration(c), "--dry-run"],
                 (field, "asset:", "bad.yaml, line"),
+                again=field == "algorithm.critic_model",
             )
 
 
-def _rightly(who: str, name: str) -> dict[str, Any]:
-    """What of a policy's folder does not count in a reward model's."""
-    if who == "judge" and name in ("config/max_position_embeddings-odd",):
-        return {"right": "what does not fit is cut"}
-    return {}
+def _rightly(who: str, name: str) -> str | None:
+    """Why a reward model may have what a policy may not."""
+    if who == "judge" and name == "config/max_position_embeddings-odd":
+        return "what does not fit is cut"
+    return None
+
+
+def calls() -> Iterator[Case]:
+    """Templates that do not end: these cases take some seconds each."""
+    for name, text in ENDLESS.items():
+        yield Case(f"call/template/{name}", _policy(_write(TEMPLATE, text)), ("model/", "template"))

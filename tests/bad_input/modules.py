@@ -35,7 +35,6 @@ MODULES = {
     "none": "score = None\n",
     "a-text": "score = 'score'\n",
     "a-module": "import math as score\n",
-    "a-class-that-raises": "class score:\n    def __init__(self, prompt, response, payload):\n        raise ValueError\n",
     "no-parameters": "def score():\n    return 1.0\n",
     "one-parameter": "def score(response):\n    return 1.0\n",
     "too-many-parameters": "def score(a, b, c, d):\n    return 1.0\n",
@@ -45,28 +44,26 @@ MODULES = {
     "always-none": FUNCTION.format("return None"),
     "generator": FUNCTION.format("yield 1.0"),
     "async-generator": "async " + FUNCTION.format("yield 1.0"),
-    "a-wrong-decorator": "import contextlib\n@contextlib.contextmanager\n" + FUNCTION.format("yield 1.0"),
     "a-property": "class C:\n    @property\n    def score(self):\n        raise ValueError('property')\nscore = C().score\n",
     "module-getattr-raises": "def __getattr__(name):\n    raise ValueError(name)\n",
     "changes-the-directory-that-is-gone": "import os\nos.chdir('/no/such/folder')\n",
 }
 CALLS = {
-    "raises-in-a-call": "return payload['anwser']",
-    "raises-base-exception-in-a-call": "raise GeneratorExit('x')",
-    "exits-in-a-call": "import sys; sys.exit(3)",
-    "stop-iteration-in-a-call": "return next(iter(()))",
-    "recursion-in-a-call": "return score(prompt, response, payload)",
-    "returns-a-text": "return 'good'",
-    "returns-a-list": "return [1.0]",
-    "returns-a-mapping": "return {'score': 1.0}",
-    "returns-nan": "return float('nan')",
-    "returns-inf": "return float('inf')",
-    "returns-huge": "return 10**400",
-    "returns-complex": "return 1j",
-    "returns-itself": "return score",
-    "endless-in-a-call": "while True: pass",
+    "raises": FUNCTION.format("return payload['anwser']"),
+    "raises-a-base-exception": FUNCTION.format("raise GeneratorExit('x')"),
+    "ends-the-process": FUNCTION.format("import os; os._exit(3)"),
+    "stop-iteration": FUNCTION.format("return next(iter(()))"),
+    "recursion": FUNCTION.format("return score(prompt, response, payload)"),
+    "a-text": FUNCTION.format("return 'good'"),
+    "a-list": FUNCTION.format("return [1.0]"),
+    "huge": FUNCTION.format("return 10**400"),
+    "itself": FUNCTION.format("return score"),
+    "endless": FUNCTION.format("while True: pass"),
+    "a-class-that-raises": "class score:\n    def __init__(self, prompt, response, payload):\n        raise ValueError\n",
+    "a-wrong-decorator": "import contextlib\n@contextlib.contextmanager\n" + FUNCTION.format("yield 1.0"),
 }
-"""What shows when the function is called; a run counts it as a failure of that response."""
+"""What shows when the function is called, in a process of its own."""
+CALLED_PATHS = ("builtins:dict", "builtins:exec", "_thread:start_new_thread")
 PATHS = {
     "empty": "",
     "no-colon": "rewards",
@@ -93,12 +90,8 @@ PATHS = {
     "dunder": "rewards:__class__",
     "attribute": "rewards:score.__code__",
     "call": "rewards:score()",
-    "private-module": "_thread:start_new_thread",
-    "dict": "builtins:dict",
-    "print": "builtins:print",
     "len": "builtins:len",
     "exit": "builtins:exit",
-    "exec": "builtins:exec",
     "system": "os:system",
     "main": "__main__:score",
     "nul": "rewards\0:score",
@@ -194,21 +187,15 @@ def cases(every: bool = False) -> Iterator[Case]:
     for name, module in MODULES.items():
         reward = {"kind": "function", "path": "bad_rewards:score"}
         yield Case(f"code/reward/{name}", _rewarded(reward, module), about)
-    for name, body in CALLS.items():
-        reward = {"kind": "function", "path": "bad_rewards:score", "deadline_s": 1.0}
-        yield Case(f"code/reward/{name}", _rewarded(reward, FUNCTION.format(body)), about)
     for kind in ("function", "pairwise_function"):
         for name, path in PATHS.items():
-            yield Case(
-                f"code/{kind}-path/{name}", _rewarded({"kind": kind, "path": path}), ("reward.path", "bad.yaml, line")
-            )
+            prepare = _rewarded({"kind": kind, "path": path})
+            about = ("reward.path", "bad.yaml, line")
+            yield Case(f"code/{kind}-path/{name}", prepare, about, again=kind != "function")
     for kind in ("remote", "pairwise_remote"):
         for name, url in URLS.items():
-            yield Case(
-                f"code/{kind}-url/{name}",
-                _rewarded({"kind": kind, "path": None, "url": url}),
-                ("reward.url", "bad.yaml, line"),
-            )
+            prepare = _rewarded({"kind": kind, "path": None, "url": url})
+            yield Case(f"code/{kind}-url/{name}", prepare, ("reward.url", "bad.yaml, line"), again=kind != "remote")
     for name, url in URLS.items():
         reward = {"kind": "llm_judge", "path": "judge", "url": url}
         yield Case(f"code/llm_judge-url/{name}", _rewarded(reward), ("reward.url", "bad.yaml, line"))
@@ -222,7 +209,16 @@ def cases(every: bool = False) -> Iterator[Case]:
         yield Case(f"code/algorithm/{name}", _own("bad_algorithm:make", module), ("algorithm.name", "bad_algorithm"))
     for name, path in ALGORITHM_PATHS.items():
         yield Case(f"code/algorithm-path/{name}", _own(path, None), ("algorithm.name", "`algorithm`", "bad.yaml, line"))
+
+
+def calls() -> Iterator[Case]:
+    """Functions that are called: these cases start a process each."""
+    about = ("reward.path",)
+    for name, module in CALLS.items():
+        reward = {"kind": "function", "path": "bad_rewards:score", "deadline_s": 1.0}
+        yield Case(f"call/{name}", _rewarded(reward, module), about)
+    for path in CALLED_PATHS:
+        yield Case(f"call/{path}", _rewarded({"kind": "function", "path": path}), about)
     good = {"kind": "function", "path": "bad_rewards:score"}
-    yield Case(
-        "code/reward/good", _rewarded(good, FUNCTION.format("return 1.0 * len(response)")), about, "a good one", True
-    )
+    right = "a good one"
+    yield Case("call/good", _rewarded(good, FUNCTION.format("return 1.0 * len(response)")), about, right, required=True)

@@ -17,7 +17,7 @@ RUN = {
     "data": {"prompts": "prompts.jsonl", "max_prompt_tokens": 64},
     "policy": {"model": "tiny", "dtype": "fp32", "micro_batch_tokens": 512},
     "rollout": {"max_tokens": 32},
-    "reward": {"kind": "function", "path": "rewards:score"},
+    "reward": {"kind": "function", "path": "rlhf.reward.functions:share_of_letter_a"},
     "loop": {"steps": 2, "prompts_per_step": 4},
     "cluster": {"device": "cpu"},
 }
@@ -98,6 +98,7 @@ class Place:
         """It is the process's own until the end of the block; then what a case has changed is gone, and its modules are forgotten."""
         self._clean()
         changes = {"HOME": str(self.home), "RLHF_CACHE": str(self.home / "cache"), "LANGUAGE": "C"}
+        changes |= {"RLHF_REWARD_TOKEN": "token", "OPENAI_API_KEY": "key"}
         folder, path, modules = os.getcwd(), list(sys.path), set(sys.modules)
         with mock.patch.dict(os.environ, changes):
             os.chdir(self.work)

@@ -81,6 +81,8 @@ KINDS = {
     ),
     "canaries": Kind({"good": "yes", "bad": "no"}, "good", _train({"reward": {"canaries": "FILE"}}), ("good", "bad")),
 }
+ALIKE = ("held-out", "pairs", "preferences")
+"""Read by what reads the prompts, or the ratings, as well."""
 GOOD_ROWS = 24
 
 
@@ -234,7 +236,7 @@ def cases(every: bool = False) -> Iterator[Case]:
             kind,
             lambda place, k=kind: place.write("bad.jsonl", _lines(k, json.dumps(k.row))),
             "good rows",
-            True,
+            required=True,
         )
         for how, line in _bad_lines(kind):
             right = (
@@ -247,10 +249,11 @@ def cases(every: bool = False) -> Iterator[Case]:
                 kind,
                 lambda place, k=kind, one=line: place.write("bad.jsonl", _lines(k, one)),
                 right,
+                again=name in ALIKE,
             )
         for how, make in _files(kind):
             array = "an array of rows is a file of rows" if how == "one-json-list" else None
-            yield _case(f"rows/{name}/file-{how}", kind, make, array)
+            yield _case(f"rows/{name}/file-{how}", kind, make, array, again=name not in ("prompts", "ratings"))
     prompts = KINDS["prompts"]
     for how, chat in CHATS.items():
         line = json.dumps({"messages": chat})
@@ -266,7 +269,7 @@ def cases(every: bool = False) -> Iterator[Case]:
             prompts,
             lambda place, one=text: place.write("bad.jsonl", one),
             "another way to write good rows",
-            True,
+            required=True,
         )
 
 
@@ -285,7 +288,12 @@ GOOD_FILES: dict[str, str | bytes] = {
 
 
 def _case(
-    name: str, kind: Kind, make: Callable[[Place], str], right: str | None = None, required: bool = False
+    name: str,
+    kind: Kind,
+    make: Callable[[Place], str],
+    right: str | None = None,
+    required: bool = False,
+    again: bool = False,
 ) -> Case:
     return Case(
         name,
@@ -295,4 +303,5 @@ def _case(
         required=required,
         starts=kind.starts,
         leaves=("home/cache", "home/.cache"),  # where assets are made, and data sets converted
+        again=again,
     )
