@@ -85,9 +85,7 @@ class Run:
     def must_end_well(self) -> None:
         """Told by SIGTERM, with one line, and nobody is left."""
         self.process.send_signal(signal.SIGTERM)
-        print(told := time.monotonic())
         assert self.process.wait(timeout=PATIENCE_S) == 143, self.said()[-6000:]
-        print("ended after", time.monotonic() - told)
         said = self.said()
         assert said.splitlines().count("rlhf: ended by SIGTERM") == 1, said[-6000:]
         for word in ("Traceback", "Stack trace", "stack trace", "*** ", "terminate called", "SIGABRT"):

@@ -12,7 +12,7 @@ from rlhf.cluster.network import INTERFACES, LOOPBACK, choose_interfaces
 from rlhf.cluster.own_ray import own_ray
 from rlhf.cluster.placement import CannotPlace, Placement, place
 from rlhf.cluster.reservation import Reservation, cluster_nodes
-from rlhf.cluster.signals import sigterm_kept
+from rlhf.cluster.signals import sigterm_kept_from_ray
 from rlhf.cluster.wishes import Wishes
 from rlhf.cluster.worker_setup import job_environment
 from rlhf.config.cluster import ClusterSettings, Role
@@ -90,7 +90,7 @@ class RayRuntime:
         self._actors: list[Any] = []
         self._reservation: Reservation | None = None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": job_environment()}
-        with sigterm_kept():
+        with sigterm_kept_from_ray():
             if settings.address is None:
                 own_ray(num_cpus=max(actors, os.cpu_count() or 1), **options)
             else:

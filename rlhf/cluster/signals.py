@@ -43,17 +43,21 @@ def ended_by_sigterm() -> Iterator[Ending]:
 
 
 @contextmanager
-def sigterm_kept() -> Iterator[None]:
-    """Around a library that takes SIGTERM for itself: afterwards it is handled as before. Ray 2.60 does so in `ray.init`, and its handler
-    in C++ prints a stack trace and aborts."""
+def sigterm_kept_from_ray() -> Iterator[None]:
+    """Around `ray.init`: SIGTERM is handled as before, meanwhile and afterwards. Ray 2.60 would leave at once with status 15 while it
+    starts; later its handler in C++ prints a stack trace and aborts."""
+    from ray._private import utils
+
     if not _in_main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before, takes = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        utils.set_sigterm_handler = takes
+        signal.signal(signal.SIGTERM, before)  # also where the handler in C++ has replaced it
 
 
 def _in_main_thread() -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf.cluster.network import choose_interfaces, listener, meeting_place
 from rlhf.cluster.own_ray import own_ray
-from rlhf.cluster.signals import sigterm_kept
+from rlhf.cluster.signals import sigterm_kept_from_ray
 from rlhf.config.cluster import ClusterSettings
 from rlhf.preflight.checks_host import HostFacts, look
 from rlhf.preflight.finding import Finding
@@ -178,7 +178,7 @@ def team(settings: ClusterSettings) -> Iterator[Team]:
         raise Unreachable(silent)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     try:
-        with sigterm_kept():
+        with sigterm_kept_from_ray():
             if settings.address is None:
                 own_ray(**options)
             else:

@@ -7,9 +7,10 @@ import signal
 import threading
 
 import pytest
+from ray._private import utils
 
 from rlhf import cli
-from rlhf.cluster.signals import ended_by_sigterm, sigterm_kept
+from rlhf.cluster.signals import ended_by_sigterm, sigterm_kept_from_ray
 
 
 def test_it_raises_where_the_main_thread_is_and_only_once() -> None:
@@ -46,11 +47,14 @@ def test_the_command_says_which_it_was(monkeypatch: pytest.MonkeyPatch, capsys: 
         assert capsys.readouterr().err == says
 
 
-def test_a_library_that_takes_it_gives_it_back() -> None:
-    """As Ray does, whose handler in C++ prints a stack trace and aborts."""
+def test_ray_does_not_take_it() -> None:
+    """Its own handlers leave with status 15, or print a stack trace and abort."""
     with ended_by_sigterm() as ending:
-        with sigterm_kept():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        mine = signal.getsignal(signal.SIGTERM)
+        with sigterm_kept_from_ray():
+            utils.set_sigterm_handler(signal.SIG_IGN)
+            assert signal.getsignal(signal.SIGTERM) is mine
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray's C++ does, past Python
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         assert ending.told
@@ -60,7 +64,7 @@ def test_another_thread_has_no_handlers_to_set() -> None:
     seen = []
 
     def work() -> None:
-        with ended_by_sigterm() as ending, sigterm_kept():
+        with ended_by_sigterm() as ending, sigterm_kept_from_ray():
             seen.append(ending.told)
 
     thread = threading.Thread(target=work)
