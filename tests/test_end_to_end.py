@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,11 +50,46 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ray_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rollout engines and two policy ranks as Ray actors."""
-    folder = tmp_path_factory.mktemp("e2e") / "ray"
-    train(folder, "reward.servers=2")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which all commands of docs/getting_started.md were given, in their order, with the output that it shows."""
+    folder = tmp_path_factory.mktemp("walk")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    for block in re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "getting_started.md").read_text(), re.DOTALL):
+        for command, shown in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", block, re.MULTILINE):
+            done = subprocess.run(
+                command,
+                shell=True,
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            refused = shown.startswith("rlhf: ")
+            assert done.returncode == (2 if refused else 0), f"{command}:\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+            said = done.stderr if refused else done.stdout
+            assert says(said, shown), f"{command} does not say what is shown:\n{said[-6000:]}"
     return folder
+
+
+def plain(text: str) -> str:
+    """Any figure is as good as another, and so is the width of a column."""
+    return re.sub(r"[ ]+", " ", re.sub(r"[+-]?\d[\d.,]*(e-?\d+)?", "0", text))
+
+
+def says(said: str, shown: str) -> bool:
+    """Whether the output is what a page shows, where `...` stands for any lines."""
+    parts = [re.escape(part) for part in plain(shown).split("...\n")]
+    return re.search("(?:.*\n)*?".join(parts), plain(said)) is not None
+
+
+@pytest.fixture(scope="module")
+def ray_run(walked: Path) -> Path:
+    """Two rollout engines and two policy ranks as Ray actors."""
+    return walked / "runs" / "tiny"
 
 
 def test_the_run_folder_is_complete(ray_run: Path) -> None:
@@ -78,10 +115,10 @@ def test_the_first_step_shows_what_theory_says(ray_run: Path, debug_run: Path) -
     assert all(line["policy/probe_gap"] < 1e-4 for line in lines(ray_run / "metrics.jsonl")), "each of the two engines"
 
 
-def test_the_last_checkpoint_of_two_ranks_is_exported_as_the_run_exported_it(ray_run: Path, tmp_path: Path) -> None:
-    assert rlhf("export", str(ray_run), "--out", str(tmp_path / "out")).stdout.strip() == str(tmp_path / "out")
+def test_the_last_checkpoint_of_two_ranks_is_exported_as_the_run_exported_it(ray_run: Path) -> None:
     written, own = (
-        {file.name: file.read_bytes() for file in at.iterdir()} for at in (tmp_path / "out", ray_run / "export")
+        {file.name: file.read_bytes() for file in (ray_run / name).iterdir()}
+        for name in (f"export-step-{STEPS:06d}", "export")
     )
     assert written == own
 
@@ -211,16 +248,11 @@ def test_bad_input_is_refused_before_anything_starts(tmp_path: Path, override: s
     assert not (tmp_path / "run").exists()
 
 
-def test_generate_and_eval_from_the_export(ray_run: Path, tmp_path: Path) -> None:
-    export, out = str(ray_run / "export"), tmp_path / "out.jsonl"
-    rlhf("generate", export, "--prompt", "hello", "--prompt", "bye", "--n", "2", "--max-tokens", "8", "--out", str(out))
-    rows = lines(out)
-    assert [row["prompt"] for row in rows] == ["hello", "hello", "bye", "bye"]
+def test_generate_and_eval_from_the_export(walked: Path, ray_run: Path) -> None:
+    rows = lines(walked / "answers.jsonl")
+    assert [row["prompt"] for row in rows] == ["Name bread."] * 2 + ["Name tea."] * 2
     assert all(0 < row["length"] <= 8 for row in rows)
-    figures = tmp_path / "eval.json"
-    shown = rlhf("eval", "configs/tiny.yaml", "rollout.engines=1", "--policy", export, "--json", str(figures))
-    result = json.loads(figures.read_text())
-    assert "win rate" in shown.stdout
+    result = json.loads((walked / "figures.json").read_text())
     assert 0 <= result["win_rate_interval"][0] <= result["win_rate"] <= result["win_rate_interval"][1] <= 1
     after = lines(ray_run / "evaluations.jsonl")[-1]
     assert result["policy"]["reward"] == pytest.approx(after["reward/mean"], abs=1e-6), "the export is the policy"
