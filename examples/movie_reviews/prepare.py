@@ -43,7 +43,7 @@ def prepare(output: Path, method: str, threads: int | None) -> None:
         print(f"the reward model in {output} is up to date", flush=True)
         return
     print(
-        f"training the reward model ({method} on MiniLM, human ratings of film-review sentences); under two minutes",
+        f"training the reward model ({method} on MiniLM, human ratings of film-review sentences); a few minutes",
         flush=True,
     )
     from rlhf.reward.training import train
