@@ -116,7 +116,9 @@ def _returns_nothing(function: Callable[..., Any]) -> bool:
         return False
     steps = list(dis.get_instructions(code))
     returned = [
-        before.opname == "LOAD_CONST" and before.argval is None
+        before.opname == "LOAD_CONST"
+        and before.argval is None
+        and not step.is_jump_target  # else it has another value too
         for before, step in itertools.pairwise(steps)
         if step.opname == "RETURN_VALUE"
     ]

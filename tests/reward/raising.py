@@ -97,6 +97,10 @@ def forgets(prompt, response, payload):
     float(len(response))
 
 
+def at_times_in_one_line(prompt, response, payload):
+    return 1.0 if response else None
+
+
 def forgets_at_times(prompt, response, payload):
     if response:
         return 1.0

@@ -139,7 +139,7 @@ def test_a_function_without_a_return_is_refused(name: str) -> None:
 
 
 def test_a_function_that_returns_at_times_or_never_ends_by_itself_is_not_refused(run: Any) -> None:
-    for name in ("forgets_at_times", "raises_only", "all_at_once", "decorated"):
+    for name in ("forgets_at_times", "at_times_in_one_line", "raises_only", "all_at_once", "decorated"):
         load_function(f"tests.reward.raising:{name}")
     invalid, score = judged(run, raising.forgets_at_times, ["", "x"], inline=True)
     assert invalid == Invalid("the judge returned None") and score == Score(1.0)
