@@ -193,8 +193,18 @@ def read_config(path: str | Path, where: str) -> Any:
             f"{where}: {file} says `dtype: {config.dtype}`, but it must be a type such as `bfloat16`. Correct it"
         )
     for name in SIZES:
-        _check_size(name, getattr(text, name, None), file, where)
+        _check_size(name, size_of(text, name), file, where)
     return config
+
+
+def size_of(config: Any, name: str) -> Any:
+    """A size in the configuration of a text model; where its layers differ (Gemma 3n, Gemma 4) the largest. None: it says none."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers, when one number is asked for that each layer has of its own
+        value = [getattr(layer, name) for layer in config.per_layer_config]
+    whole = isinstance(value, list) and len(value) > 0 and all(type(one) is int for one in value)
+    return max(value) if whole else value
 
 
 def _check_entries(folder: Path, where: str) -> None:

@@ -18,6 +18,7 @@ from rlhf.cluster.devices import shared_engines, uses_gpu
 from rlhf.config import Settings
 from rlhf.config.checks import largest_assignment
 from rlhf.config.sft import SftSettings
+from rlhf.data.model_folder import size_of
 from rlhf.preflight.checks_cluster import check_address
 from rlhf.preflight.checks_host import SHARED_MEMORY, check_disk
 from rlhf.preflight.finding import PlanError
@@ -66,26 +67,24 @@ def check_tensor_parallel(config: Any, size: int, field: str, model: str) -> Non
     """
     text = config.get_text_config()
     heads = text.num_attention_heads
-    shared = getattr(text, "num_key_value_heads", None) or heads
-    feedforward = getattr(text, "intermediate_size", None)
+    shared = size_of(text, "num_key_value_heads") or heads
+    feedforward = size_of(text, "intermediate_size")
     rows = -(-text.vocab_size // PADDED_ROWS) * PADDED_ROWS
-    wrong = [
-        f"{count} {what}"
-        for what, count, even in (
-            ("attention heads", heads, heads % size == 0),
-            ("key-value heads", shared, shared % size == 0 or size % shared == 0),
-            ("numbers in the feed-forward block", feedforward, feedforward is None or feedforward % size == 0),
-            (f"rows of the embedding (padded to a multiple of {PADDED_ROWS})", rows, rows % size == 0),
+
+    def uneven(devices: int) -> list[str]:
+        parts = (
+            ("attention heads", heads, heads % devices == 0),
+            ("key-value heads", shared, shared % devices == 0 or devices % shared == 0),
+            ("numbers in the feed-forward block", feedforward, feedforward is None or feedforward % devices == 0),
+            (f"rows of the embedding (padded to a multiple of {PADDED_ROWS})", rows, rows % devices == 0),
         )
-        if not even
-    ]
-    if wrong:
-        possible = [
-            n for n in (1, 2, 4, 8, 16, 32) if heads % n == 0 and (shared % n == 0 or n % shared == 0) and rows % n == 0
-        ]
+        return [f"{count} {what}" for what, count, even in parts if not even]
+
+    if wrong := uneven(size):
+        possible = [str(n) for n in (1, 2, 4, 8, 16, 32) if not uneven(n)]
         raise PlanError(
             f"`{field}`: {size} devices cannot share the {' and the '.join(wrong)} of `{model}` evenly. Set it to one of "
-            f"{', '.join(map(str, possible))}"
+            f"{', '.join(possible)}"
         )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.data.model_folder import size_of
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -95,7 +97,7 @@ def model_shape(config: Any) -> ModelShape:
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    head_size = size_of(text, "head_dim") or text.hidden_size // heads
     inner = {name: m for name, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)}
     widths: Counter[str] = Counter()
     for name, layer in inner.items():
@@ -106,9 +108,9 @@ def model_shape(config: Any) -> ModelShape:
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None),
-        cached=2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        cached=2 * text.num_hidden_layers * (size_of(text, "num_key_value_heads") or heads) * head_size,
         queries=heads * head_size,
-        feedforward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        feedforward=size_of(text, "intermediate_size") or 4 * text.hidden_size,
         heads=heads,
         linear=sum(layer.weight.numel() for layer in inner.values()),
         largest=max(parameter.numel() for parameter in model.parameters()),

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from transformers import AutoConfig
 
 from rlhf.data import model_folder
 from rlhf.data.loading_time import weights
-from rlhf.data.model_folder import FolderError, find_model, lacks_weights
+from rlhf.data.model_folder import FolderError, find_model, lacks_weights, read_config, size_of
 from rlhf.data.model_identity import model_digest
 
 FIRST, SECOND = "a" * 40, "b" * 40
@@ -57,6 +58,22 @@ def test_what_is_not_in_the_cache_says_what_it_was_taken_for(cache: Path, name: 
         f"`reward.path`: there is no folder `{name}`, so it is taken for the name of a model on https://"
     )
     assert "HF_HUB_OFFLINE is set" in said and f"hf download {name.replace('@', ' --revision ')}" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "name", "largest"),
+    [
+        ("gemma3n_text", {"num_hidden_layers": 2, "intermediate_size": [64, 128]}, "intermediate_size", 128),
+        ("gemma4_text", {"num_hidden_layers": 6}, "head_dim", 512),
+        ("llama", {"num_key_value_heads": 8}, "num_key_value_heads", 8),
+        ("gpt2", {}, "num_key_value_heads", None),
+    ],
+)
+def test_a_size_that_differs_between_layers_is_the_largest(
+    kind: str, fields: dict, name: str, largest: int | None, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(kind, **fields).save_pretrained(tmp_path)
+    assert size_of(read_config(tmp_path, "here").get_text_config(), name) == largest
 
 
 def test_a_folder_wins_over_a_name(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from rlhf.cluster.devices import memory_env, own_share
 from rlhf.cluster.precision import look
 from rlhf.config import Settings
 from rlhf.data.architecture import architecture_of, check_folder
-from rlhf.data.model_folder import find_model, read_config, read_tokenizer
+from rlhf.data.model_folder import find_model, read_config, read_tokenizer, size_of
 from rlhf.data.rendering import check_template, encode, render
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.judge import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
@@ -233,8 +233,8 @@ def _in_fp32(config: Any) -> bool:
 
 def _cache_bytes(config: Any, tokens: int, size: int) -> int:
     """Keys and values of so many tokens, in numbers of `size` bytes."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = size_of(config, "num_key_value_heads") or config.num_attention_heads
+    width = size_of(config, "head_dim") or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * width * size * tokens
 
 
