@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ LOAD_S = 120.0
 """How long importing the user's module may take, or starting a verifier, in seconds."""
 LONGEST_S = 60.0
 """Most that is waited for a verdict, however long `reward.deadline_s` is."""
+GRACE_S = 1.0
+"""Beyond the deadline, for the process itself to say that nothing came; where the function holds it, it cannot."""
+
+Told = tuple[str, str]
+"""An outcome: `score`, `invalid`, `failed` or `late`, and what is said of it."""
 
 
 @dataclass(frozen=True)
@@ -73,32 +78,37 @@ def try_out(place: str, source: SourceSettings, settings: Settings, prompts: Seq
     )
 
 
-def _outcomes(task: Task, deadline_s: float) -> list[tuple[str, str]]:
-    return asyncio.run(_judged(task, deadline_s, lambda: None))
+def _outcomes(task: Task, deadline_s: float) -> list[Told]:
+    told: list[Any] = []
+    asyncio.run(_judged(task, deadline_s, told.append))
+    return told[1:]
 
 
-async def _judged(task: Task, deadline_s: float, loaded: Any) -> list[tuple[str, str]]:
-    """Kind and words of the outcomes, up to the first score."""
+async def _judged(task: Task, deadline_s: float, tell: Callable[[Told | None], None]) -> None:
+    """Tell None as soon as the judge is ready, and then each outcome."""
     from rlhf.reward.judges.judge import Workplace, make_judge
     from rlhf.reward.scoring import outcome_of, probability_of
 
     source = task.settings.reward
     judge = await make_judge(source, task.settings, Workplace(inline=True), local=True)
-    loaded()
+    tell(None)
     texts, read = (RESPONSES, probability_of) if source.compares else (RESPONSES[:1], outcome_of)
     try:
-        found: list[tuple[str, str]] = []
-        for prompt in task.prompts:
-            (value,) = await judge.judge(prompt, [texts], deadline_s)
+        found: list[Told] = []
+        while _goes_on(task, found):
+            (value,) = await judge.judge(task.prompts[len(found)], [texts], deadline_s)
             found.append(_told(read(value)))
-            if found[-1][0] != "invalid" and found[-1][0] != "failed":
-                break
-        return found
+            tell(found[-1])
     finally:
         judge.close()
 
 
-def _told(outcome: Outcome | float) -> tuple[str, str]:
+def _goes_on(task: Task, found: Sequence[Told]) -> bool:
+    """Whether another prompt is tried: none has a score yet, and the last one did not take the whole deadline."""
+    return len(found) < len(task.prompts) and (not found or found[-1][0] in ("invalid", "failed"))
+
+
+def _told(outcome: Outcome | float) -> Told:
     if isinstance(outcome, Score | float):
         return "score", f"{outcome.value if isinstance(outcome, Score) else outcome:.4g}"
     if isinstance(outcome, TimedOut):
@@ -106,30 +116,33 @@ def _told(outcome: Outcome | float) -> tuple[str, str]:
     return "invalid" if isinstance(outcome, Invalid) else "failed", outcome.reason
 
 
-def _asked_elsewhere(place: str, task: Task, deadline_s: float) -> list[tuple[str, str]]:
+def _asked_elsewhere(place: str, task: Task, deadline_s: float) -> list[Told]:
     """The outcomes, from a process of its own."""
-    path = task.settings.reward.path
+    found: list[Told] = []
     with tempfile.TemporaryFile() as said:
         process, answers = _start(task, deadline_s, said)
-        try:
-            error = f"was not ready within {LOAD_S:g} s; what it does at import takes too long, or never ends"
-            line = _line(answers, LOAD_S)
-            if line == "loaded":
-                # Every prompt may take the deadline, if the function keeps to it; what does not is ended.
-                error = f"did not judge a trial response within {deadline_s:g} s (`reward.deadline_s`)"
-                line = _line(
-                    answers,
-                    deadline_s * len(task.prompts) + 5 if task.settings.reward.kind == "verifier" else deadline_s,
-                )
+
+        def answer(seconds: float, otherwise: str) -> Any:
+            line = _line(answers, seconds)
             if line == "":
-                error = f"ended its process (status {process.wait()}) instead of judging a trial response{_last_words(said)}"
+                otherwise = f"ended its process (status {process.wait()}) instead of judging a trial response{_last_words(said)}"
+            if not line:
+                raise PlanError(f"`{place}.path`: `{task.settings.reward.path}` {otherwise}. Correct it")
+            told = json.loads(line)
+            if "refused" in told:
+                raise PlanError(told["refused"])
+            return told["outcome"]
+
+        try:
+            answer(LOAD_S, f"was not ready within {LOAD_S:g} s; what it does at import takes too long, or never ends")
+            while _goes_on(task, found):
+                late = f"did not judge a trial response within {deadline_s:g} s (`reward.deadline_s`)"
+                kind, words = answer(deadline_s + GRACE_S, late)
+                found.append((kind, words))
         finally:
             _end(process)
             os.close(answers)
-    answer: dict[str, Any] = json.loads(line) if line else {"refused": f"`{place}.path`: `{path}` {error}. Correct it"}
-    if "refused" in answer:
-        raise PlanError(answer["refused"])
-    return [(kind, words) for kind, words in answer["outcomes"]]
+    return found
 
 
 def _start(task: Task, deadline_s: float, said: Any) -> tuple[subprocess.Popen[bytes], int]:
@@ -188,15 +201,13 @@ def main(answers: int, deadline_s: float) -> None:
     """The process: read the task from the parent, judge, tell."""
     task = pickle.loads(sys.stdin.buffer.read())  # of the parent's making
 
-    def tell(line: str) -> None:
-        os.write(answers, line.encode() + b"\n")
+    def tell(**answer: Any) -> None:
+        os.write(answers, json.dumps(answer).encode() + b"\n")
 
     try:
-        outcomes = asyncio.run(_judged(task, deadline_s, lambda: tell("loaded")))
+        asyncio.run(_judged(task, deadline_s, lambda outcome: tell(outcome=outcome)))
     except UserError as error:
-        tell(json.dumps({"refused": str(error)}))
-    else:
-        tell(json.dumps({"outcomes": outcomes}))
+        tell(refused=str(error))
 
 
 if __name__ == "__main__":

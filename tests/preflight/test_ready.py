@@ -58,6 +58,11 @@ def textual(prompt, response, payload):
 
 def never(prompt, response, payload):
     return None if response else 1.0
+
+def slowly_at_last(prompt, response, payload, calls=[]):
+    time.sleep(0.7)
+    calls.append(prompt)
+    return 1.0 if len(calls) == 3 else None
 """
 
 
@@ -142,6 +147,8 @@ def test_the_verdict_stands_in_the_plan(tiny, users_module: str) -> None:
     assert "reward: a trial response beats another with probability 0.75" in describe(tiny(*pairwise))
     words = "NO REWARD for a trial response to any of 3 prompts: the judge returned None"
     assert words in describe(tiny(f"reward.path={users_module}:never"))
+    each_in_time = (f"reward.path={users_module}:slowly_at_last", "reward.deadline_s=1")
+    assert "reward: a trial response scores 1" in describe(tiny(*each_in_time))
 
 
 class Service(BaseHTTPRequestHandler):
@@ -227,6 +234,7 @@ def test_what_is_too_large_for_this_machine(tiny) -> None:
         (12, 6, 264, 128, 4, "6 key-value heads"),
         (12, 4, 258, 192, 4, "258 numbers in the feed-forward block"),
         (6, 6, 258, 320, 3, "320 rows of the embedding"),
+        (8, 8, 258, 320, 4, "evenly. Set it to one of 1, 2$"),
     ],
 )
 def test_devices_that_cannot_share_a_model(
@@ -244,7 +252,7 @@ def test_devices_that_cannot_share_a_model(
         return
     with pytest.raises(UserError, match=r"^`rollout\.tensor_parallel_size`: . devices cannot share the ") as caught:
         check_tensor_parallel(config, size, "rollout.tensor_parallel_size", "a model")
-    assert words in str(caught.value)
+    assert words in f"{caught.value}$"
 
 
 def test_a_model_without_key_value_heads_of_its_own() -> None:
