@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rlhf.config import UserError
@@ -73,9 +73,17 @@ def as_model(name: str, option: str) -> Iterator[str]:
     folder = find_checkpoint(path)
     sys.stderr.write(f"{option}: putting together the model of {folder}\n")
     # Beside the checkpoints, because all nodes that hold engines must be able to read it.
-    with tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".export-") as temporary:
-        _write(folder, Path(temporary) / "model", None)
-        yield str(Path(temporary) / "model")
+    with ExitStack() as stack:
+        try:
+            temporary = tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".export-")
+            whole = Path(stack.enter_context(temporary)) / "model"
+            _write(folder, whole, None)
+        except OSError as error:
+            raise UserError(
+                f"{option}: the model of {folder} cannot be written in {folder.parent.parent} ({error.strerror or error}). Write it "
+                f"elsewhere with `rlhf export {folder} --out DIR`, and name that folder"
+            ) from error
+        yield str(whole)
 
 
 def holds_checkpoints(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`rlhf generate` and `rlhf eval`: a finished model answers prompts with the same engines that wrote the training responses."""
+"""`rlhf generate`: a finished model answers prompts with the same engines that wrote the training responses."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from rlhf import __version__
 from rlhf.config.arguments import (
     Parser,
-    count,
     jobs_server,
     json_object,
     named,
@@ -19,6 +18,7 @@ from rlhf.config.arguments import (
     require_text,
     whole,
 )
+from rlhf.config.base import MAX_TOKENS
 
 MOST_NODES = 256
 """Of `rlhf plan`: it tries every layout, so its time grows with the cluster."""
@@ -188,7 +188,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", type=named, metavar="FILE", help="file of prompts, as `data.prompts` describes it")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given more than once")
-    generate.add_argument("--max-tokens", type=count, default=256, help="longest response, in tokens (default: 256)")
+    generate.add_argument(
+        "--max-tokens", type=whole(1, MAX_TOKENS), default=256, help="longest response, in tokens (default: 256)"
+    )
     generate.add_argument("--temperature", type=real(0, 2), default=1.0, help="0 to 2; 0 is greedy (default: 1.0)")
     generate.add_argument("--n", type=whole(1, MOST_RESPONSES), default=1, help="responses per prompt (default: 1)")
     generate.add_argument(

@@ -1,4 +1,4 @@
-"""What the command line calls: train, generate, evaluate. Wires the roles, and takes them down whatever happens."""
+"""`rlhf train`: wires the roles of an online run, and takes them down whatever happens."""
 
 from __future__ import annotations
 
@@ -230,7 +230,6 @@ async def started_roles(
         return started[-1]
 
     say("starting policy, engines and reward")
-
     turns = takes_turns(settings, runtime.local)
     ended_well = False
     try:

@@ -78,7 +78,10 @@ def typical(model: str, overrides: Sequence[str]) -> Settings:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "typical.yaml"
         path.write_text(yamls.dump(raw))
-        return load(path, overrides)
+        try:
+            return load(path, overrides)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "`rlhf plan --model`")) from None
 
 
 def shape_of(model: str) -> ModelShape:

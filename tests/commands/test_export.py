@@ -82,3 +82,14 @@ def test_an_export_appears_whole_or_not_at_all(
     with as_model(str(run), "--policy") as model:
         assert Path(model).parent.parent == run, "where all nodes can read it"
     assert not Path(model).exists()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "_write", full)
+    with (
+        pytest.raises(UserError, match=r"--policy: .*No space left.*rlhf export .*--out DIR"),
+        as_model(str(run), "--policy"),
+    ):
+        pass
+    assert not list(run.glob(".export-*"))
