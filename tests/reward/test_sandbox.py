@@ -24,7 +24,8 @@ KEYS = "add_key request_key keyctl"
 NAMESPACES = "unshare setns clone3 mount umount2 pivot_root chroot fsopen open_tree move_mount mount_setattr"
 OTHERS = "ptrace process_vm_readv process_vm_writev pidfd_open pidfd_getfd kcmp process_madvise"
 KERNEL = "io_uring_setup bpf perf_event_open open_by_handle_at name_to_handle_at fanotify_init seccomp landlock_create_ruleset"
-CALLS = f"{MEMORY} {KEYS} {NAMESPACES} {OTHERS} {KERNEL} execveat setuid setresuid capset personality quotactl".split()
+SOCKETS = "socket bind listen accept accept4 connect"
+CALLS = f"{MEMORY} {KEYS} {NAMESPACES} {OTHERS} {KERNEL} {SOCKETS} execveat setuid setresuid capset personality quotactl".split()
 
 
 def attack(code: str, as_user: bool, limits: Limits = LIMITS) -> str:
@@ -121,6 +122,16 @@ def shared_mapping():
     kept.append(mmap.mmap(-1, 8 * MIB)); kept[-1].write(bytes(8 * MIB)); return 8 * MIB
 def folder():
     kept.append(open(f"file{len(kept)}", "wb", buffering=0)); return kept[-1].write(bytes(8 * MIB))
+def connections():
+    import socket
+    if not held:
+        held.append(socket.socket(socket.AF_UNIX)); held[0].bind("\\0listens"); held[0].listen(4096)
+    end = socket.socket(socket.AF_UNIX); end.connect("\\0listens"); end.setblocking(False)
+    return end.send(bytes(128 * 2**10))
+def pair():
+    import socket
+    held.extend(socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)); held[-1].setblocking(False)
+    return held[-1].send(bytes(128 * 2**10))
 def child():
     ready, done = os.pipe()
     if os.fork() == 0:
@@ -128,7 +139,7 @@ def child():
         import time; time.sleep(30)
     os.read(ready, 1); os.close(ready); os.close(done)
     return 64 * MIB
-for what in (shared_segment, file_in_memory, folder, child, pipe, memory, shared_mapping):
+for what in (connections, shared_segment, file_in_memory, folder, child, pair, pipe, memory, shared_mapping):
     take(what)
 print(total // MIB)
 """
