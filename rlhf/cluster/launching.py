@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import socket
 import sys
 import time
@@ -123,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.question == "address":
             print(address_towards(args.peer))
         elif args.question == "session-folder":
-            print(os.environ.get("RAY_TMPDIR") or session_folder())
+            print(session_folder())
         elif args.question == "head":
             wait_for_head(args.address, args.deadline)
         else:

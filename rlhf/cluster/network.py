@@ -7,6 +7,7 @@ user has said otherwise.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def choose_interfaces(address: str, several_nodes: bool) -> None:
     os.environ.setdefault(GLOO, name)
     os.environ.setdefault(VLLM, address)
     if several_nodes or address == LOOPBACK:
-        os.environ.setdefault(NCCL, name)
+        os.environ.setdefault(NCCL, f"={name}")  # without the sign it is a prefix: eth1 is eth10 too
 
 
 def free_port() -> int:
@@ -67,17 +68,22 @@ def host_address() -> str:
 
 
 def listener(host: str, port: int = 0) -> socket.socket:
-    """A socket that listens at this address and no other, or, if no interface carries it (behind address translation), at all.
+    """A socket that listens at this address and no other, or, if it is none of this machine (behind address translation), at all.
 
     Args:
         host: this machine's, a name or an address.
         port: 0: any that is free.
     """
     family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    address, bound = str(place[0]), socket.socket(family, kind, protocol)
+    bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(("" if interface_of(address) is None else address, port))
+        try:
+            bound.bind(place)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            bound.bind(("", port))
         bound.listen()
     except OSError:
         bound.close()

@@ -24,18 +24,19 @@ def own_ray(**options: Any) -> None:
     import ray
 
     _keep_token_private()
-    if not os.environ.get("RAY_TMPDIR"):
-        options["_temp_dir"] = str(session_folder())
     with _on_the_loopback():
-        ray.init(address="local", include_dashboard=False, **options)
+        ray.init(address="local", include_dashboard=False, _temp_dir=str(session_folder()), **options)
 
 
 def session_folder() -> Path:
-    """Where Ray keeps its sockets and logs, in a folder of this user's: `/tmp/rlhf-UID/ray`. Short, for the sake of Unix sockets.
+    """Where Ray keeps its sockets and logs, in a folder of this user's: `/tmp/rlhf-UID/ray`. Short, for the sake of Unix sockets. With
+    RAY_TMPDIR, where Ray itself makes it: in that folder, not as it, because Ray opens what it is given to everybody.
 
     Raises:
         UserError: somebody else has made it.
     """
+    if named := os.environ.get("RAY_TMPDIR"):
+        return Path(named) / "ray"
     folder = _private()
     try:
         folder.mkdir(mode=0o700)

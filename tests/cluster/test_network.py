@@ -46,7 +46,7 @@ def test_every_address_of_this_machine_has_its_interface() -> None:
 def test_gloo_always_and_nccl_between_nodes_and_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     loopback = interface_of("127.0.0.1")
     choose_interfaces("127.0.0.1", several_nodes=False)
-    assert (os.environ[GLOO], os.environ[NCCL], os.environ[VLLM]) == (loopback, loopback, "127.0.0.1")
+    assert (os.environ[GLOO], os.environ[NCCL], os.environ[VLLM]) == (loopback, f"={loopback}", "127.0.0.1")
     other = next((address for address in own_addresses() if not address.startswith("127.")), None)
     if other is None:
         pytest.skip("this machine has the loopback only")
@@ -56,7 +56,7 @@ def test_gloo_always_and_nccl_between_nodes_and_on_the_loopback(monkeypatch: pyt
         choose_interfaces(other, several_nodes=several)
         assert os.environ[VLLM] == other
         assert os.environ[GLOO] == interface_of(other)
-        assert os.environ.get(NCCL) == (interface_of(other) if several else None)
+        assert os.environ.get(NCCL) == (f"={interface_of(other)}" if several else None)
 
 
 def own_addresses() -> list[str]:
