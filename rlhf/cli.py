@@ -16,7 +16,8 @@ from pathlib import Path
 from rlhf.cluster.signals import ended_by_sigterm
 from rlhf.commands.grammar import parse
 from rlhf.config import Settings, UserError, load, show
-from rlhf.config.arguments import printable, shortened
+from rlhf.config.arguments import printable
+from rlhf.config.explain import shortened
 from rlhf.config.method_checks import method_warnings
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from rlhf.config.base import path_text
+from rlhf.config.explain import shortened
 from rlhf.config.loader import UserError
 
 MOST = 2**31 - 1
@@ -193,12 +194,6 @@ def require_text(arguments: list[str]) -> None:
         except UnicodeEncodeError:
             shown = ascii(os.fsencode(argument))[2:-1]
             raise UserError(f"argument {number}, `{shortened(shown)}`, is not UTF-8 text. Write it in UTF-8") from None
-
-
-def shortened(text: str) -> str:
-    """For a message: on one line, and not all of a long one."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def printable(message: str) -> str:

@@ -17,6 +17,9 @@ from rlhf.config.algorithm import METHODS, OWN, OwnAlgorithm
 from rlhf.config.base import Section
 from rlhf.config.transforms import TRANSFORMS
 
+LONGEST_SHOWN = 200
+"""Characters of a value."""
+
 
 def by_field(error: ValidationError, tree: type[Section]) -> list[list[Any]]:
     """pydantic's findings; those about one value (a field that takes one of several types) together."""
@@ -214,7 +217,8 @@ def describe(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"the text {_text(value)}"
+        more = f" of {len(value):,} characters" if len(value) > LONGEST_SHOWN else ""
+        return f"the text '{shortened(value, LONGEST_SHOWN)}'{more}"
     if isinstance(value, (int, float)):
         digits = f"{value}"
         return f"the number {digits}" if len(digits) <= 40 else f"a number of {len(digits)} digits"
@@ -225,8 +229,7 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _text(value: str) -> str:
-    """On one line, and not all of a long one."""
-    if not value.isprintable():
-        value = ascii(value)[1:-1]
-    return f"'{value}'" if len(value) <= 200 else f"'{value[:200]} ...' of {len(value):,} characters"
+def shortened(text: str, most: int = 100) -> str:
+    """For a message: on one line, and not all of a long one."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= most else f"{text[:most]} ..."

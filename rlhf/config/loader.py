@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rlhf.config import yamls
 from rlhf.config.base import Section
 from rlhf.config.checks import problems
-from rlhf.config.explain import by_field, describe, explain, fields_of, required, suggestion
+from rlhf.config.explain import LONGEST_SHOWN, by_field, describe, explain, fields_of, required, shortened, suggestion
 from rlhf.config.settings import Settings
 
 Tree = TypeVar("Tree", bound=Section)
@@ -159,13 +159,13 @@ def _filled(raw: dict[str, Any], path: yamls.Path, tree: type[Section]) -> dict[
 
 def _apply(override: str, raw: dict[str, Any], places: dict[yamls.Path, str], tree: type[Section]) -> None:
     name, equals, text = override.partition("=")
-    shown = f"override `{_short(override)}`"
+    shown = f"override `{shortened(override, LONGEST_SHOWN)}`"
     field = tuple(name.strip().split("."))
     nested = len(field) > 2 and fields_of(tree, field[:-1]) is not None
     # Only `policy` and its like are meant: a method has no section inside it.
     if len(field) == 3 and field[0] != "algorithm" and field[1] not in (fields_of(tree, field[:1]) or field):
         raise ConfigError(
-            f"{shown}: there is no section `{_short('.'.join(field[:2]))}`{suggestion(tree, field[:2], None)}"
+            f"{shown}: there is no section `{shortened('.'.join(field[:2]))}`{suggestion(tree, field[:2], None)}"
         )
     if not equals or not (len(field) == 2 or nested) or not all(part.isidentifier() for part in field):
         raise ConfigError(f"{shown}: write it as section.key=value, for example loop.steps=5")
@@ -185,12 +185,6 @@ def _apply(override: str, raw: dict[str, Any], places: dict[yamls.Path, str], tr
     for inner in [place for place in places if place[: len(field)] == field]:
         del places[inner]  # of what the override replaces
     places[field] = shown
-
-
-def _short(text: str) -> str:
-    """For a message: on one line, and not all of a long one."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _config_error(path: str, messages: Sequence[str]) -> ConfigError:

@@ -224,7 +224,7 @@ class LiveConsole:
             f"{_number(line, 'time/step', '.1f')} s",
         )
         if left := left_out(line):
-            table.add_row("without", ", ".join(f"{what} {count}" for what, count in left.items()))
+            table.add_row("of these", ", ".join(f"{what} {count}" for what, count in left.items()))
         table.add_row("now", Text(self._now()))
         if self._evaluation is not None:
             held_out = f"{_reward(self._evaluation)} after step {self._evaluation['step']}"

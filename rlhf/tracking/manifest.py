@@ -73,10 +73,7 @@ def sha256(path: Path) -> str | None:
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version(names: tuple[str, ...]) -> str | None:

@@ -25,7 +25,7 @@ from rlhf.config.sft import SftSettings
 from rlhf.tracking import manifest
 from rlhf.tracking.audience import Audience
 from rlhf.tracking.console import make_console
-from rlhf.tracking.folder import check_run_folder
+from rlhf.tracking.folder import MANIFEST, REMEDY, check_run_folder
 from rlhf.tracking.jsonl import JsonLines
 from rlhf.tracking.wandb import Wandb
 
@@ -69,8 +69,7 @@ class Record:
                 file.path.touch()
         except OSError as error:
             raise UserError(
-                f"run.dir={self.folder}: the run folder cannot be written ({error.strerror or error}). "
-                "Set run.dir to a folder on a disk with free space that you may write to."
+                f"run.dir={self.folder}: the run folder cannot be written ({error.strerror or error}). {REMEDY}"
             ) from error
         self._failed_files: set[str] = set()
         if audience is None:
@@ -112,7 +111,7 @@ class Record:
         self._note("dtype", f"{dtype}: {why}")
 
     def _note(self, name: str, value: Any) -> None:
-        path = self.folder / "manifest.json"
+        path = self.folder / MANIFEST
         try:
             described = json.loads(path.read_text())
             start = described["resumed"][-1] if described["resumed"] else described
@@ -149,7 +148,7 @@ class Record:
     def _describe(self, settings: Settings | SftSettings, resume: bool, resolve: Callable[[str], str]) -> str:
         """Write config.yaml, then manifest.json: last, because it marks the folder as holding a run."""
         facts = manifest.describe(settings, resolve)
-        config, manifest_file = self.folder / "config.yaml", self.folder / "manifest.json"
+        config, manifest_file = self.folder / "config.yaml", self.folder / MANIFEST
         text = show(settings)
         if resume:
             described = json.loads(manifest_file.read_text())

@@ -23,6 +23,7 @@ from rich.table import Table
 from rlhf.config import MissingPackageError, UserError
 from rlhf.config.extras import remedy
 from rlhf.tracking import jsonl
+from rlhf.tracking.console import signed
 
 Z = 1.959964  # 97.5% of a normal distribution lie below
 SHOWN_CHARACTERS = 400
@@ -156,7 +157,7 @@ def before_after_table(comparison: Comparison, judge_name: str = "independent ju
         table.add_column(heading, justify="left" if heading == "" else "right")
     for name, field in (("reward", "reward"), (judge_name, "judge")):
         first, second = getattr(comparison.before, field), getattr(comparison.after, field)
-        table.add_row(name, f"{first:+.3f}", f"{second:+.3f}", f"{second - first:+.3f}")
+        table.add_row(name, signed(first), signed(second), signed(second - first))
     first, second = comparison.before.length, comparison.after.length
     table.add_row("length (tokens)", f"{first:.1f}", f"{second:.1f}", f"{second - first:+.1f}")
     kl = "-" if comparison.kl_per_token is None else f"{comparison.kl_per_token:.4f}"
@@ -177,7 +178,7 @@ def sample_pairs(before: HeldOut, after: HeldOut, n: int = 3) -> Group:
         answers.add_column(justify="right", no_wrap=True)
         answers.add_column(overflow="fold")
         for name, side in (("before", before), ("after", after)):
-            answers.add_row(name, f"{side.rewards[index]:+.2f}", escape(_shortened(side.responses[index])))
+            answers.add_row(name, signed(side.rewards[index]), escape(_shortened(side.responses[index])))
         panels.append(Panel(answers, title=escape(_shortened(before.prompts[index])), title_align="left"))
     return Group(*panels)
 

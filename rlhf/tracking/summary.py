@@ -41,7 +41,7 @@ def _model(settings: Settings | SftSettings, folder: Path) -> str | None:
 
 
 def _found(folder: Path) -> Iterator[tuple[str, str]]:
-    """Before and after on held-out prompts, and what could not be learned from."""
+    """Before and after on held-out prompts, and what was counted on the way (`left_out`)."""
     evaluations, steps = jsonl.read(folder / "evaluations.jsonl"), jsonl.read(folder / "metrics.jsonl")
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
@@ -54,7 +54,7 @@ def _found(folder: Path) -> Iterator[tuple[str, str]]:
             yield "held-out", rate
     total = sum((Counter(left_out(line)) for line in steps), Counter())
     if total:
-        yield "left out", ", ".join(f"{what} {count:,}" for what, count in total.items()) + f", in {len(steps)} steps"
+        yield "in all", ", ".join(f"{what} {count:,}" for what, count in total.items()) + f", in {len(steps)} steps"
     warned = sum(bool(line.get("warnings")) for line in steps)
     if warned:
         yield "warnings", f"in {warned} of {len(steps)} steps, see `warnings` in {folder / 'metrics.jsonl'}"
