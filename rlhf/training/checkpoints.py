@@ -81,11 +81,19 @@ class _Damaged(Exception):
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
         state = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Damaged(STATE, f"cannot be read ({error})") from error
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0 or not _sound(state):
         raise _Damaged(STATE, "is not what a run writes there")
     return state
+
+
+def _sound(state: Mapping[str, Any]) -> bool:
+    """Whether the sizes are those of files; an earlier version wrote none."""
+    sizes = state.get(FILES)
+    if sizes is None:
+        return CHECKSUMS not in state
+    return isinstance(sizes, dict) and all(type(size) is int and "\0" not in name for name, size in sizes.items())
 
 
 def _read_sums(file: Path) -> dict[str, str]:

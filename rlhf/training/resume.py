@@ -27,6 +27,8 @@ from rlhf.types import content_id
 
 RUN = "run"
 """Key of a checkpoint's state that holds what `remembered` returns."""
+PARTS = {"ledger": dict, "policy": dict, "shaping": list}
+"""Keys of an online run's state from which its parts are restored, and what is there."""
 MODEL, PROMPTS, TOKENS = "policy.model", "data.prompts", "data.prompts (as tokens)"
 LAYOUT = "the checkpoint's files are divided and stored in that way"
 FIXED = {
@@ -136,7 +138,13 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
             f"run.dir={run_dir}: an earlier version wrote the checkpoint {tag}, and it does not hold the last iterate's fp32 weights, from "
             "which `algorithm.reference: extrapolated` moves on. Finish the run with that version, or start a new one in another run.dir."
         )
-    before = state.get(RUN) or _of_an_earlier_version(state)
+    before = state[RUN] if RUN in state else _of_an_earlier_version(state)
+    parts = PARTS if isinstance(settings, Settings) else {}
+    if not _whole(before) or not all(isinstance(state.get(part), kind) for part, kind in parts.items()):
+        raise UserError(
+            f"run.dir={run_dir}: checkpoints/{tag}/state.json is not what a run writes there. Restore the folder, or start a new run in "
+            "another run.dir."
+        )
     now = remembered(_decided(settings, before["settings"].get("policy", {}).get("dtype")), contents)
     refused, changes = _differences(before, now)
     if refused:
@@ -156,6 +164,14 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
         field for field in FIXED if field not in _flat(before["settings"]) and field in _flat(now["settings"])
     ]
     return Start(state["step"], tag, state, tuple(changes), tuple(unchecked))
+
+
+def _whole(run: Any) -> bool:
+    """Whether it has the form of what `remembered` returns."""
+    if not isinstance(run, dict) or not all(isinstance(run.get(part), dict) for part in ("settings", "contents")):
+        return False
+    digests = run["contents"].values()
+    return isinstance(run["settings"].get("policy", {}), dict) and all(isinstance(one, str | None) for one in digests)
 
 
 def _require_nothing_recorded(run_dir: str) -> None:
