@@ -192,7 +192,7 @@ def all_at_once(run, settings, rollouts):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ({"kind": "model", "path": "no/such/folder"}, "no model in the folder"),
+        ({"kind": "model", "path": "no/such/folder"}, "no folder `no/such/folder`"),
         ({"kind": "function", "path": "no.such.module:f"}, "cannot import"),
     ],
 )
