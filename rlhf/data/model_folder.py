@@ -203,8 +203,9 @@ def size_of(config: Any, name: str) -> Any:
         value = getattr(config, name, None)
     except RuntimeError:  # transformers, when one number is asked for that each layer has of its own
         value = [getattr(layer, name) for layer in config.per_layer_config]
-    whole = isinstance(value, list) and len(value) > 0 and all(type(one) is int for one in value)
-    return max(value) if whole else value
+    if isinstance(value, list) and value and all(type(one) is int for one in value):
+        return max(value)
+    return value
 
 
 def _check_entries(folder: Path, where: str) -> None:

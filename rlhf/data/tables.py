@@ -64,8 +64,8 @@ def hub_rows(path: str) -> Iterator[dict[str, Any]]:
     except DataError:
         raise
     except Exception as error:  # the hub's client raises what it likes; all of it means that it cannot be read
-        error = error.__cause__ or error  # where the package only says that there was one
-        said = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
+        cause = error.__cause__ or error  # where the package only says that there was one
+        said = f"{type(cause).__name__}: {' '.join(str(cause).split()):.500}"
         raise DataError(
             f"{path}: cannot be read ({said}). One of several configurations is named as "
             f"`{HUB}NAME@CONFIG[:SPLIT]`. Without a network, save the data set with `save_to_disk` where there is one, and name that "
