@@ -42,7 +42,7 @@ TEXTS = [
     ),
 ]
 
-FOREIGN = re.compile(r"pip3? install[^`\n]*[\s'\"]rlhf(?:-online)?(?![\w./-])|\brlhf(?:-online)?\[\w")
+FOREIGN = re.compile(r"pip3? install[^`\n]*[ '\"]rlhf(?:-online)?(?![\w./-])|\brlhf(?:-online)?\[\w")
 """A text that tells to install `rlhf`, which belongs to another project, or `rlhf-online`, which nobody has published."""
 
 
