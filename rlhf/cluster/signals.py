@@ -30,16 +30,19 @@ def ended_by_sigterm() -> Iterator[Ending]:
     def interrupt(*_: Any) -> None:
         if not ending.told:
             ending.told = True
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # scripts start their background jobs so
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.raise_signal(signal.SIGINT)  # asyncio has its own way to end on this one
 
     if not _in_main_thread():
         yield ending
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before, ctrl_c = signal.signal(signal.SIGTERM, interrupt), signal.getsignal(signal.SIGINT)
     try:
         yield ending
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, ctrl_c)
 
 
 @contextmanager

@@ -5,12 +5,23 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 from ray._private import utils
 
 from rlhf import cli
 from rlhf.cluster.signals import ended_by_sigterm, sigterm_kept_from_ray
+
+
+@pytest.fixture(
+    autouse=True, params=[signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in the background"]
+)
+def in_background(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """A job that a script starts with `&` ignores SIGINT from its first moment. Whether this one does."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param is signal.SIG_IGN
+    signal.signal(signal.SIGINT, before)
 
 
 def test_it_raises_where_the_main_thread_is_and_only_once() -> None:
@@ -39,8 +50,12 @@ def test_a_coroutine_cleans_up() -> None:
     assert ending.told and cleaned
 
 
-def test_the_command_says_which_it_was(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    ends = {signal.SIGTERM: (143, "rlhf: ended by SIGTERM\n"), signal.SIGINT: (130, "rlhf: interrupted\n")}
+def test_the_command_says_which_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, in_background: bool
+) -> None:
+    ends = {signal.SIGTERM: (143, "rlhf: ended by SIGTERM\n")}
+    if not in_background:
+        ends[signal.SIGINT] = (130, "rlhf: interrupted\n")
     for number, (status, says) in ends.items():
         monkeypatch.setitem(cli.COMMANDS, "train", lambda args, number=number: signal.raise_signal(number))
         assert cli.main(["train", "config.yaml"]) == status
