@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import logging
 from pathlib import Path
 from typing import Any
@@ -272,8 +273,11 @@ def test_both_conversations_of_a_pair_must_be_the_prompts(tmp_path: Path, system
 # Several models
 
 
-def test_each_model_of_an_evaluation_reads_the_prompts_through_its_own_tokenizer(tmp_path: Path) -> None:
+def test_each_model_of_an_evaluation_reads_the_prompts_through_its_own_tokenizer(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     for name, tokenizer in (("ours", tokenizer_with(PLAIN)), ("theirs", tokenizer_with(GEMMA, bos=True))):
+        shutil.copytree(tiny_model, tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(json.dumps({"prompt": "q" * n}) + "\n" for n in (1, 60, 2, 57)))
@@ -285,7 +289,7 @@ def test_each_model_of_an_evaluation_reads_the_prompts_through_its_own_tokenizer
     assert [one.text for one in ours.prompts] == ["q", "qq", "q" * 57], "what one has no room for is asked of neither"
     assert ours.tokenizer.decode(ours.prompts[0].token_ids) == "<|user|>q<|end|><|assistant|>"
     assert theirs.tokenizer.decode(theirs.prompts[0].token_ids) == f"{BOS}<|user|>q{TURN}\n<|assistant|>"
-    with pytest.raises(DataError, match="--baseline: no tokenizer"):
+    with pytest.raises(DataError, match="--baseline: there is no model"):
         held_out_prompts(settings, models | {"--baseline": str(tmp_path)})
 
 
