@@ -55,20 +55,30 @@ def _private() -> Path:
 
 
 def _keep_token_private() -> None:
-    """Make the token that Ray would make in the home folder, if none is there, and leave it to nobody else."""
+    """Make the token that Ray would make in the home folder, if none is there, and leave it to nobody else.
+
+    Raises:
+        UserError: the home folder cannot hold it.
+    """
     if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return
     file = Path.home() / ".ray" / "auth_token"
-    if file.exists():
-        if file.stat().st_uid == os.getuid():
-            file.chmod(0o600)
-        return
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent) as whole:  # readable for its user alone
-        whole.write(secrets.token_hex(32))
-        whole.flush()
-        with suppress(FileExistsError):  # another run has just made it
-            os.link(whole.name, file)
+    try:
+        if file.exists():
+            if file.stat().st_uid == os.getuid():
+                file.chmod(0o600)
+            return
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as whole:  # readable for its user alone
+            whole.write(secrets.token_hex(32))
+            whole.flush()
+            with suppress(FileExistsError):  # another run has just made it
+                os.link(whole.name, file)
+    except OSError as error:
+        raise UserError(
+            f"{file}: Ray's token cannot be kept there ({error.strerror or error}). Set RAY_AUTH_TOKEN_PATH to a file that holds one, such "
+            "as the output of `openssl rand -hex 32`"
+        ) from error
 
 
 @contextmanager

@@ -53,6 +53,12 @@ def test_another_place_for_the_token_is_left_alone(home: Path, monkeypatch: pyte
     assert not (home / ".ray").exists()
 
 
+def test_a_home_that_cannot_hold_it_is_named(home: Path) -> None:
+    (home / ".ray").write_text("a file")
+    with pytest.raises(UserError, match="RAY_AUTH_TOKEN_PATH"):
+        own_ray._keep_token_private()
+
+
 def test_two_that_start_at_once_leave_one_token(home: Path) -> None:
     threads = [threading.Thread(target=own_ray._keep_token_private) for _ in range(2)]
     for thread in threads:
