@@ -276,7 +276,7 @@ def test_folders_are_refused_where_they_do_not_belong(encoder, rated, paired, tm
         ("rated", ["--learning-rate", "0"], "--learning-rate: `0` is not a finite number above 0"),
         ("rated", ["--learning-rate", "nan"], "--learning-rate: `nan` is not a finite number above 0"),
         ("rated", ["--threads", "0"], "--threads: `0` is not a whole number of at least 1"),
-        ("rated", ["--margin", "20"], "no two ratings of the .* rows are more than --margin 20"),
+        ("rated", ["--margin", "20"], "--margin 20: no two ratings of .* are further apart"),
     ],
 )
 def test_what_cannot_work_or_would_be_ignored_is_refused(data, options, message, encoder, rated, paired, tmp_path):
