@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from rlhf.cluster import LocalRuntime
 from rlhf.rollout import RolloutPool, Sampling, StaleWeights
@@ -87,6 +87,7 @@ def engines(request, tiny_model, tiny_settings, tmp_path_factory, run) -> Iterat
     if request.param != "llama":
         folder = tmp_path_factory.mktemp(request.param)
         build(request.param, folder)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     before = dict(os.environ)
     # Fewer places than requests, so that requests wait, leave at different times and move to other rows.
     settings = tiny_settings(policy={"model": str(folder), "dtype": "fp32"}, rollout={"max_num_seqs": 7})
