@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from rlhf.config.base import path_text
+from rlhf.config.base import is_host, path_text
 from rlhf.config.explain import shortened
 from rlhf.config.loader import UserError
 
@@ -89,7 +89,7 @@ def jobs_server(text: str) -> str:
     """The address of Ray's jobs server."""
     try:
         url = urlsplit(text)
-        whole_address = url.scheme in ("http", "https") and url.hostname is not None and url.port != 0
+        whole_address = url.scheme in ("http", "https") and is_host(url.hostname) and url.port != 0
         whole_address = whole_address and url.username is None  # it would be shown in every message
     except ValueError:  # a port that is none, brackets that do not close
         whole_address = False

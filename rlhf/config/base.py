@@ -38,6 +38,11 @@ PathText = Annotated[str, AfterValidator(path_text)]
 """Names a file or folder, or something else that is looked up like one: an asset, a hub name, a function's import path."""
 
 
+def is_host(name: str | None) -> bool:
+    """Whether a host can have this name: it is of parts of 1 to 63 characters between dots, 253 in all. Others are looked up in vain."""
+    return name is not None and len(name) <= 253 and all(0 < len(part) < 64 for part in name.rstrip(".").split("."))
+
+
 class Section(BaseModel):
     """A section of the configuration. Frozen: settings are decided once, when the file is loaded."""
 

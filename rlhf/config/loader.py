@@ -20,6 +20,8 @@ from rlhf.config.explain import LONGEST_SHOWN, by_field, describe, explain, fiel
 from rlhf.config.settings import Settings
 
 Tree = TypeVar("Tree", bound=Section)
+MOST_SHOWN = 20
+"""Problems that one message holds."""
 
 
 class UserError(Exception):
@@ -190,4 +192,5 @@ def _apply(override: str, raw: dict[str, Any], places: dict[yamls.Path, str], tr
 def _config_error(path: str, messages: Sequence[str]) -> ConfigError:
     if len(messages) == 1:
         return ConfigError(f"{path}: {messages[0]}")
-    return ConfigError("\n  - ".join([f"{path}: {len(messages)} problems", *messages]))
+    shown = [*messages[:MOST_SHOWN], *(["and more; correct these first"] if len(messages) > MOST_SHOWN else [])]
+    return ConfigError("\n  - ".join([f"{path}: {len(messages)} problems", *shown]))

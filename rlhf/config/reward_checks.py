@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from rlhf.config.base import is_host
 from rlhf.config.method_checks import changed
 from rlhf.config.reward import VERIFIERS, SourceSettings
 from rlhf.config.settings import Settings
@@ -70,7 +71,7 @@ def _url(place: str, url: str, example: str, secret: str) -> Iterator[str]:
         return
     try:
         parts = urlsplit(url)
-        sound = bool(parts.hostname) and parts.port != 0 and re.fullmatch(r"[\x21-\x7e]+", url) is not None
+        sound = is_host(parts.hostname) and parts.port != 0 and re.fullmatch(r"[\x21-\x7e]+", url) is not None
     except ValueError:  # a port or an IPv6 address that is none
         yield f"`{place}.url` is no address of a service (a port is at most 65535, an IPv6 address stands in brackets). {remedy}"
         return
@@ -80,7 +81,7 @@ def _url(place: str, url: str, example: str, secret: str) -> Iterator[str]:
             f"such as `{example}`, and the secret in the environment variable {secret}"
         )
     elif not sound:
-        yield f"`{place}.url`: `{url!a:.80}` names no host, or has blanks or letters that no address has. {remedy}"
+        yield f"`{place}.url`: `{url!a:.80}` names nothing that a host can be called, or has letters that no address has. {remedy}"
 
 
 def _function(place: str, source: SourceSettings) -> Iterator[str]:

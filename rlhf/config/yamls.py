@@ -24,14 +24,15 @@ MOST = 20_000
 """Values, where one that aliases repeat counts each time."""
 MOST_DIGITS = 1_000
 
+_DIGITS = "[0-9](?:_?[0-9])*"
 _SCALARS = {
     "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
     "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    "int": (re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), "-+0123456789"),
+    "int": (re.compile(r"^[-+]?(?:0|[1-9](?:_?[0-9])*)$"), "-+0123456789"),
     "float": (
         re.compile(
-            r"^(?:[-+]?(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*\.(?:[eE][-+]?[0-9]+)?"
-            r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+            rf"^(?:[-+]?(?:{_DIGITS})?\.{_DIGITS}(?:[eE][-+]?[0-9]+)?|[-+]?{_DIGITS}\.(?:[eE][-+]?[0-9]+)?"
+            rf"|[-+]?{_DIGITS}[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
         ),
         "-+.0123456789",
     ),

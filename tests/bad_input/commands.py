@@ -122,7 +122,8 @@ def cases(every: bool = False) -> Iterator[Case]:
         base = [*words.split(), *BASES.get(words, needed)]
         yield from _of_command(words, parser, base, every)
     for name, (argv, *about) in TOGETHER.items():
-        yield Case(f"command/together/{name}", lambda place, argv=argv: argv, (*about, *_options(argv)))
+        about = [*about, *_options(argv)]
+        yield Case(f"command/together/{name}", lambda place, argv=argv: argv, tuple(about), leaves=("home/cache",))
 
 
 def _options(argv: Sequence[str]) -> list[str]:
@@ -131,9 +132,9 @@ def _options(argv: Sequence[str]) -> list[str]:
 
 def _of_command(words: str, parser: argparse.ArgumentParser, base: list[str], every: bool) -> Iterator[Case]:
     where = f"command/{words.replace(' ', '-')}"
-    yield Case(
-        f"{where}/good", lambda place: base, (), "good arguments", required=True, starts=True, leaves=("work/", "home/")
-    )
+    if words in BASES:
+        made = ("work/", "home/")
+        yield Case(f"{where}/good", lambda place: base, (), "good", required=True, starts=True, leaves=made)
     yield Case(f"{where}/unknown-option", lambda place: [*base, "--banana"], ("--banana",))
     yield Case(f"{where}/unknown-letter", lambda place: [*base, "-z"], ("-z",))
     for number, action in enumerate(parser._actions):
@@ -181,10 +182,12 @@ def _valued(name: str, words: str, action: argparse.Action, how: str, argv: list
         refused = how in NO_FILE and not (how == "no-folder" and words in MAKES_FOLDERS)
         right = None if refused else "a file of that name can be written"
     value = argv[-1].partition("=")[2]
+    nothing = () if words in BASES else ("there is no such",)  # which is said first
     about = (
         option,
         "argument",
         "UTF-8",
+        *nothing,
         *([ascii(value)[1:-1][:20], value.lstrip("~")[:20]] if value.strip() else ["``", "''", "(no name)"]),
     )
     return Case(name, lambda place: argv, about, right, starts=True, leaves=("work/", "home/"))

@@ -65,8 +65,14 @@ def _reward(place: Place, file: str) -> Sequence[str]:
     ]
 
 
+def _generate(place: Place, file: str) -> Sequence[str]:
+    """Reads prompts as `rlhf train` does, after less."""
+    return ["generate", "tiny", "--prompts", file, "--max-tokens", "8"]
+
+
 KINDS = {
-    "prompts": Kind({"prompt": "say"}, "prompt", _train({"data": {"prompts": "FILE"}}), ("prompt",)),
+    "prompts": Kind({"prompt": "say"}, "prompt", _generate, ("prompt",), starts=True),
+    "trained-on": Kind({"prompt": "say"}, "prompt", _train({"data": {"prompts": "FILE"}}), ("prompt",)),
     "held-out": Kind({"prompt": "say"}, "prompt", _train({"data": {"eval_prompts": "FILE"}}), ("prompt",)),
     "pairs": Kind(
         {"prompt": "say", "chosen": "yes", "rejected": "no"},
@@ -81,14 +87,15 @@ KINDS = {
     ),
     "canaries": Kind({"good": "yes", "bad": "no"}, "good", _train({"reward": {"canaries": "FILE"}}), ("good", "bad")),
 }
-ALIKE = ("held-out", "pairs", "preferences")
+ALIKE = ("trained-on", "held-out", "pairs", "preferences", "canaries")
 """Read by what reads the prompts, or the ratings, as well."""
 GOOD_ROWS = 24
 
 
 def _lines(kind: Kind, bad: str, at: int = 3) -> str:
     """A file with the line `bad` among good ones."""
-    rows = [json.dumps(kind.row | {"n": n}) if "n" not in kind.row else json.dumps(kind.row) for n in range(GOOD_ROWS)]
+    rated = "rating" in kind.row
+    rows = [json.dumps(kind.row | {"rating" if rated else "n": n}) for n in range(GOOD_ROWS)]
     return "\n".join([*rows[:at], bad, *rows[at:]]) + "\n"
 
 

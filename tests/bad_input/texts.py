@@ -111,7 +111,6 @@ FILES: dict[str, str | bytes] = {
     "binary": bytes(range(256)),
     "elf": b"\x7fELF\x02\x01\x01" + bytes(64),
     "gzip": b"\x1f\x8b\x08\x00" + bytes(64),
-    "percent-directive": "%BANANA 3\n---\n" + GOOD,
     "yaml-2-directive": "%YAML 9.9\n---\n" + GOOD,
     "tag-directive": "%TAG ! tag:example.com,2000:\n---\ntracking: !x {}\n" + GOOD,
     "many-sections": GOOD + "".join(f"section{n}: {{a: {n}}}\n" for n in range(300)),
@@ -125,6 +124,7 @@ FILES: dict[str, str | bytes] = {
     "html": "<!doctype html><html><body>404</body></html>\n",
 }
 ACCEPTED: dict[str, str | bytes] = {
+    "unknown-directive": "%BANANA 3\n---\n" + GOOD,  # YAML says that it is passed over
     "byte-order-mark": "\ufeff" + GOOD,
     "crlf": GOOD.replace("\n", "\r\n"),
     "no-last-newline": GOOD.rstrip("\n"),
@@ -263,7 +263,9 @@ def cases(every: bool = False) -> Iterator[Case]:
         yield Case(f"override/good-{name}", _overridden(overrides), about=("override",), right=right, required=True)
     for name, path in PATHS.items():
         yield Case(
-            f"config-path/{name}", _path(path), about=(".yaml", "CONFIG", "the file", "configuration", "/dev/", name)
+            f"config-path/{name}",
+            _path(path),
+            about=(".yaml", "rewards.py", "CONFIG", "the file", "configuration", "/dev/", name),
         )
 
 
