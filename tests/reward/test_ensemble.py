@@ -102,7 +102,7 @@ def test_a_member_that_fails_is_named_and_the_others_responses_are_judged(
     feedback, _ = judged(run, settings, make_text_rollout(["four", "bad", "slow", "nan"]))
     assert feedback.outcomes[0] == Score(2.0)
     assert feedback.outcomes[1] == Failed(
-        "length: ValueError: I do not judge this (tests/reward/sample_rewards.py:12 in moody)"
+        'length: ValueError: I do not judge this (tests/reward/sample_rewards.py:12 in moody: raise ValueError("I do not judge this"))'
     )
     assert feedback.outcomes[2] == TimedOut(0.2, who="length")
     assert isinstance(feedback.outcomes[3], Invalid) and feedback.outcomes[3].reason.startswith("length: ")
