@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.preflight.trial import RESPONSES
 from rlhf.types import Completion, Feedback, Outcome, Prompt, Rollout, Score
 
 
@@ -25,7 +26,9 @@ def make_feedback(outcomes: Sequence[float | Outcome], name: str = "p") -> Feedb
 
 
 def broken_reward(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
-    """A user's reward function that always fails."""
+    """A user's reward function that fails on what a model writes, but not on the trial before the run."""
+    if response in RESPONSES:
+        return 0.0
     raise RuntimeError("the reward is broken")
 
 

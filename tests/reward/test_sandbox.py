@@ -141,6 +141,7 @@ def child():
     return 64 * MIB
 for what in (connections, shared_segment, file_in_memory, folder, child, pair, pipe, memory, shared_mapping):
     take(what)
+kept.clear()  # room to say how much it was
 print(total // MIB)
 """
 
