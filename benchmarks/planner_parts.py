@@ -89,7 +89,7 @@ def states(args: argparse.Namespace) -> None:
     import deepspeed
 
     from rlhf.config.policy import PolicySettings
-    from rlhf.training.engine import Trainer, shard_frozen
+    from rlhf.training.deepspeed import Trainer, shard_frozen
     from rlhf.training.loading import load_causal_lm
     from rlhf.training.model import LogProbModel
 

@@ -204,7 +204,7 @@ def with_deepspeed(table: Table, smoke: bool) -> None:
     import deepspeed
 
     from rlhf.preflight.memory import model_states
-    from rlhf.training.engine import Trainer
+    from rlhf.training.deepspeed import Trainer
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

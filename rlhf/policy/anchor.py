@@ -14,7 +14,7 @@ import torch
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule, due
 from rlhf.policy.learner import InvariantBroken
 from rlhf.training import lora, torch_files
-from rlhf.training.engine import Trainer
+from rlhf.training.deepspeed import Trainer
 from rlhf.training.packing import Experience
 from rlhf.training.resting import Resting
 from rlhf.training.weights import local_shard, local_shards, whole_weights

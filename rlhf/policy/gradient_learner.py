@@ -24,7 +24,7 @@ from rlhf.algorithms.policy_gradient import (
 from rlhf.config import Settings
 from rlhf.policy.learner import Moment, Update, gap_meters, kl_meters, require_equal
 from rlhf.policy.meters import Meters, merge
-from rlhf.training.engine import Trainer
+from rlhf.training.deepspeed import Trainer
 from rlhf.training.packing import Experience
 
 LogProbs = Callable[[Experience], torch.Tensor]

@@ -10,7 +10,7 @@ from rlhf.algorithms.contrast import Preference, preference_loss
 from rlhf.config import Settings
 from rlhf.policy.learner import Moment, Update, gap_meters, kl_meters, require_equal
 from rlhf.policy.meters import Meters, item_meters, merge
-from rlhf.training.engine import Trainer
+from rlhf.training.deepspeed import Trainer
 from rlhf.training.packing import Experience
 
 LogProbs = Callable[[Experience], tuple[torch.Tensor, torch.Tensor]]

@@ -27,7 +27,7 @@ from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.policy.probe import Gaps, probe_gaps
 from rlhf.training import lora
-from rlhf.training.engine import Trainer, shard_frozen, sharding
+from rlhf.training.deepspeed import Trainer, shard_frozen, sharding
 from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.model import (
     FORWARD_TOLERANCE,

@@ -18,7 +18,7 @@ from rlhf.data.conversations import ReadConversations
 from rlhf.data.model_folder import find_model
 from rlhf.data.order import Order
 from rlhf.training import lora
-from rlhf.training.engine import sharding
+from rlhf.training.deepspeed import sharding
 from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.model import (
     FORWARD_TOLERANCE,

@@ -20,7 +20,7 @@ from rlhf.config.loader import UserError
 from rlhf.config.policy import PolicySettings
 from rlhf.training.balance import plan_updates
 from rlhf.training.checkpoints import Checkpoints
-from rlhf.training.engine import TrainingDiverged
+from rlhf.training.deepspeed import TrainingDiverged
 from rlhf.training.resume import RUN
 from rlhf.training.supervised_rank import Learned, Learner, Share, SupervisedRank
 

@@ -19,7 +19,7 @@ from torch import nn
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.policy import PolicySettings
 from rlhf.training import torch_files
-from rlhf.training.engine import Trainer
+from rlhf.training.deepspeed import Trainer
 from rlhf.training.ranks import Member, join, leave, rendezvous
 
 STATE = "learner.pt"

@@ -18,7 +18,7 @@ from rlhf.algorithms.algorithm import Objective
 from rlhf.cluster import LocalRef, LocalRuntime, Runtime
 from rlhf.policy import InvariantBroken, Moment, PolicyGroup
 from rlhf.policy.gradient_learner import GradientLearner
-from rlhf.training.engine import Trainer
+from rlhf.training.deepspeed import Trainer
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 
 UPDATES = 3

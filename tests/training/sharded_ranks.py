@@ -23,7 +23,7 @@ from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings, PolicySettings
 from rlhf.policy.critic import load_critic
 from rlhf.training import lora, sharded
-from rlhf.training.engine import Trainer, shard_frozen, sharding
+from rlhf.training.deepspeed import Trainer, shard_frozen, sharding
 from rlhf.training.loading import load_causal_lm
 from rlhf.training.model import LogProbModel, check_forward
 from rlhf.training.packing import pack_sequences

@@ -8,7 +8,7 @@ import torch
 from rlhf.cluster.network import free_port
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.policy import PolicySettings
-from rlhf.training.engine import Trainer
+from rlhf.training.deepspeed import Trainer
 from rlhf.training.ranks import Member, join
 from rlhf.training.weights import whole_weights
 

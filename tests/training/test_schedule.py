@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf.config.policy import PolicySettings
-from rlhf.training.engine import learning_rate_factor
+from rlhf.training.deepspeed import learning_rate_factor
 
 
 @pytest.mark.parametrize(

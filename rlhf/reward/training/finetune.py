@@ -34,7 +34,7 @@ from rlhf.reward.training.group import Group, require_training
 from rlhf.reward.training.objectives import Labels, Objective, observing
 from rlhf.tracking.jsonl import JsonLines, read
 from rlhf.training.checkpoints import Checkpoints
-from rlhf.training.engine import sharding
+from rlhf.training.deepspeed import sharding
 from rlhf.training.model import DTYPES
 from rlhf.training.sharded import fill_sharded, set_aside
 from rlhf.training.supervised import Batch, Course, Saving, SupervisedGroup, train
