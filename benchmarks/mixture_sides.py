@@ -27,9 +27,9 @@ def in_vllm(args: argparse.Namespace, prompts: list[list[int]], mixes: bool) -> 
     """Our engine's own arguments, model and logits processor, under vLLM's offline interface, which can ignore the end of
     a sequence. Log-probs are returned, as training needs them."""
     from rlhf.cluster.devices import claim_threads
+    from rlhf.engines.engine import engine_arguments
+    from rlhf.engines.sampling import MIXTURE_ARGUMENT
     from rlhf.rollout.pool import engine_environment
-    from rlhf.rollout.sampling import MIXTURE_ARGUMENT
-    from rlhf.rollout.vllm_adapter import engine_arguments
     from rlhf.transfer.plugin import register
 
     settings = Settings(

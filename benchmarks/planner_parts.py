@@ -169,7 +169,7 @@ def resident(name: str) -> int:
 def cache(args: argparse.Namespace) -> None:
     """Tokens that vLLM has room for in a key-value cache of a given size."""
     from rlhf.config import Settings
-    from rlhf.rollout.vllm_adapter import engine_arguments, start_engine
+    from rlhf.engines.engine import engine_arguments, start_engine
     from rlhf.transfer.plugin import ENGINE_NAMES
 
     settings = Settings.model_validate(

@@ -232,7 +232,7 @@ def _generate_best(args: argparse.Namespace) -> None:
     from rlhf.commands.best_of import Selection, generate_best
     from rlhf.commands.export import as_model
     from rlhf.commands.generate import ask
-    from rlhf.rollout.sampling import Sampling
+    from rlhf.engines.sampling import Sampling
 
     sampling = Sampling(n=args.best_of, max_tokens=args.max_tokens, temperature=args.temperature)
     with as_model(args.model, "MODEL") as model:

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "rlhf"
 STOREYS = (
     ("types", "config"),
     ("tracking", "cluster", "data", "algorithms"),
-    ("training", "transfer"),
+    ("transfer",),
+    ("training", "engines"),
     ("rollout", "policy", "reward"),
     ("loop",),
     ("preflight", "commands"),

@@ -19,9 +19,9 @@ from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
 from rlhf.data.loading_time import with_startup_deadline
+from rlhf.engines.sampling import Sampling
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
-from rlhf.rollout.sampling import Sampling
 from rlhf.types import Feedback, Prompt
 
 

@@ -18,6 +18,7 @@ from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
 from rlhf.data.model_folder import find_model
 from rlhf.data.prompts import load_prompts, load_tokenizer
+from rlhf.engines.sampling import Sampling
 from rlhf.reward.reference_scores import (
     REWARD,
     Origin,
@@ -30,7 +31,6 @@ from rlhf.reward.reference_scores import (
 )
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
-from rlhf.rollout.sampling import Sampling
 from rlhf.types import Feedback, Prompt, Rollout, Score
 
 CALIBRATION_SEED = 314_159

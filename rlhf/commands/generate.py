@@ -21,8 +21,8 @@ from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.model_folder import find_model, read_config
 from rlhf.data.prompts import load_prompts, load_tokenizer, make_prompt
 from rlhf.data.rendering import renderer
+from rlhf.engines.sampling import Sampling
 from rlhf.rollout.pool import RolloutPool
-from rlhf.rollout.sampling import Sampling
 from rlhf.types import Completion, Prompt
 
 SILENT = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")

@@ -12,8 +12,8 @@ import numpy as np
 
 from rlhf.cluster import fetch
 from rlhf.config import Settings
+from rlhf.engines.sampling import Sampling
 from rlhf.loop.judged import Judged
-from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.report import HeldOut
 from rlhf.types import Assignment, Score, TrainingItem
 

@@ -20,6 +20,7 @@ from rlhf.algorithms.building import build, teaches
 from rlhf.cluster import together
 from rlhf.config import Settings
 from rlhf.data.ledger import Ledger
+from rlhf.engines.sampling import Sampling
 from rlhf.loop.batch import Batch, Refill
 from rlhf.loop.clock import Clock
 from rlhf.loop.judged import Judged, rollout_metrics
@@ -29,7 +30,6 @@ from rlhf.policy import Moment, PolicyGroup
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.reward.shaping import Shaping
 from rlhf.rollout.pool import RolloutPool
-from rlhf.rollout.sampling import Sampling
 from rlhf.tracking.record import Record
 from rlhf.types import Assignment, Feedback, Half, Invalid, Prompt, Rollout
 

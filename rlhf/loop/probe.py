@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rlhf.algorithms import Algorithm, PolicyGradient
 from rlhf.config import Settings
-from rlhf.rollout.sampling import Sampling
+from rlhf.engines.sampling import Sampling
 from rlhf.types import Half
 
 RESPONSES = 4

@@ -17,9 +17,9 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from rlhf.config.settings import Settings
-from rlhf.rollout.adapters import peft_config, sends_adapters
-from rlhf.rollout.sampling import Sampling
-from rlhf.rollout.vllm_adapter import InProcessEngine, Sampled, VllmEngine, engine_arguments, start_engine
+from rlhf.engines.engine import InProcessEngine, Sampled, VllmEngine, engine_arguments, start_engine
+from rlhf.engines.lora import peft_config, sends_adapters
+from rlhf.engines.sampling import Sampling
 from rlhf.transfer import Backend, TransferFailed, TransferSession, WeightSpec
 from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, FinishReason, Half, Prompt
 
@@ -54,7 +54,7 @@ class Attestation:
     Attributes:
         version: of the policy's weights. A new partner does not change it.
         fingerprint: of the bytes as its workers received them (`rlhf.transfer.fingerprint`).
-        held: checksum of each half's weights as each worker holds them (`rlhf.transfer.halves`), except of a half whose last
+        held: checksum of each half's weights as each worker holds them (`rlhf.engines.halves`), except of a half whose last
             transfer failed. Empty in an engine that does not mix, where there is no other half to keep.
     """
 

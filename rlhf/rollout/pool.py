@@ -11,12 +11,13 @@ import asyncio
 import os
 from collections.abc import Container, Sequence
 
-from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, uses_gpu, vllm_process
+from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, uses_gpu
 from rlhf.config.settings import Settings
+from rlhf.engines.engine import EngineDied
+from rlhf.engines.environment import process_environment
+from rlhf.engines.sampling import Sampling
 from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
 from rlhf.rollout.router import Router
-from rlhf.rollout.sampling import Sampling
-from rlhf.rollout.vllm_adapter import EngineDied
 from rlhf.transfer import Backend, TransferSession, WeightSpec
 from rlhf.types import DATASET_VERSION, Half, Prompt, Rollout
 
@@ -269,7 +270,7 @@ def engine_environment(settings: Settings, local: bool) -> dict[str, str]:
 
     In debug mode they go into the driver's own environment, so only those that concern vLLM alone are set.
     """
-    env = vllm_process.environment(1 if local else settings.rollout.tensor_parallel_size, local)
+    env = process_environment(1 if local else settings.rollout.tensor_parallel_size, local)
     if local:
         return env
     env |= compute_env(settings.cluster, settings.rollout.engines)

@@ -16,7 +16,7 @@ ENGINE_NAMES: dict[Backend, str] = {
 MIXTURE_ARCHITECTURE = "GeometricMixtureForCausalLM"
 """vLLM's name for the model that holds policy and partner; nothing of it is imported unless an engine asks for it."""
 
-_MIXTURE_CLASS = "rlhf.rollout.mixture:GeometricMixtureForCausalLM"
+_MIXTURE_CLASS = "rlhf.engines.mixture:GeometricMixtureForCausalLM"
 _CLASSES = {"gloo": "GlooReceiver", "local": "LocalReceiver", "nccl": "NcclReceiver", "ipc": "IpcReceiver"}
 _registered = False
 
@@ -30,6 +30,6 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     for backend, name in ENGINE_NAMES.items():
-        WeightTransferEngineFactory.register_engine(name, "rlhf.transfer.receivers", _CLASSES[backend])
+        WeightTransferEngineFactory.register_engine(name, "rlhf.engines.receivers", _CLASSES[backend])
     ModelRegistry.register_model(MIXTURE_ARCHITECTURE, _MIXTURE_CLASS)
     _registered = True

@@ -12,7 +12,7 @@ from rlhf.commands.best_of import Selection, generate_best
 from rlhf.commands.generate import ask
 from rlhf.config import load
 from rlhf.config.loader import UserError
-from rlhf.rollout.sampling import Sampling
+from rlhf.engines.sampling import Sampling
 from rlhf.types import Failed, Feedback, Invalid, Score
 
 CONFIG = """

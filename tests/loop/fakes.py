@@ -11,10 +11,10 @@ from rlhf.algorithms import Algorithm, make
 from rlhf.cluster import LocalRef
 from rlhf.config import Settings
 from rlhf.data.ledger import Ledger
+from rlhf.engines.sampling import Sampling
 from rlhf.loop.online import OnlineLoop, Roles
 from rlhf.policy import Moment
 from rlhf.reward.shaping import Shaping
-from rlhf.rollout.sampling import Sampling
 from rlhf.types import Assignment, Completion, Feedback, Outcome, Prompt, Rollout
 
 Judge = Callable[[Rollout], Sequence[Outcome]]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from rlhf.algorithms import make
+from rlhf.engines.reload import Reload
 from rlhf.loop.probe import RESPONSES, TOKENS, probe_samplings, probed_halves
 from rlhf.policy import InvariantBroken
 from rlhf.policy.probe import Gap, require_small
-from rlhf.transfer.reload import Reload
 from tests.loop.test_methods import settings, train
 
 

@@ -27,6 +27,7 @@ from rlhf.cluster import LocalRuntime
 from rlhf.config import UserError
 from rlhf.config.reward import SourceSettings
 from rlhf.data.weight_files import WeightsError
+from rlhf.engines.engine import engine_arguments
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges import asking, llm_judge_endpoint, llm_judge_engine
 from rlhf.reward.judges.llm_judge import PLACES, QUESTION, LlmJudge, Question, check_llm_judge, make_llm_judge
@@ -34,7 +35,6 @@ from rlhf.reward.judges.llm_judge_endpoint import Endpoint, read_choice
 from rlhf.reward.judges.llm_judge_engine import Reader, open_model
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import engine_environment
-from rlhf.rollout.vllm_adapter import engine_arguments
 from rlhf.types import Failed, Feedback, Prompt, Score, TimedOut
 from tests.reward.services import service
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from rlhf.cluster import LocalRuntime
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
+from rlhf.engines.lora import adapter_arguments, peft_config
 from rlhf.rollout import RolloutPool, Sampling
-from rlhf.rollout.adapters import adapter_arguments, peft_config
 from rlhf.training import lora
 from rlhf.training.weights import whole_weights
 from rlhf.transfer import TransferFailed

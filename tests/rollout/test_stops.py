@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from rlhf.data.prompts import load_tokenizer
+from rlhf.engines.engine import _sampling_params
+from rlhf.engines.sampling import Sampling
 from rlhf.rollout import engine
-from rlhf.rollout.sampling import Sampling
-from rlhf.rollout.vllm_adapter import _sampling_params
 
 
 class _Started(Exception):

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.cluster import vllm_process
 from rlhf.cluster.devices import memory_env, own_share
 from rlhf.cluster.precision import look
 from rlhf.config import Settings
 from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.data.model_folder import find_model, read_config, read_tokenizer, size_of
 from rlhf.data.rendering import check_template, encode, render
+from rlhf.engines.environment import executor, process_environment
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.judge import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
 from rlhf.types import Failed, TimedOut
@@ -218,7 +218,7 @@ def _arguments(settings: Settings, opened: Opened, longest: int, cpu: bool) -> d
         "max_num_batched_tokens": batch,
         "enforce_eager": cpu,
         "tensor_parallel_size": _devices(settings),
-        "distributed_executor_backend": vllm_process.executor(_devices(settings)),
+        "distributed_executor_backend": executor(_devices(settings)),
         "gpu_memory_utilization": 0.9 * min(1.0, reward.gpus or 1.0),
         "kv_cache_memory_bytes": _cache_bytes(text, 2 * batch, 4 if fp32 else 2) if cpu else None,
         "logprobs_mode": "processed_logprobs",
@@ -240,7 +240,7 @@ def _cache_bytes(config: Any, tokens: int, size: int) -> int:
 
 def _variables(settings: Settings, local: bool) -> dict[str, str]:
     """What the engine's processes need in their environment. In debug mode the driver's threads are left alone."""
-    variables = vllm_process.environment(_devices(settings), local)
+    variables = process_environment(_devices(settings), local)
     if local:
         return variables
     threads = settings.cluster.threads or own_share(os.environ, settings.reward.servers)

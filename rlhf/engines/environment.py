@@ -17,7 +17,7 @@ def executor(devices: int) -> str | None:
     return "ray" if spans_nodes() else "mp"
 
 
-def environment(devices: int, local: bool) -> dict[str, str]:
+def process_environment(devices: int, local: bool) -> dict[str, str]:
     """Environment variables that the engine's processes need before their first import.
 
     Args:

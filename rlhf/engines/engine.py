@@ -1,4 +1,4 @@
-"""Every vLLM call of the rollout room. Written for vLLM 0.32; when vLLM changes, this file and `rlhf.transfer` change.
+"""One vLLM engine, in child processes or in this one. Written for vLLM 0.32; when vLLM changes, this room changes and no other.
 
 Two engines behind one interface: `AsyncEngine` (vLLM's `AsyncLLM`, whose core and workers are child processes) for Ray
 actors, and `InProcessEngine` (vLLM's `LLMEngine` in this very process, stepped by a task of the event loop) for debug
@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlhf.cluster import vllm_process
 from rlhf.cluster.devices import takes_turns
 from rlhf.config.settings import Settings
-from rlhf.rollout.adapters import adapter_arguments, adapter_request
-from rlhf.rollout.sampling import MIXTURE_ARGUMENT, Sampling
-from rlhf.rollout.shared_process import default_group_kept, torch_as_it_was
+from rlhf.engines.environment import executor
+from rlhf.engines.lora import adapter_arguments, adapter_request
+from rlhf.engines.sampling import MIXTURE_ARGUMENT, Sampling
+from rlhf.engines.shared_process import default_group_kept, torch_as_it_was
 from rlhf.transfer import TransferFailed
 from rlhf.types import Half, Prompt
 
@@ -115,7 +115,7 @@ def engine_arguments(
         "dtype": _DTYPES[dtype],
         "max_model_len": settings.data.max_prompt_tokens + rollout.max_tokens,
         "tensor_parallel_size": rollout.tensor_parallel_size,
-        "distributed_executor_backend": vllm_process.executor(rollout.tensor_parallel_size),
+        "distributed_executor_backend": executor(rollout.tensor_parallel_size),
         "max_num_seqs": rollout.max_num_seqs,
         "enforce_eager": rollout.enforce_eager or not gpu,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
@@ -129,12 +129,12 @@ def engine_arguments(
         "seed": settings.run.seed,
         "disable_log_stats": True,
         "weight_transfer_config": {"backend": engine_name},
-        "worker_extension_cls": "rlhf.transfer.receivers.AttestingWorker",
+        "worker_extension_cls": "rlhf.engines.receivers.AttestingWorker",
     }
     arguments |= adapter_arguments(settings, mixes)
     if mixes:
-        from rlhf.rollout.mixture import mixture_overrides
-        from rlhf.rollout.mixture_processors import processor_name
+        from rlhf.engines.mixture import mixture_overrides
+        from rlhf.engines.mixture_processors import processor_name
         from rlhf.transfer.plugin import register
 
         register()
@@ -316,7 +316,7 @@ class InProcessEngine:
         requests.
 
         Args:
-            adapter: the weights are a LoRA adapter with this configuration (`rlhf.rollout.adapters.peft_config`).
+            adapter: the weights are a LoRA adapter with this configuration (`rlhf.engines.lora.peft_config`).
         """
         if self._llm.has_unfinished_requests():
             raise RuntimeError(

@@ -1,9 +1,9 @@
 """The engine's end of a weight transfer: runs inside each vLLM worker, through vLLM's weight-transfer interface.
 
-All back ends load through vLLM's layerwise reload (`rlhf.transfer.reload`; on CPU vLLM repacks weights after loading, so they must
+All back ends load through vLLM's layerwise reload (`rlhf.engines.reload`; on CPU vLLM repacks weights after loading, so they must
 never be written in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter
-unloaded. An update goes into one half of the model (`rlhf.transfer.halves`); the other is not touched. Or it is a LoRA adapter, which
-leaves the model's own weights alone (`rlhf.transfer.adapters`).
+unloaded. An update goes into one half of the model (`rlhf.engines.halves`); the other is not touched. Or it is a LoRA adapter, which
+leaves the model's own weights alone (`rlhf.engines.adapter_inbox`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from rlhf.engines.adapter_inbox import AdapterInbox
+from rlhf.engines.halves import checksum, halves
+from rlhf.engines.reload import Reload
 from rlhf.transfer import gloo
-from rlhf.transfer.adapters import AdapterInbox
 from rlhf.transfer.fingerprint import Fingerprint
-from rlhf.transfer.halves import checksum, halves
 from rlhf.transfer.ipc import CudaMemory, IpcReader
 from rlhf.transfer.nccl import NcclGroup
-from rlhf.transfer.reload import Reload
 from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
 from rlhf.types import Half
 
@@ -223,5 +223,5 @@ class AttestingWorker:
         return self.weight_transfer_engine.attested()
 
     def held(self, half: Half) -> str:
-        """Checksum of the weights that this half of the worker's model holds (`rlhf.transfer.halves.checksum`)."""
+        """Checksum of the weights that this half of the worker's model holds (`rlhf.engines.halves.checksum`)."""
         return self.weight_transfer_engine.held(half)

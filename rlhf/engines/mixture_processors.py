@@ -2,7 +2,7 @@
 
 A processor keeps beta for each request, as `SamplingParams.extra_args` names it, and mixes the logits before temperature,
 top-k and top-p. Which runner an engine uses is vLLM's decision (`runs_on_v2` asks it): on CPU the older one, on a GPU with
-Triton Model Runner V2, whose processor was never run on a GPU. The mathematics is in `rlhf.rollout.mixture.mix`.
+Triton Model Runner V2, whose processor was never run on a GPU. The mathematics is in `rlhf.engines.mixture.mix`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-from rlhf.rollout.mixture import mix, model_of
-from rlhf.rollout.sampling import MIXTURE_ARGUMENT
+from rlhf.engines.mixture import mix, model_of
+from rlhf.engines.sampling import MIXTURE_ARGUMENT
 
 
 def processor_name(arguments: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 An engine that samples from mixtures has two, "policy" and "partner"; any other has only the policy. A weight transfer
 fills one of them; the checksum shows that the other kept its weights. Does not know how mixtures are made
-(`rlhf.rollout.mixture`).
+(`rlhf.engines.mixture`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ For a request with coefficient beta each token is drawn from
     softmax((1 - beta) * logits_policy + beta * logits_partner),    proportional to policy^(1 - beta) * partner^beta,
 
 so beta 0 is the policy and beta 1 the partner. Owns: the model that vLLM loads in place of the policy's own architecture,
-and what may be mixed. The coefficients of the running requests are kept by `rlhf.rollout.mixture_processors`. Knows nothing
+and what may be mixed. The coefficients of the running requests are kept by `rlhf.engines.mixture_processors`. Knows nothing
 of weight versions or of the pool. vLLM imports this module, and only in an engine that mixes.
 """
 
@@ -24,8 +24,8 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from rlhf.config.loader import UserError
+from rlhf.engines.halves import TwoModels
 from rlhf.transfer.buckets import BUCKET_BYTES
-from rlhf.transfer.halves import TwoModels
 from rlhf.transfer.plugin import MIXTURE_ARCHITECTURE
 from rlhf.types import Half
 

@@ -16,9 +16,9 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
-from rlhf.rollout import mixture
-from rlhf.rollout.mixture import CannotMix, mix, mixture_overrides
-from rlhf.rollout.mixture_processors import MixtureProcessor, MixtureProcessorV2
+from rlhf.engines import mixture
+from rlhf.engines.mixture import CannotMix, mix, mixture_overrides
+from rlhf.engines.mixture_processors import MixtureProcessor, MixtureProcessorV2
 from rlhf.transfer.plugin import MIXTURE_ARCHITECTURE, register
 
 VOCABULARY = 7

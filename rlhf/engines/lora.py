@@ -1,6 +1,6 @@
 """Engines that keep the base model and are sent the policy's LoRA adapter (`policy.lora.publish: adapter`).
 
-Owns: what vLLM is told about adapters when it starts and in each request. The matrices arrive in memory (`rlhf.transfer.adapters`); no
+Owns: what vLLM is told about adapters when it starts and in each request. The matrices arrive in memory (`rlhf.engines.adapter_inbox`); no
 file is ever read, although vLLM's requests want a path.
 """
 

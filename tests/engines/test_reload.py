@@ -8,7 +8,7 @@ from torch import nn
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from rlhf.transfer.reload import Reload
+from rlhf.engines.reload import Reload
 
 
 class Router(nn.Module):
