@@ -24,7 +24,7 @@ from rlhf.config.policy import LoraSettings
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.prompts import load_prompts
 from rlhf.loop.evaluation import evaluation_sampling, held_out
-from rlhf.loop.judged import Judged
+from rlhf.loop.judged import JudgedRollout
 from rlhf.loop.progress import require_some_reward
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
@@ -127,9 +127,9 @@ async def _judged_answers(
     async with engines_and_judges(settings) as (pool, rewards):
         counted = progress.counted(len(prompts), "answered and judged")
 
-        async def answer(prompt: Prompt) -> Judged:
+        async def answer(prompt: Prompt) -> JudgedRollout:
             rollout = await pool.sample(prompt, [evaluation_sampling(settings)])
-            judged = Judged(rollout, await rewards.judge(rollout))
+            judged = JudgedRollout(rollout, await rewards.judge(rollout))
             counted()
             return judged
 

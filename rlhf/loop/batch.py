@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from rlhf.algorithms.builders import Dropped
-from rlhf.loop.judged import Judged
+from rlhf.loop.judged import JudgedRollout
 from rlhf.types import Assignment
 
 
@@ -27,8 +27,8 @@ class Batch:
         idle: how many of the assignments have no gradient (a group of equal rewards).
     """
 
-    judged: list[Judged] = field(default_factory=list)
-    learned: list[Judged] = field(default_factory=list)
+    judged: list[JudgedRollout] = field(default_factory=list)
+    learned: list[JudgedRollout] = field(default_factory=list)
     assignments: list[Assignment] = field(default_factory=list)
     dropped: dict[str, Dropped] = field(default_factory=dict)
     idle: int = 0

@@ -13,7 +13,7 @@ import numpy as np
 from rlhf.cluster import fetch
 from rlhf.config import Settings
 from rlhf.engines.sampling import Sampling
-from rlhf.loop.judged import Judged
+from rlhf.loop.judged import JudgedRollout
 from rlhf.tracking.report import HeldOut
 from rlhf.types import Assignment, Score, TrainingItem
 
@@ -33,7 +33,7 @@ def evaluation_sampling(settings: Settings) -> Sampling:
     )
 
 
-def measurable(judged: Sequence[Judged]) -> list[Assignment]:
+def measurable(judged: Sequence[JudgedRollout]) -> list[Assignment]:
     """Assignments that make `PolicyGroup.measure` forward every response."""
     return [
         Assignment(one.rollout, tuple(TrainingItem((i,), (1.0,)) for i in range(len(one.rollout.infos))))
@@ -41,7 +41,7 @@ def measurable(judged: Sequence[Judged]) -> list[Assignment]:
     ]
 
 
-def held_out(judged: Sequence[Judged], tokenizer: Any) -> HeldOut:
+def held_out(judged: Sequence[JudgedRollout], tokenizer: Any) -> HeldOut:
     """The answers as text, with their rewards (NaN where there was no score)."""
     rows = [row for one in judged for row in response_rows(one, tokenizer)]
     return HeldOut(
@@ -52,7 +52,7 @@ def held_out(judged: Sequence[Judged], tokenizer: Any) -> HeldOut:
     )
 
 
-def response_rows(judged: Judged, tokenizer: Any) -> list[dict[str, Any]]:
+def response_rows(judged: JudgedRollout, tokenizer: Any) -> list[dict[str, Any]]:
     """One row per response for the record: prompt, response, reward or outcome, length, finish reason."""
     (completions,) = fetch([judged.rollout.completions])
     return [

@@ -12,14 +12,14 @@ from rlhf.types import DATASET_VERSION, Failed, Feedback, Invalid, Rollout, Scor
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedRollout:
     """One prompt's responses and what the reward side says of them."""
 
     rollout: Rollout
     feedback: Feedback
 
 
-def rollout_metrics(judged: Sequence[Judged]) -> dict[str, float]:
+def rollout_metrics(judged: Sequence[JudgedRollout]) -> dict[str, float]:
     """What was sampled and how it was judged: means over all sampled responses (with a score), counts of the other outcomes.
 
     Responses of the data set do not count. With several sources, each one's mean reward follows as reward/SOURCE.
@@ -60,7 +60,7 @@ def rollout_metrics(judged: Sequence[Judged]) -> dict[str, float]:
     return metrics
 
 
-def measured(judged: Sequence[Judged]) -> dict[str, float]:
+def measured(judged: Sequence[JudgedRollout]) -> dict[str, float]:
     """The mean of each of the judges' own measures."""
     gathered: dict[str, list[float]] = {}
     for one in judged:

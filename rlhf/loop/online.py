@@ -11,7 +11,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from rlhf.algorithms import Algorithm
 from rlhf.algorithms.anchors import equals_policy
@@ -23,30 +22,14 @@ from rlhf.data.ledger import Ledger
 from rlhf.engines.sampling import Sampling
 from rlhf.loop.batch import Batch, Refill
 from rlhf.loop.clock import Clock
-from rlhf.loop.judged import Judged, rollout_metrics
+from rlhf.loop.judged import JudgedRollout, rollout_metrics
 from rlhf.loop.probe import probe_samplings
 from rlhf.loop.progress import Progress, require_builder, require_rewards
-from rlhf.policy import Moment, PolicyGroup
-from rlhf.reward.serving.pool import RewardPool
+from rlhf.loop.roles import Roles
+from rlhf.policy import Moment
 from rlhf.reward.shaping import Shaping
-from rlhf.rollout.pool import RolloutPool
 from rlhf.tracking.record import Record
 from rlhf.types import Assignment, Feedback, Half, Invalid, Prompt, Rollout
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Who takes part.
-
-    Attributes:
-        turns: policy and engines share devices. Then the engines sleep while the policy works, and the policy's optimizer
-            states and frozen models are offloaded otherwise; reward models that share them are offloaded as the engines sleep.
-    """
-
-    policy: PolicyGroup
-    rollouts: RolloutPool
-    rewards: RewardPool
-    turns: bool = False
 
 
 class OnlineLoop:
@@ -73,7 +56,7 @@ class OnlineLoop:
         self._full_length = full_length
         self._version = 0
 
-    async def step(self, step: int) -> list[Judged]:
+    async def step(self, step: int) -> list[JudgedRollout]:
         """Step number `step` (1-based). After it, all engines hold weight version `step`.
 
         Raises:
@@ -122,7 +105,7 @@ class OnlineLoop:
 
     async def sample_and_judge(
         self, prompts: Sequence[Prompt], samplings: Sequence[Sampling], clock: Clock, algorithm: Algorithm | None = None
-    ) -> list[Judged]:
+    ) -> list[JudgedRollout]:
         """Responses and verdicts for all prompts; a prompt is judged as soon as it is answered, while others still sample.
 
         Args:
@@ -147,7 +130,7 @@ class OnlineLoop:
         finally:
             for verdict in judging:  # after an error nobody asks for them
                 verdict.cancel()
-        return [Judged(rollout, feedback) for (rollout, _), feedback in zip(answered, feedbacks, strict=True)]
+        return [JudgedRollout(rollout, feedback) for (rollout, _), feedback in zip(answered, feedbacks, strict=True)]
 
     async def measure(self, assignments: Sequence[Assignment]) -> dict[str, float]:
         """KL of the policy to the model the run started from, on given responses."""
@@ -206,13 +189,13 @@ class OnlineLoop:
         rollouts = self.roles.rollouts
         return await rollouts.probe(prompt, probe_samplings(self.settings, self.algorithm, rollouts.engines, step))
 
-    def _shape(self, judged: Sequence[Judged]) -> list[Judged]:
+    def _shape(self, judged: Sequence[JudgedRollout]) -> list[JudgedRollout]:
         """The same responses with the rewards to learn from. Each response once: the transforms may remember it."""
         rollouts = [one.rollout for one in judged]
         shaped = self.shaping.shape(rollouts, [one.feedback for one in judged])
-        return [Judged(rollout, feedback) for rollout, feedback in zip(rollouts, shaped, strict=True)]
+        return [JudgedRollout(rollout, feedback) for rollout, feedback in zip(rollouts, shaped, strict=True)]
 
-    def _build(self, step: int, judged: Sequence[Judged], batch: Batch) -> None:
+    def _build(self, step: int, judged: Sequence[JudgedRollout], batch: Batch) -> None:
         """Put each prompt among those to learn from, or among those that are dropped. Groups without a gradient are learned from all the
         same, for a loss is a mean over them too, unless others can take their places; and these may be more than there are places."""
         for one in judged:

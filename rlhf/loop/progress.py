@@ -16,7 +16,7 @@ import numpy as np
 from rlhf.config import UserError
 from rlhf.config.reward import RewardSettings
 from rlhf.loop.batch import Batch
-from rlhf.loop.judged import Judged
+from rlhf.loop.judged import JudgedRollout
 from rlhf.types import Failed, Invalid, Outcome, Score, TimedOut
 
 SAME_REWARDS_STEPS = 3
@@ -48,7 +48,7 @@ class NothingLearned(UserError):
     """No prompt taught anything, for too many steps or in the whole run."""
 
 
-def require_rewards(step: int, judged: Sequence[Judged], reward: RewardSettings) -> None:
+def require_rewards(step: int, judged: Sequence[JudgedRollout], reward: RewardSettings) -> None:
     """Make sure that there is something to learn from.
 
     Raises:
@@ -64,7 +64,7 @@ def require_rewards(step: int, judged: Sequence[Judged], reward: RewardSettings)
     require_some_reward(f"step {step}", judged, reward)
 
 
-def require_some_reward(whose: str, judged: Sequence[Judged], reward: RewardSettings) -> None:
+def require_some_reward(whose: str, judged: Sequence[JudgedRollout], reward: RewardSettings) -> None:
     """Make sure that not all was judged in vain.
 
     Args:
@@ -214,7 +214,7 @@ def _words(outcome: Outcome) -> str:
     raise TypeError(f"{outcome} is a reward")
 
 
-def _remedy(outcomes: Sequence[Outcome], judged: Sequence[Judged], reward: RewardSettings) -> str:
+def _remedy(outcomes: Sequence[Outcome], judged: Sequence[JudgedRollout], reward: RewardSettings) -> str:
     """For the likeliest cause: a function that does not return, or reads a field that the prompts do not have."""
     functions = [source.path for _, source in reward.sources() if source.is_function]
     if not functions or not any(isinstance(outcome, Invalid) and "None" in outcome.reason for outcome in outcomes):
@@ -230,7 +230,7 @@ def _build_failures(batch: Batch) -> list[str]:
     return [one.detail for one in batch.dropped.values() if one.reason == "build_failed"]
 
 
-def _scores(judged: Sequence[Judged]) -> list[float]:
+def _scores(judged: Sequence[JudgedRollout]) -> list[float]:
     return [one.value for each in judged for one in each.feedback.outcomes if isinstance(one, Score)]
 
 

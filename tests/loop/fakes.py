@@ -12,7 +12,8 @@ from rlhf.cluster import LocalRef
 from rlhf.config import Settings
 from rlhf.data.ledger import Ledger
 from rlhf.engines.sampling import Sampling
-from rlhf.loop.online import OnlineLoop, Roles
+from rlhf.loop.online import OnlineLoop
+from rlhf.loop.roles import Roles
 from rlhf.policy import Moment
 from rlhf.reward.shaping import Shaping
 from rlhf.types import Assignment, Completion, Feedback, Outcome, Prompt, Rollout

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.loop import run as run_module
+from rlhf.loop import starting
 from rlhf.policy import PolicyGroup
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout import pool as pool_module
@@ -39,8 +39,8 @@ def test_a_run_in_turns_equals_one_without(method: str, tmp_path: Path, monkeypa
     for cls in (RolloutPool, RewardPool):
         start = _watched(cls.start.__func__, f"{cls.__name__}.start", calls)
         monkeypatch.setattr(cls, "start", classmethod(start))
-    monkeypatch.setattr(run_module, "takes_turns", lambda settings, debug: True)
-    monkeypatch.setattr(run_module, "shared_rewards", lambda settings, debug: True)
+    monkeypatch.setattr(starting, "takes_turns", lambda settings, debug: True)
+    monkeypatch.setattr(starting, "shared_rewards", lambda settings, debug: True)
     monkeypatch.setattr(pool_module, "shared_engines", lambda settings, debug: frozenset({0}))
     for level in (1, 2):
         calls.clear()

@@ -1,0 +1,135 @@
+"""Starting the roles of an online run, connected and ready, and taking them down whatever happens.
+
+Owns the order in which they start: where they share devices, each must have settled before the next takes stock of the memory. Knows
+nothing of steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+from rlhf.algorithms import Algorithm
+from rlhf.cluster import (
+    ActorDied,
+    LocalRuntime,
+    Placement,
+    RayRuntime,
+    Runtime,
+    shared_rewards,
+    takes_turns,
+    wishes,
+)
+from rlhf.config import Settings
+from rlhf.config.cluster import Role
+from rlhf.loop.roles import Roles
+from rlhf.policy import PolicyGroup
+from rlhf.reward.reference_scores import members_need_references
+from rlhf.reward.serving.pool import RewardPool
+from rlhf.rollout.pool import RolloutPool
+from rlhf.transfer import TransferSession
+
+FAREWELL_S = 10.0
+"""How long a role gets to end by itself when the run ends for another reason, in seconds. A rank in a long step cannot, and whoever
+told the run to end does not wait for it: SLURM and Kubernetes kill after 30 s."""
+
+
+@contextmanager
+def reserved_runtime(
+    settings: Settings, debug: bool, say: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[Runtime, Placement | None]]:
+    """A runtime that holds all that the roles want, and who runs where in it (None in debug mode). Ended on the way out.
+
+    Args:
+        say: told what goes on.
+
+    Raises:
+        UserError: the cluster cannot hold the roles, or one of its nodes cannot read the models.
+    """
+    say("reserving devices")
+    runtime = make_runtime(settings, debug)
+    try:
+        placement = runtime.reserve(wishes(settings))
+        runtime.check_files(model_folders(settings))
+        yield runtime, placement
+    finally:
+        runtime.stop()
+
+
+@asynccontextmanager
+async def started_roles(
+    runtime: Runtime, settings: Settings, algorithm: Algorithm, say: Callable[[str], None] = lambda _: None
+) -> AsyncIterator[Roles]:
+    """All roles, ready and connected; taken down on the way out. The run folder must exist.
+
+    Args:
+        say: told what goes on.
+    """
+    started: list[PolicyGroup | RolloutPool | RewardPool] = []
+
+    async def start(name: str, role: Coroutine[Any, Any, Any]) -> Any:
+        started.append(await role)
+        say(f"{name} ready")
+        return started[-1]
+
+    say("starting policy, engines and reward")
+    turns = takes_turns(settings, runtime.local)
+    ended_well = False
+    try:
+        if settings.checkpoint.every:
+            runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
+        updates = settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
+        policy_ready = asyncio.ensure_future(start("policy", PolicyGroup.start(runtime, settings, algorithm, updates)))
+        if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
+            await (await policy_ready).rest()
+        rewards_ready = asyncio.ensure_future(start("reward", RewardPool.start(runtime, settings)))
+        if shared_rewards(settings, runtime.local):  # and so must the reward models
+            await rewards_ready
+        policy, rollouts, rewards = await asyncio.gather(
+            policy_ready, start("engines", RolloutPool.start(runtime, settings, algorithm.mixes)), rewards_ready
+        )
+        host, port = await policy.transfer_address()
+        session = TransferSession(
+            backend=rollouts.backend,
+            host=host,
+            port=port,
+            world_size=1 + rollouts.workers,
+            timeout_s=settings.cluster.publish_deadline_s,
+        )
+        await asyncio.gather(policy.open_transfer(session), rollouts.connect(session))
+        yield Roles(policy, rollouts, rewards, turns=turns)
+        ended_well = True
+    finally:
+        for role in reversed(started):
+            with suppress(ActorDied, TimeoutError):  # it may be what ended the run
+                await asyncio.wait_for(role.close(), None if ended_well else FAREWELL_S)
+
+
+def make_runtime(settings: Settings, debug: bool) -> Runtime:
+    """Ray, or this process in debug mode."""
+    if debug:
+        return LocalRuntime()
+    return RayRuntime(settings.cluster, settings.policy.ranks + settings.rollout.engines + settings.reward.servers)
+
+
+def model_folders(settings: Settings) -> dict[Role, dict[str, str]]:
+    """Role -> field -> folder or file that its actors will read; assets and names of a hub are found by each node itself."""
+    policy, reward = settings.policy.model, settings.reward
+    critic = getattr(settings.algorithm, "critic_model", None)
+    folders: dict[Role, dict[str, str | None]] = {
+        "policy": {"policy.model": policy, "algorithm.critic_model": critic},
+        "rollout": {"policy.model": policy},
+        "reward": {
+            "policy.model": policy,
+            "reward.common_set": reward.common_set,
+            "reward.reference_scores": reward.reference_scores if members_need_references(reward) else None,
+            **{f"{place}.path": source.model for place, source in reward.sources()},
+        },
+    }
+    return {
+        role: {name: os.path.abspath(path) for name, path in paths.items() if path is not None and os.path.exists(path)}
+        for role, paths in folders.items()
+    }
