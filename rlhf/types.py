@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
-Half = Literal["policy", "partner"]
+ModelSlot = Literal["policy", "partner"]
 """Which of an engine's models is meant: the policy, or the second one that mixtures are made with."""
 
 DATASET_VERSION = -1
@@ -238,3 +238,17 @@ class Assignment:
     def n_tokens(self) -> int:
         """Tokens in the packed forward: the prompt once, and each used response."""
         return len(self.rollout.prompt.token_ids) + self.response_tokens()
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One tensor to come, under its Hugging Face name.
+
+    Attributes:
+        dtype: torch's name without the prefix, for example "bfloat16".
+        shape: of the whole tensor, never of a shard.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]

@@ -2,6 +2,6 @@
 
 Owns: how an engine is started and asked (`engine`, `environment`, `sampling`, `shared_process`), what vLLM loads from us to sample from
 mixtures of two models (`mixture`, `mixture_processors`), LoRA adapters (`lora`, `adapter_inbox`), and how a worker takes new weights
-(`receivers`, `reload`, `halves`). Does not know: pools, versions that others expect, rewards, the policy, the loop. Talks to
+(`receivers`, `reload`, `slots`). Does not know: pools, versions that others expect, rewards, the policy, the loop. Talks to
 `rlhf.transfer` for the wire; the rollout and the LLM judge use it. Token ids in, token ids and log-probs out.
 """

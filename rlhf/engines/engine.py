@@ -22,7 +22,7 @@ from rlhf.engines.lora import adapter_arguments, adapter_request
 from rlhf.engines.sampling import MIXTURE_ARGUMENT, Sampling
 from rlhf.engines.shared_process import default_group_kept, torch_as_it_was
 from rlhf.transfer import TransferFailed
-from rlhf.types import Half, Prompt
+from rlhf.types import ModelSlot, Prompt
 
 _request_numbers = itertools.count()
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -311,8 +311,8 @@ class InProcessEngine:
     async def workers(self, method: str, **arguments: Any) -> list[Any]:
         return self._llm.collective_rpc(method, kwargs=arguments)
 
-    def load(self, weights: Iterable[tuple[str, Any]], half: Half, adapter: dict[str, Any] | None = None) -> str:
-        """Load new weights into one half, now. Returns their fingerprint. Needs an idle engine: call it between
+    def load(self, weights: Iterable[tuple[str, Any]], slot: ModelSlot, adapter: dict[str, Any] | None = None) -> str:
+        """Load new weights into one slot, now. Returns their fingerprint. Needs an idle engine: call it between
         requests.
 
         Args:
@@ -327,7 +327,7 @@ class InProcessEngine:
         if adapter is not None:
             self._llm.collective_rpc("receive_adapter", kwargs={"update_info": {"weights": weights}, "config": adapter})
         else:
-            self._llm.collective_rpc("aim", kwargs={"half": half})
+            self._llm.collective_rpc("aim", kwargs={"slot": slot})
             self._llm.collective_rpc("start_weight_update")
             self._llm.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
             self._llm.collective_rpc("finish_weight_update")

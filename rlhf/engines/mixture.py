@@ -24,10 +24,10 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from rlhf.config.loader import UserError
-from rlhf.engines.halves import TwoModels
+from rlhf.engines.slots import TwoModels
 from rlhf.transfer.buckets import BUCKET_BYTES
 from rlhf.transfer.plugin import MIXTURE_ARCHITECTURE
-from rlhf.types import Half
+from rlhf.types import ModelSlot
 
 _CONTEXT_KEY = "rlhf.mixture"
 
@@ -141,18 +141,18 @@ class GeometricMixtureForCausalLM(TwoModels):
         """Load both models with the same weights, in one pass over the checkpoint. Returns vLLM's parameter names."""
         loaded: set[str] = set()
         for chunk in _chunks(weights):
-            for half, model in (("policy", self.policy), ("partner", self.partner)):
-                loaded |= {f"{half}.{name}" for name in model.load_weights(iter(chunk))}
+            for slot, model in (("policy", self.policy), ("partner", self.partner)):
+                loaded |= {f"{slot}.{name}" for name in model.load_weights(iter(chunk))}
         return loaded
 
 
-def _inner_model(vllm_config: VllmConfig, half: Half) -> torch.nn.Module:
+def _inner_model(vllm_config: VllmConfig, slot: ModelSlot) -> torch.nn.Module:
     config = copy.deepcopy(vllm_config.model_config.hf_config)
     # vLLM finds compiled code again by a hash of the configuration. The code names the attention layers whose cache it
     # uses, so the two models must not share it.
-    config.mixture_half = half
-    with set_model_tag(half):
-        return init_vllm_registered_model(vllm_config, prefix=half, hf_config=config, architectures=[config.mixture_of])
+    config.mixture_slot = slot
+    with set_model_tag(slot):
+        return init_vllm_registered_model(vllm_config, prefix=slot, hf_config=config, architectures=[config.mixture_of])
 
 
 def _chunks(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -2,7 +2,7 @@
 
 All back ends load through vLLM's layerwise reload (`rlhf.engines.reload`; on CPU vLLM repacks weights after loading, so they must
 never be written in place), take the fingerprint of the bytes that arrived, and refuse an update that leaves a parameter
-unloaded. An update goes into one half of the model (`rlhf.engines.halves`); the other is not touched. Or it is a LoRA adapter, which
+unloaded. An update goes into one slot of the model (`rlhf.engines.slots`); the other is not touched. Or it is a LoRA adapter, which
 leaves the model's own weights alone (`rlhf.engines.adapter_inbox`).
 """
 
@@ -20,14 +20,14 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from rlhf.engines.adapter_inbox import AdapterInbox
-from rlhf.engines.halves import checksum, halves
 from rlhf.engines.reload import Reload
+from rlhf.engines.slots import checksum, slots
 from rlhf.transfer import gloo
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.ipc import CudaMemory, IpcReader
 from rlhf.transfer.nccl import NcclGroup
-from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
-from rlhf.types import Half
+from rlhf.transfer.session import TransferFailed, TransferSession
+from rlhf.types import ModelSlot, WeightSpec
 
 _NOT_JOINED = "weights were announced before this engine joined a transfer session"
 
@@ -62,9 +62,9 @@ class Delivery(WeightTransferUpdateInfo):
 class _WatchedModel:
     """Stands in for the model while weights arrive, so that every byte that is loaded was also fingerprinted."""
 
-    def __init__(self, model: torch.nn.Module, half: Half):
+    def __init__(self, model: torch.nn.Module, slot: ModelSlot):
         self._model = model
-        self.fingerprint = Fingerprint(half)
+        self.fingerprint = Fingerprint(slot)
         self.loaded: set[str] = set()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -83,23 +83,23 @@ class _Attesting(WeightTransferEngine):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._reloads = {half: Reload(part) for half, part in halves(model).items()}
-        self._half: Half = "policy"
+        self._reloads = {slot: Reload(part) for slot, part in slots(model).items()}
+        self._slot: ModelSlot = "policy"
 
-    def aim(self, half: Half) -> None:
-        """The next update goes into this half."""
-        self.set_weight_update_target(halves(self._default_model)[half], self._default_model_config)
-        self._half = half
+    def aim(self, slot: ModelSlot) -> None:
+        """The next update goes into this slot."""
+        self.set_weight_update_target(slots(self._default_model)[slot], self._default_model_config)
+        self._slot = slot
 
     def start_weight_update(self) -> None:
-        self._reloads[self._half].begin()
-        self._watched = _WatchedModel(self.model, self._half)
+        self._reloads[self._slot].begin()
+        self._watched = _WatchedModel(self.model, self._slot)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        missing = sorted(self._reloads[self._half].own - self._loaded())
+        missing = sorted(self._reloads[self._slot].own - self._loaded())
         if missing:
             raise TransferFailed(
                 f"{len(missing)} of the engine's parameters were not in the update and would have kept their old "
@@ -107,7 +107,7 @@ class _Attesting(WeightTransferEngine):
             )
 
     def finish_weight_update(self) -> None:
-        self._reloads[self._half].finish(self.model_config, self._loaded())
+        self._reloads[self._slot].finish(self.model_config, self._loaded())
 
     def _loaded(self) -> set[str]:
         assert isinstance(self._watched, _WatchedModel), "start_weight_update comes first"
@@ -127,9 +127,9 @@ class _Attesting(WeightTransferEngine):
         """Fingerprint of the last update, over the bytes as they arrived."""
         return self._watched.fingerprint.hexdigest()
 
-    def held(self, half: Half) -> str:
-        """Checksum of what this half holds now."""
-        return checksum(halves(self._default_model)[half])
+    def held(self, slot: ModelSlot) -> str:
+        """Checksum of what this slot holds now."""
+        return checksum(slots(self._default_model)[slot])
 
     def shutdown(self) -> None:
         """Nothing to release."""
@@ -210,9 +210,9 @@ class AttestingWorker:
     if TYPE_CHECKING:
         weight_transfer_engine: Any  # vLLM's worker has it
 
-    def aim(self, half: Half) -> None:
-        """The next weight update goes into this half of the model."""
-        self.weight_transfer_engine.aim(half)
+    def aim(self, slot: ModelSlot) -> None:
+        """The next weight update goes into this slot of the model."""
+        self.weight_transfer_engine.aim(slot)
 
     def receive_adapter(self, update_info: dict[str, Any], config: dict[str, Any]) -> None:
         """Take the policy's LoRA adapter and use it from now on."""
@@ -222,6 +222,6 @@ class AttestingWorker:
         """Fingerprint of the weights this worker received last."""
         return self.weight_transfer_engine.attested()
 
-    def held(self, half: Half) -> str:
-        """Checksum of the weights that this half of the worker's model holds (`rlhf.engines.halves.checksum`)."""
-        return self.weight_transfer_engine.held(half)
+    def held(self, slot: ModelSlot) -> str:
+        """Checksum of the weights that this slot of the worker's model holds (`rlhf.engines.slots.checksum`)."""
+        return self.weight_transfer_engine.held(slot)

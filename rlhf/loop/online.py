@@ -29,7 +29,7 @@ from rlhf.loop.roles import Roles
 from rlhf.policy import Moment
 from rlhf.reward.shaping import Shaping
 from rlhf.tracking.record import Record
-from rlhf.types import Assignment, Feedback, Half, Invalid, Prompt, Rollout
+from rlhf.types import Assignment, Feedback, Invalid, ModelSlot, Prompt, Rollout
 
 
 class OnlineLoop:
@@ -79,7 +79,7 @@ class OnlineLoop:
         clock.lap("time/train")
         await self.publish(version=step)
         if self.algorithm.mixes and (changed["partner"] or self._weights_lost()):
-            await self.publish(version=step, half="partner")
+            await self.publish(version=step, slot="partner")
         clock.lap("time/sync")
         self._settle(batch)
         metrics |= clock.laps() | batch.metrics() | refill.metrics() | {"loop/epoch": self.ledger.epoch}
@@ -137,12 +137,12 @@ class OnlineLoop:
         async with self.policy_turn():
             return await self.roles.policy.measure(assignments)
 
-    async def publish(self, version: int, half: Half = "policy") -> None:
+    async def publish(self, version: int, slot: ModelSlot = "policy") -> None:
         """Bring the weights of the policy, or of the engines' second model, into all engines, as `version`, attested by each."""
         fingerprint, _ = await together(
-            self.roles.policy.send_weights(half), self.roles.rollouts.receive(self.roles.policy.specs, version, half)
+            self.roles.policy.send_weights(slot), self.roles.rollouts.receive(self.roles.policy.specs, version, slot)
         )
-        self.roles.rollouts.accept(version, fingerprint, half)
+        self.roles.rollouts.accept(version, fingerprint, slot)
         self._version = version
 
     @asynccontextmanager
@@ -162,7 +162,7 @@ class OnlineLoop:
         if publish and self._weights_lost():
             await self.publish(self._version)
             if self.algorithm.mixes:
-                await self.publish(self._version, half="partner")
+                await self.publish(self._version, slot="partner")
 
     def _weights_lost(self) -> bool:
         return self.roles.turns and self.settings.rollout.sleep_level == 2

@@ -10,21 +10,21 @@ from __future__ import annotations
 from rlhf.algorithms import Algorithm, PolicyGradient
 from rlhf.config import Settings
 from rlhf.engines.sampling import Sampling
-from rlhf.types import Half
+from rlhf.types import ModelSlot
 
 RESPONSES = 4
 TOKENS = 16
 """Of each response. Rounding in bf16 makes single tokens differ by tenths of a nat; a mean over 64 does not."""
 
 
-def probed_halves(settings: Settings, algorithm: Algorithm, engines: int) -> tuple[Half, ...]:
+def probed_slots(settings: Settings, algorithm: Algorithm, engines: int) -> tuple[ModelSlot, ...]:
     """The models of the engines whose log-probs no response shows; none without `run.invariants`."""
     if not settings.run.invariants:
         return ()
     rollout = settings.rollout
     whole = rollout.temperature > 0 and rollout.top_p == 1 and rollout.top_k == 0
     own = any(source.mixture == 0 and not source.greedy for source in algorithm.sources)
-    policy: tuple[Half, ...] = () if whole and own and engines == 1 else ("policy",)
+    policy: tuple[ModelSlot, ...] = () if whole and own and engines == 1 else ("policy",)
     return (*policy, "partner") if algorithm.mixes else policy
 
 
@@ -38,9 +38,9 @@ def probe_samplings(settings: Settings, algorithm: Algorithm, engines: int, step
             max_tokens=min(TOKENS, settings.rollout.max_tokens),
             temperature=(settings.rollout.temperature or 1.0) if tempered else 1.0,
             seed=settings.run.seed * 1_000_003 + step,
-            source=half,
-            mixture=float(half == "partner"),
+            source=slot,
+            mixture=float(slot == "partner"),
             ignore_eos=True,
         )
-        for half in probed_halves(settings, algorithm, engines)
+        for slot in probed_slots(settings, algorithm, engines)
     ]

@@ -111,7 +111,7 @@ class Training:
             self.record.phase("publishing the weights to the engines, the first time")
             await self.loop.publish(version=start)
             if self.algorithm.mixes:
-                await self.loop.publish(version=start, half="partner")
+                await self.loop.publish(version=start, slot="partner")
             if start == 0:
                 await self._evaluate(0, "before")
             self.record.phase(f"step {start + 1}")

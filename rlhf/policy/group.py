@@ -16,8 +16,8 @@ from rlhf.policy.meters import means, merge
 from rlhf.policy.probe import require_small
 from rlhf.policy.rank import PolicyRank, UpdateShare
 from rlhf.training.balance import plan_updates
-from rlhf.transfer import TransferSession, WeightSpec
-from rlhf.types import Assignment, Half, Rollout
+from rlhf.transfer import TransferSession
+from rlhf.types import Assignment, ModelSlot, Rollout, WeightSpec
 
 
 class PolicyGroup:
@@ -133,7 +133,7 @@ class PolicyGroup:
             probes: engine -> its answer (`RolloutPool.probe`), all to one prompt; nothing happens if there is none.
 
         Returns:
-            The largest gap of each half that answered: policy/probe_gap, policy/probe_gap_partner.
+            The largest gap of each slot that answered: policy/probe_gap, policy/probe_gap_partner.
 
         Raises:
             InvariantBroken: an engine's log-probs differ by more than `run.max_logprob_gap`.
@@ -167,13 +167,13 @@ class PolicyGroup:
         """Host of the sender and a free port there."""
         return await self._ranks[0].call("address", deadline=self._settings.cluster.startup_s)
 
-    async def send_weights(self, half: Half = "policy") -> str:
+    async def send_weights(self, slot: ModelSlot = "policy") -> str:
         """Send the weights to the engines, which must be receiving; returns their fingerprint.
 
         Args:
-            half: the policy's weights, or those of the engines' second model.
+            slot: the policy's weights, or those of the engines' second model.
         """
-        return (await self._all("send_weights", half, deadline=self._settings.cluster.publish_deadline_s))[0]
+        return (await self._all("send_weights", slot, deadline=self._settings.cluster.publish_deadline_s))[0]
 
     async def follow(self, step: int) -> dict[str, bool]:
         """Let reference and partner follow the policy after loop step `step`: name -> whether it changed.

@@ -13,7 +13,7 @@ import torch
 from rlhf.cluster import fetch
 from rlhf.policy.learner import InvariantBroken
 from rlhf.training.packing import Experience, pack
-from rlhf.types import Assignment, Completion, Half, Rollout, TrainingItem
+from rlhf.types import Assignment, Completion, ModelSlot, Rollout, TrainingItem
 
 
 class Gap(NamedTuple):
@@ -32,26 +32,26 @@ class Gap(NamedTuple):
         return self.mean - 3 * self.error <= allowed
 
 
-Gaps = dict[Half, list[Gap]]
-"""Half of the engines -> its gap in each engine."""
+Gaps = dict[ModelSlot, list[Gap]]
+"""Slot -> its gap in each engine."""
 
 
 @torch.no_grad()
 def probe_gaps(
-    rollouts: Sequence[Rollout], models: Mapping[Half, Callable[[Experience], torch.Tensor]], device: torch.device
+    rollouts: Sequence[Rollout], models: Mapping[ModelSlot, Callable[[Experience], torch.Tensor]], device: torch.device
 ) -> Gaps:
     """The gaps of engines that answered the same prompt.
 
     Args:
-        rollouts: one of each engine; the source of a completion is the half that wrote it.
-        models: fp32 [N] log-probs by the weights that the half was sent, for each half that answered.
+        rollouts: one of each engine; the source of a completion is the slot that wrote it.
+        models: fp32 [N] log-probs by the weights that the slot was sent, for each slot that answered.
     """
     answers = fetch([rollout.completions for rollout in rollouts])
     gaps: Gaps = {}
-    for half in get_args(Half):
-        written = [[one for one in answer if one.source == half] for answer in answers]
+    for slot in get_args(ModelSlot):
+        written = [[one for one in answer if one.source == slot] for answer in answers]
         if any(written):
-            gaps[half] = _gaps(rollouts[0], written, models[half], device)
+            gaps[slot] = _gaps(rollouts[0], written, models[slot], device)
     return gaps
 
 
@@ -73,19 +73,19 @@ def _gaps(
 
 
 def require_small(gaps: Gaps, engines: Sequence[int], allowed: float) -> dict[str, float]:
-    """The largest gap of each half, named policy/probe_gap and policy/probe_gap_partner.
+    """The largest gap of each slot, named policy/probe_gap and policy/probe_gap_partner.
 
     Raises:
         InvariantBroken: some engine's gap is not within `allowed`.
     """
-    for half, of_engines in gaps.items():
+    for slot, of_engines in gaps.items():
         for engine, gap in zip(engines, of_engines, strict=True):
             if not gap.within(allowed):
                 raise InvariantBroken(
-                    f"engine {engine} holds the weights of the {half} that it was sent, but does not compute with them: on a probe its "
+                    f"engine {engine} holds the weights of the {slot} that it was sent, but does not compute with them: on a probe its "
                     f"log-probs differ from the trainer's by {gap.mean:.3g} nats per token on average (allowed by run.max_logprob_gap: "
                     f"{allowed:g}). Either vLLM does not put new weights to use for a model of this kind, or the two compute in different "
                     "precision: compare policy.dtype with rollout.dtype."
                 )
-    names: dict[Half, str] = {"policy": "policy/probe_gap", "partner": "policy/probe_gap_partner"}
-    return {names[half]: max(gap.mean for gap in of_engines) for half, of_engines in gaps.items()}
+    names: dict[ModelSlot, str] = {"policy": "policy/probe_gap", "partner": "policy/probe_gap_partner"}
+    return {names[slot]: max(gap.mean for gap in of_engines) for slot, of_engines in gaps.items()}

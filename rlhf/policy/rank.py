@@ -38,8 +38,8 @@ from rlhf.training.model import (
 from rlhf.training.packing import Experience, idle, pack
 from rlhf.training.ranks import Member, join, leave, rendezvous
 from rlhf.training.weights import described_weights, in_host_memory, whole_weights
-from rlhf.transfer import TransferSession, WeightSender, WeightSpec, sending_ranks
-from rlhf.types import Assignment, Completion, Half, Rollout
+from rlhf.transfer import TransferSession, WeightSender, sending_ranks
+from rlhf.types import Assignment, Completion, ModelSlot, Rollout, WeightSpec
 
 
 @dataclass(frozen=True)
@@ -221,19 +221,19 @@ class PolicyRank:
         if self.rank in senders:
             self._sender = WeightSender.open(session, self.rank, len(senders))
 
-    def send_weights(self, half: Half = "policy") -> str | None:
+    def send_weights(self, slot: ModelSlot = "policy") -> str | None:
         """Send all weights of the policy or of the engines' second model; rank 0 returns their fingerprint. Collective."""
-        resting = half == "partner" and self.partner.resting
+        resting = slot == "partner" and self.partner.resting
         if resting:
             self.partner.wake()
-        fingerprint = self._send(self._weights(half), half)
+        fingerprint = self._send(self._weights(slot), slot)
         if resting:
             self.partner.rest(self.device)
         return fingerprint
 
-    def _send(self, weights: Iterable[tuple[str, torch.Tensor]], half: Half) -> str | None:
+    def _send(self, weights: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot) -> str | None:
         if self._sender is not None:
-            return self._sender.send(weights, half)
+            return self._sender.send(weights, slot)
         for _ in weights:  # to take part in gathering
             pass
         return None
@@ -246,8 +246,8 @@ class PolicyRank:
         """Whether the engines keep the base and are sent the policy's adapter alone."""
         return self.settings.policy.lora.publish == "adapter"
 
-    def _weights(self, half: Half) -> Iterator[tuple[str, torch.Tensor]]:
-        if half == "partner":
+    def _weights(self, slot: ModelSlot) -> Iterator[tuple[str, torch.Tensor]]:
+        if slot == "partner":
             return self.partner.weights()
         return lora.adapter_weights(self._causal_lm) if self._sends_adapter() else self._whole()
 

@@ -20,8 +20,8 @@ from rlhf.config.settings import Settings
 from rlhf.engines.engine import InProcessEngine, Sampled, VllmEngine, engine_arguments, start_engine
 from rlhf.engines.lora import peft_config, sends_adapters
 from rlhf.engines.sampling import Sampling
-from rlhf.transfer import Backend, TransferFailed, TransferSession, WeightSpec
-from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, FinishReason, Half, Prompt
+from rlhf.transfer import Backend, TransferFailed, TransferSession
+from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, FinishReason, ModelSlot, Prompt, WeightSpec
 
 
 class BadResponse(RuntimeError):
@@ -44,7 +44,7 @@ class EngineInfo:
     host: str
     pid: int
     log: str | None
-    held: Mapping[Half, tuple[str, ...]] = field(default_factory=dict)
+    held: Mapping[ModelSlot, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Attestation:
     Attributes:
         version: of the policy's weights. A new partner does not change it.
         fingerprint: of the bytes as its workers received them (`rlhf.transfer.fingerprint`).
-        held: checksum of each half's weights as each worker holds them (`rlhf.engines.halves`), except of a half whose last
-            transfer failed. Empty in an engine that does not mix, where there is no other half to keep.
+        held: checksum of each slot's weights as each worker holds them (`rlhf.engines.slots`), except of a slot whose last
+            transfer failed. Empty in an engine that does not mix, where there is no other slot to keep.
     """
 
     engine: int
     version: int
     fingerprint: str
-    held: Mapping[Half, tuple[str, ...]] = field(default_factory=dict)
+    held: Mapping[ModelSlot, tuple[str, ...]] = field(default_factory=dict)
 
 
 class RolloutEngine:
@@ -86,10 +86,10 @@ class RolloutEngine:
         self._mixes = mixes
         self._started: VllmEngine | None = None
         self._version = 0
-        self._broken: set[Half] = set()  # whose last transfer has not ended well
+        self._broken: set[ModelSlot] = set()  # whose last transfer has not ended well
         self._session: TransferSession | None = None
         self._delivered = asyncio.Event()
-        self._delivery: tuple[Half, str] | None = None
+        self._delivery: tuple[ModelSlot, str] | None = None
 
     @property
     def _engine(self) -> VllmEngine:
@@ -210,60 +210,62 @@ class RolloutEngine:
             "init_weight_transfer_engine", init_info={"session": asdict(session), "rank_offset": rank_offset}
         )
 
-    async def receive_weights(self, specs: Sequence[WeightSpec], version: int, half: Half = "policy") -> Attestation:
+    async def receive_weights(
+        self, specs: Sequence[WeightSpec], version: int, slot: ModelSlot = "policy"
+    ) -> Attestation:
         """Take the weights that the session's sender sends meanwhile. Running requests finish first.
 
-        Cached prefixes are forgotten. If the transfer fails, the engine refuses to sample until one succeeds for this half.
+        Cached prefixes are forgotten. If the transfer fails, the engine refuses to sample until one succeeds for this slot.
 
         Args:
             version: of the policy's weights; what completions from now on are marked with, unless the partner is sent.
-            half: the model that they are for; the other one keeps its weights.
+            slot: the model that they are for; the other one keeps its weights.
 
         Raises:
             TransferFailed: the transfer broke off, or the weights do not fill the model.
         """
-        if half == "partner" and not self._mixes:
+        if slot == "partner" and not self._mixes:
             raise ValueError("weights were sent for the partner, but the engines hold none: start the pool with mixes")
-        self._broken.add(half)
+        self._broken.add(slot)
         await self._engine.pause()
         try:
             if self._backend == "local":
-                fingerprint = await self._take_delivery(half)
+                fingerprint = await self._take_delivery(slot)
             else:
-                fingerprint = await self._receive_through_workers(specs, half)
-            if half == "policy":
+                fingerprint = await self._receive_through_workers(specs, slot)
+            if slot == "policy":
                 await self._engine.set_version(version)
                 self._version = version
                 if sends_adapters(self._settings):
                     self._engine.use_adapter()
         finally:
             await self._engine.resume()
-        self._broken.discard(half)
+        self._broken.discard(slot)
         return Attestation(self._index, self._version, fingerprint, await self._held())
 
-    def _halves(self) -> tuple[Half, ...]:
-        return get_args(Half) if self._mixes else ("policy",)
+    def _slots(self) -> tuple[ModelSlot, ...]:
+        return get_args(ModelSlot) if self._mixes else ("policy",)
 
-    async def _held(self) -> dict[Half, tuple[str, ...]]:
-        halves = self._halves() if self._mixes else ()  # alone there is no other half to keep
+    async def _held(self) -> dict[ModelSlot, tuple[str, ...]]:
+        slots = self._slots() if self._mixes else ()  # alone there is no other slot to keep
         return {
-            half: tuple(await self._engine.workers("held", half=half)) for half in halves if half not in self._broken
+            slot: tuple(await self._engine.workers("held", slot=slot)) for slot in slots if slot not in self._broken
         }
 
-    async def _take_delivery(self, half: Half) -> str:
+    async def _take_delivery(self, slot: ModelSlot) -> str:
         """What the sender has put into the engine itself (back end `local`)."""
         await self._delivered.wait()
         self._delivered.clear()
         if self._delivery is None:
             raise TransferFailed("the weights could not be loaded; the sender's own error says why")
         sent_for, fingerprint = self._delivery
-        if sent_for != half:
+        if sent_for != slot:
             raise TransferFailed(
-                f"the driver announced weights for the {half}, but the sender sent them for the {sent_for}"
+                f"the driver announced weights for the {slot}, but the sender sent them for the {sent_for}"
             )
         return fingerprint
 
-    async def _receive_through_workers(self, specs: Sequence[WeightSpec], half: Half) -> str:
+    async def _receive_through_workers(self, specs: Sequence[WeightSpec], slot: ModelSlot) -> str:
         announcement = {
             "names": [spec.name for spec in specs],
             "dtypes": [spec.dtype for spec in specs],
@@ -272,7 +274,7 @@ class RolloutEngine:
         if sends_adapters(self._settings):
             await self._engine.workers("receive_adapter", update_info=announcement, config=peft_config(self._settings))
         else:
-            await self._engine.workers("aim", half=half)
+            await self._engine.workers("aim", slot=slot)
             await self._engine.workers("start_weight_update")
             await self._engine.workers("update_weights", update_info=announcement)
             await self._engine.workers("finish_weight_update")
@@ -283,14 +285,14 @@ class RolloutEngine:
             )
         return fingerprints.pop()
 
-    def _deliver(self, weights: Iterable[tuple[str, Any]], half: Half) -> str:
+    def _deliver(self, weights: Iterable[tuple[str, Any]], slot: ModelSlot) -> str:
         """Called by the sender, in its own stack (back end `local`)."""
         assert isinstance(self._engine, InProcessEngine)
-        self._broken.add(half)
+        self._broken.add(slot)
         self._delivery = None
         try:
-            fingerprint = self._engine.load(weights, half, peft_config(self._settings))
-            self._delivery = (half, fingerprint)
+            fingerprint = self._engine.load(weights, slot, peft_config(self._settings))
+            self._delivery = (slot, fingerprint)
         finally:
             self._delivered.set()  # also after an error: `receive_weights` must not wait for what will not come
         return fingerprint
@@ -299,7 +301,7 @@ class RolloutEngine:
         """Give the GPU's memory to others until `wake`. At `rollout.sleep_level` 2 the weights are lost."""
         level = self._settings.rollout.sleep_level
         if level == 2:
-            self._broken |= set(self._halves())
+            self._broken |= set(self._slots())
         await self._engine.sleep(level)
 
     async def wake(self) -> None:

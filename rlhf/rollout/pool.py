@@ -18,8 +18,8 @@ from rlhf.engines.environment import process_environment
 from rlhf.engines.sampling import Sampling
 from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
 from rlhf.rollout.router import Router
-from rlhf.transfer import Backend, TransferSession, WeightSpec
-from rlhf.types import DATASET_VERSION, Half, Prompt, Rollout
+from rlhf.transfer import Backend, TransferSession
+from rlhf.types import DATASET_VERSION, ModelSlot, Prompt, Rollout, WeightSpec
 
 
 class StaleWeights(RuntimeError):
@@ -43,8 +43,8 @@ class RolloutPool:
         self._joined: tuple[int, ...] = ()
         self._attested: tuple[Attestation, ...] = ()
         self._accepted = 0  # the model's own files
-        self._unconfirmed: set[Half] = set()
-        self._halves: set[Half] = {"policy", *(half for info in infos for half in info.held)}
+        self._unconfirmed: set[ModelSlot] = set()
+        self._slots: set[ModelSlot] = {"policy", *(slot for info in infos for slot in info.held)}
         self._held = {index: info.held for index, info in enumerate(infos)}
         self._deaths: list[str] = []
 
@@ -177,19 +177,19 @@ class RolloutPool:
         await asyncio.gather(*calls)
         self._joined = tuple(self._handles)
 
-    async def receive(self, specs: Sequence[WeightSpec], version: int, half: Half = "policy") -> None:
+    async def receive(self, specs: Sequence[WeightSpec], version: int, slot: ModelSlot = "policy") -> None:
         """Let every engine take the weights that the session's sender sends meanwhile. Then call `accept`.
 
         Args:
             version: of the policy's weights, which completions are marked with; sending the partner does not change it.
-            half: which of the engines' models the weights are for.
+            slot: which of the engines' models the weights are for.
 
         Raises:
             StaleWeights: an engine has died, or a transfer has failed, since `connect`: connect anew.
             DeadlineExpired: an engine had not received all within `cluster.publish_deadline_s`.
             TransferFailed: the transfer failed at an engine.
         """
-        self._unconfirmed.add(half)
+        self._unconfirmed.add(slot)
         self._attested = ()
         joined, self._joined = self._joined, ()  # a transfer that fails costs the session
         if joined != tuple(self._handles):
@@ -199,41 +199,41 @@ class RolloutPool:
             )
         deadline = self._settings.cluster.publish_deadline_s
         handles = self._handles.values()
-        calls = (handle.call("receive_weights", list(specs), version, half, deadline=deadline) for handle in handles)
+        calls = (handle.call("receive_weights", list(specs), version, slot, deadline=deadline) for handle in handles)
         self._attested = tuple(await asyncio.gather(*calls))
         self._joined = joined
 
-    def accept(self, version: int, fingerprint: str, half: Half = "policy") -> None:
+    def accept(self, version: int, fingerprint: str, slot: ModelSlot = "policy") -> None:
         """Compare what the engines attested with what the sender sent; only then does the pool sample again.
 
         Args:
-            version: of the policy's weights that the engines must hold now, whichever half was sent.
+            version: of the policy's weights that the engines must hold now, whichever slot was sent.
 
         Raises:
-            StaleWeights: an engine holds other weights, or has not attested, or the half that was not sent has changed.
+            StaleWeights: an engine holds other weights, or has not attested, or the slot that was not sent has changed.
         """
         wrong = [a for a in self._attested if (a.version, a.fingerprint) != (version, fingerprint)]
         if wrong or {a.engine for a in self._attested} != set(self._handles):
             seen = ", ".join(f"engine {a.engine}: version {a.version}, {a.fingerprint}" for a in self._attested)
             raise StaleWeights(
-                f"the weights of the {half} were sent with fingerprint {fingerprint} at version {version}, "
+                f"the weights of the {slot} were sent with fingerprint {fingerprint} at version {version}, "
                 f"but the engines attest {seen or 'nothing'}"
             )
         for attested in self._attested:
             for other, before in self._held[attested.engine].items():
                 if other not in self._unconfirmed and attested.held.get(other) != before:
                     raise StaleWeights(
-                        f"weights were sent for the {half}, but in engine {attested.engine} those of the {other} changed too"
+                        f"weights were sent for the {slot}, but in engine {attested.engine} those of the {other} changed too"
                     )
         self._held |= {attested.engine: attested.held for attested in self._attested}
         self._accepted = version
-        self._unconfirmed.discard(half)
+        self._unconfirmed.discard(slot)
 
     async def sleep(self) -> None:
         """Let the engines that share GPUs with the policy give back their memory. At `rollout.sleep_level` 2 all weights must be
         sent again after `wake`."""
         if self._settings.rollout.sleep_level == 2:
-            self._unconfirmed |= self._halves
+            self._unconfirmed |= self._slots
         await self._all("sleep", self._shared)
 
     async def wake(self) -> None:

@@ -12,7 +12,6 @@ from rlhf.transfer.session import (
     Backend,
     TransferFailed,
     TransferSession,
-    WeightSpec,
     sending_ranks,
 )
 
@@ -21,7 +20,6 @@ __all__ = [
     "TransferFailed",
     "TransferSession",
     "WeightSender",
-    "WeightSpec",
     "sending_ranks",
 ]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.transfer.fingerprint import as_bytes
-from rlhf.transfer.session import WeightSpec
+from rlhf.types import WeightSpec
 
 BUCKET_BYTES = 128 * 2**20
 """What either end holds of the weights on their way, whatever the back end; the planner counts it."""

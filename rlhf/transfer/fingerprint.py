@@ -1,6 +1,6 @@
 """A fingerprint of weights: cheap, the same on CPU and GPU, different if any byte, name, type, shape or order is.
 
-It also differs with the half of an engine that the weights are meant for.
+It also differs with the slot of an engine that the weights are meant for.
 
 It guards against mistakes (a lost bucket, a stale tensor, a wrong type), not against an adversary. Each tensor's bytes
 are read as 64-bit integers and multiplied with fixed odd random weights; the sums, modulo 2**64, go into a SHA-256
@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import torch
 
-from rlhf.types import Half
+from rlhf.types import ModelSlot
 
 _BLOCK = 1 << 17  # integers per block: one MiB, which stays in a core's cache
 _BLOCKS_AT_ONCE = 64  # on a GPU, where each step has its price however small it is
@@ -28,8 +28,8 @@ _MASK = (1 << 64) - 1
 class Fingerprint:
     """Accumulates tensors in the order in which they pass."""
 
-    def __init__(self, half: Half = "policy") -> None:
-        self._hash = hashlib.sha256(half.encode())
+    def __init__(self, slot: ModelSlot = "policy") -> None:
+        self._hash = hashlib.sha256(slot.encode())
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take in one tensor, of any dtype and device."""

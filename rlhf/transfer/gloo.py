@@ -17,8 +17,8 @@ import torch.distributed as dist
 from rlhf.cluster.network import open_store
 from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
 from rlhf.transfer.fingerprint import Fingerprint
-from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec, local_address_towards
-from rlhf.types import Half
+from rlhf.transfer.session import TransferFailed, TransferSession, local_address_towards
+from rlhf.types import ModelSlot, WeightSpec
 
 _END = 0  # in place of a bucket's length
 
@@ -55,7 +55,7 @@ class GlooSender:
         self._group = join(session, rank=0)
         self._capacity = capacity
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
         """Broadcast the tensors; each is copied before the next one is asked for. Returns their fingerprint.
 
         Raises:
@@ -63,7 +63,7 @@ class GlooSender:
             timeout.
         """
         with _others_told(self._group):
-            total = Fingerprint(half)
+            total = Fingerprint(slot)
             self._send_buckets(total.watch(named_tensors))
         _agree(self._group, _END, "the end")
         return total.hexdigest()

@@ -17,8 +17,8 @@ import torch
 from rlhf.transfer.board import Board
 from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
 from rlhf.transfer.fingerprint import Fingerprint
-from rlhf.transfer.session import TransferFailed, TransferSession, WeightSpec
-from rlhf.types import Half
+from rlhf.transfer.session import TransferFailed, TransferSession
+from rlhf.types import ModelSlot, WeightSpec
 
 _END = 0  # in place of a piece's length
 
@@ -109,14 +109,17 @@ class IpcSender:
             )
 
     def send(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy", capacity: int = BUCKET_BYTES
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        slot: ModelSlot = "policy",
+        capacity: int = BUCKET_BYTES,
     ) -> str:
         """Hand over the tensors; returns their fingerprint when the last one was read.
 
         Raises:
             TransferFailed: a worker failed, expected something else, or was too slow for the session's timeout.
         """
-        total = Fingerprint(half)
+        total = Fingerprint(slot)
         with self._board.others_told():
             self._send(total.watch(named_tensors), capacity)
         self._round += 1

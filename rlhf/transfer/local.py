@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from rlhf.transfer.session import TransferFailed, TransferSession
-from rlhf.types import Half
+from rlhf.types import ModelSlot
 
-Loader = Callable[[Iterable[tuple[str, torch.Tensor]], Half], str]
+Loader = Callable[[Iterable[tuple[str, torch.Tensor]], ModelSlot], str]
 
 _loaders: dict[int, Loader] = {}
 
@@ -33,15 +33,15 @@ class LocalSender:
     def __init__(self, session: TransferSession):
         self._session = session
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
-        """Load the tensors into this half of the engine, now, in the caller's thread. Returns their fingerprint."""
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
+        """Load the tensors into this slot of the engine, now, in the caller's thread. Returns their fingerprint."""
         loader = _loaders.get(self._session.port)
         if loader is None:
             raise TransferFailed(
                 f"no engine in this process has joined the local session {self._session.port}: "
                 "call pool.connect(session) before sending"
             )
-        return loader(named_tensors, half)
+        return loader(named_tensors, slot)
 
     def close(self) -> None:
         """Nothing to release."""

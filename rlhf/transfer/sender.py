@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from rlhf.transfer.session import TransferSession
-from rlhf.types import Half
+from rlhf.types import ModelSlot
 
 
 class WeightSender:
@@ -33,16 +33,16 @@ class WeightSender:
         """
         return cls(_open(session, rank, ranks))
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half = "policy") -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
         """Send one version of the weights; blocks until the last byte has left. Returns its fingerprint.
 
         Args:
-            half: which of the engines' models they are for; the receivers are told the same (`RolloutPool.receive`).
+            slot: which of the engines' models they are for; the receivers are told the same (`RolloutPool.receive`).
 
         Raises:
             TransferFailed: the transfer broke off. The engines then hold a mixture and the pool refuses to sample.
         """
-        return self._end.send(named_tensors, half)
+        return self._end.send(named_tensors, slot)
 
     def close(self) -> None:
         """Leave the session."""
@@ -50,7 +50,7 @@ class WeightSender:
 
 
 class _End(Protocol):
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], half: Half) -> str: ...
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot) -> str: ...
 
     def close(self) -> None: ...
 

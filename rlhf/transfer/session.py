@@ -40,20 +40,6 @@ class TransferSession:
     timeout_s: float = 600.0
 
 
-@dataclass(frozen=True)
-class WeightSpec:
-    """One tensor to come, under its Hugging Face name.
-
-    Attributes:
-        dtype: torch's name without the prefix, for example "bfloat16".
-        shape: of the whole tensor, never of a shard.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def local_address_towards(host: str, port: int) -> str:
     """Which of this machine's own addresses lies on the way to `host`. No packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -77,7 +77,7 @@ class Policy:
     async def check_engines(self, probes: Any) -> dict[str, float]:
         return {}
 
-    async def send_weights(self, half: str) -> str:
+    async def send_weights(self, slot: str) -> str:
         return "fingerprint"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.algorithms import make
 from rlhf.engines.reload import Reload
-from rlhf.loop.probe import RESPONSES, TOKENS, probe_samplings, probed_halves
+from rlhf.loop.probe import RESPONSES, TOKENS, probe_samplings, probed_slots
 from rlhf.policy import InvariantBroken
 from rlhf.policy.probe import Gap, require_small
 from tests.loop.test_methods import settings, train
@@ -35,7 +35,7 @@ def test_what_no_response_shows_is_probed(
     tmp_path: Path, method: str, engines: int, options: list[str], expected: tuple[str, ...]
 ) -> None:
     chosen = settings(method, tmp_path / "run", *options)
-    assert probed_halves(chosen, make(chosen), engines) == expected
+    assert probed_slots(chosen, make(chosen), engines) == expected
     for sampling in probe_samplings(chosen, make(chosen), engines, step=1):
         assert (sampling.top_p, sampling.top_k, sampling.ignore_eos) == (1.0, 0, True)
         assert sampling.mixture == (sampling.source == "partner")
@@ -47,7 +47,7 @@ def test_a_probe_is_at_the_temperature_of_the_trainers_log_probs(tmp_path: Path)
         assert [one.temperature for one in probe_samplings(chosen, make(chosen), 2, step=1)] == [temperature]
 
 
-def test_each_engine_and_each_half_must_agree() -> None:
+def test_each_engine_and_each_slot_must_agree() -> None:
     sound = {"policy": [Gap(0.01, 0.0), Gap(0.02, 0.0)], "partner": [Gap(0.03, 0.0), Gap(0.0, 0.0)]}
     assert require_small(sound, [0, 1], 0.1) == {"policy/probe_gap": 0.02, "policy/probe_gap_partner": 0.03}
     for gap in (Gap(0.2, 0.01), Gap(math.nan, math.nan)):

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from rlhf.cluster import fetch
 from rlhf.cluster.network import free_port
 from rlhf.rollout import RolloutPool, Sampling
-from rlhf.transfer import TransferSession, WeightSender, WeightSpec
-from rlhf.types import Completion, Half, Prompt, content_id
+from rlhf.transfer import TransferSession, WeightSender
+from rlhf.types import Completion, ModelSlot, Prompt, WeightSpec, content_id
 
 GAP = 1e-4  # nats; engine and transformers round differently
 
@@ -73,25 +73,27 @@ class Publisher:
 
         self.sender = self.run(both())
 
-    def publish(self, weights: torch.nn.Module | Named, really_sent: Named | None = None, half: Half = "policy") -> str:
+    def publish(
+        self, weights: torch.nn.Module | Named, really_sent: Named | None = None, slot: ModelSlot = "policy"
+    ) -> str:
         if self.sender is None:
             self.connect()
-        self.version += half == "policy"
+        self.version += slot == "policy"
         named = list(weights.named_parameters()) if isinstance(weights, torch.nn.Module) else weights
         specs = [WeightSpec(name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in named]
         tensors = named if really_sent is None else really_sent
 
         async def send() -> str:
             if self.pool.backend == "local":
-                return self.sender.send(tensors, half)
-            return await asyncio.to_thread(self.sender.send, tensors, half)
+                return self.sender.send(tensors, slot)
+            return await asyncio.to_thread(self.sender.send, tensors, slot)
 
         async def both() -> str:
-            _, mark = await asyncio.gather(self.pool.receive(specs, self.version, half), send())
+            _, mark = await asyncio.gather(self.pool.receive(specs, self.version, slot), send())
             return mark
 
         mark = self.run(both())
-        self.pool.accept(self.version, mark, half)
+        self.pool.accept(self.version, mark, slot)
         return mark
 
 

@@ -1,4 +1,4 @@
-"""Mixtures in real engines: exact log-probs and frequencies, and weights that reach one half only.
+"""Mixtures in real engines: exact log-probs and frequencies, and weights that reach one slot only.
 
 Three architectures, each with an engine in this process: Llama with tied embeddings, Qwen2 with an output layer of its own
 and biases, GPT-2 with another layout of its weights. Then one engine as a Ray actor. fp32, tiny.
@@ -20,13 +20,13 @@ from rlhf.cluster import LocalRuntime
 from rlhf.rollout import RolloutPool, Sampling, StaleWeights
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.transfer import TransferFailed
-from rlhf.types import Completion, Half, Prompt
+from rlhf.types import Completion, ModelSlot, Prompt
 from tests.rollout.publishing import GAP, PROMPTS, Publisher, load_model, sample_all
 
 pytestmark = pytest.mark.engine
 
 BETAS = (0.0, 0.125, 0.5, 1.0)
-OTHER: dict[Half, Half] = {"policy": "partner", "partner": "policy"}
+OTHER: dict[ModelSlot, ModelSlot] = {"policy": "partner", "partner": "policy"}
 SIZES = {"vocab_size": 320, "bos_token_id": None, "eos_token_id": 257, "pad_token_id": 256}
 
 
@@ -52,21 +52,21 @@ class Engines:
     def __init__(self, pool: RolloutPool, run: Any, folder: Path):
         self.pool, self.folder, self.run = pool, folder, run
         self.publisher = Publisher(pool, run)
-        self.models: dict[Half, torch.nn.Module] = {"partner": load_model(folder)}
+        self.models: dict[ModelSlot, torch.nn.Module] = {"partner": load_model(folder)}
         self.publish(1.1)
 
-    def publish(self, scale: float, half: Half = "policy") -> None:
-        self.models[half] = load_model(self.folder, scale)
-        self.publisher.publish(self.models[half], half=half)
+    def publish(self, scale: float, slot: ModelSlot = "policy") -> None:
+        self.models[slot] = load_model(self.folder, scale)
+        self.publisher.publish(self.models[slot], slot=slot)
 
-    def held(self) -> dict[Half, tuple[str, ...]]:
+    def held(self) -> dict[ModelSlot, tuple[str, ...]]:
         return dict(self.pool._held[0])
 
     def logits(self, prompt: Prompt, answer: Completion) -> tuple[torch.Tensor, torch.Tensor]:
         """Policy's and partner's by transformers, each [n_tokens, vocabulary]."""
         row = torch.tensor([*prompt.token_ids, *answer.token_ids.tolist()])[None]
         with torch.no_grad():
-            both = [self.models[half](row).logits[0, len(prompt.token_ids) - 1 : -1] for half in ("policy", "partner")]
+            both = [self.models[slot](row).logits[0, len(prompt.token_ids) - 1 : -1] for slot in ("policy", "partner")]
         return both[0], both[1]
 
     def gap(self, prompt: Prompt, answer: Completion, beta: float) -> float:
@@ -180,28 +180,28 @@ def tokens_of(engines: Engines) -> dict[float, list[list[int]]]:
     return {b: [of_prompt[i].token_ids.tolist() for of_prompt in answers] for i, b in enumerate(BETAS)}
 
 
-@pytest.mark.parametrize("half", ["policy", "partner"])
-def test_new_weights_change_one_half_only(engines, half: Half) -> None:
-    check_one_half_changes(engines, half)
+@pytest.mark.parametrize("slot", ["policy", "partner"])
+def test_new_weights_change_one_slot_only(engines, slot: ModelSlot) -> None:
+    check_one_slot_changes(engines, slot)
 
 
-@pytest.mark.parametrize("half", ["policy", "partner"])
-def test_new_weights_change_one_half_only_in_ray(remote_engines, half: Half) -> None:
-    check_one_half_changes(remote_engines, half)
+@pytest.mark.parametrize("slot", ["policy", "partner"])
+def test_new_weights_change_one_slot_only_in_ray(remote_engines, slot: ModelSlot) -> None:
+    check_one_slot_changes(remote_engines, slot)
 
 
-def check_one_half_changes(engines: Engines, half: Half) -> None:
+def check_one_slot_changes(engines: Engines, slot: ModelSlot) -> None:
     ends = {"policy": 0.0, "partner": 1.0}
     version, before, held = engines.publisher.version, tokens_of(engines), engines.held()
-    engines.publish(0.95, half)
+    engines.publish(0.95, slot)
     after, now = tokens_of(engines), engines.held()
-    assert engines.publisher.version == version + (half == "policy")
-    assert after[ends[OTHER[half]]] == before[ends[OTHER[half]]]
-    assert now[OTHER[half]] == held[OTHER[half]]
-    assert all(after[beta] != before[beta] for beta in (ends[half], 0.5))
-    assert now[half] != held[half]
+    assert engines.publisher.version == version + (slot == "policy")
+    assert after[ends[OTHER[slot]]] == before[ends[OTHER[slot]]]
+    assert now[OTHER[slot]] == held[OTHER[slot]]
+    assert all(after[beta] != before[beta] for beta in (ends[slot], 0.5))
+    assert now[slot] != held[slot]
     check_logprobs(engines)
-    engines.publish(1.1 if half == "policy" else 1.0, half)
+    engines.publish(1.1 if slot == "policy" else 1.0, slot)
     assert engines.held() == held
     assert tokens_of(engines) == before
 
@@ -225,7 +225,7 @@ def test_the_checksum_sees_each_single_tensor(engines) -> None:
     engines.publisher.publish(model)
 
 
-def test_the_pool_notices_when_the_other_half_has_changed(engines) -> None:
+def test_the_pool_notices_when_the_other_slot_has_changed(engines) -> None:
     inside = engines.pool._handles[0].target._engine
     inside.load(load_model(engines.folder, 1.02).named_parameters(), "partner")  # behind the pool's back
     with pytest.raises(StaleWeights, match="sent for the policy, but in engine 0 those of the partner changed"):
@@ -237,7 +237,7 @@ def test_the_pool_notices_when_the_other_half_has_changed(engines) -> None:
     check_logprobs(engines)
 
 
-def test_a_half_whose_transfer_failed_is_not_made_good_by_the_other(engines) -> None:
+def test_a_slot_whose_transfer_failed_is_not_made_good_by_the_other(engines) -> None:
     model = load_model(engines.folder, 1.3)
     most = list(model.named_parameters())[:-3]
     with pytest.raises(TransferFailed, match="would have kept their old"):
@@ -254,20 +254,20 @@ def test_a_half_whose_transfer_failed_is_not_made_good_by_the_other(engines) -> 
     check_logprobs(engines)
 
 
-def test_the_halves_share_no_compiled_code(engines) -> None:
+def test_the_slots_share_no_compiled_code(engines) -> None:
     """vLLM caches compiled code under a hash of the configuration, and the code names the layers whose cache it uses."""
     inside = engines.pool._handles[0].target._engine._llm
     model = inside.collective_rpc(lambda worker: worker.model_runner.get_model())[0]
     hashes = {
         layers.vllm_config.compute_hash()
-        for half in (model.policy, model.partner)
-        for layers in (half.model if hasattr(half, "model") else half.transformer,)
+        for slot in (model.policy, model.partner)
+        for layers in (slot.model if hasattr(slot, "model") else slot.transformer,)
     }
     assert len(hashes) == 2
 
 
-def test_weights_for_one_half_are_not_taken_for_the_other(engines) -> None:
-    """The last test of an engine: afterwards both halves are in doubt."""
+def test_weights_for_one_slot_are_not_taken_for_the_other(engines) -> None:
+    """The last test of an engine: afterwards both slots are in doubt."""
     pool, publisher = engines.pool, engines.publisher
     named = list(engines.models["partner"].named_parameters())
     publisher.sender.send(named, "partner")
@@ -311,7 +311,7 @@ def test_an_engine_without_a_partner_refuses_mixtures(tiny_settings, run) -> Non
 
 
 def test_the_checkpoint_is_read_once_for_both(engines) -> None:
-    """Both halves begin with the model's files; the checkpoint on disk is the partner's by now."""
+    """Both slots begin with the model's files; the checkpoint on disk is the partner's by now."""
     on_disk = AutoModelForCausalLM.from_pretrained(engines.folder, dtype=torch.float32)
     for name, parameter in on_disk.named_parameters():
         assert torch.equal(parameter, engines.models["partner"].get_parameter(name))

@@ -162,7 +162,7 @@ def test_the_pool_refuses_weights_that_differ_from_what_was_sent(publisher, run,
 def test_nothing_is_sampled_between_sending_and_accepting(publisher, run, tiny_model) -> None:
     pool, model = publisher.pool, load_model(tiny_model)
     publisher.publish(model)
-    accept, pool.accept = pool.accept, lambda version, fingerprint, half: None
+    accept, pool.accept = pool.accept, lambda version, fingerprint, slot: None
     try:
         mark = publisher.publish(model)
         with pytest.raises(StaleWeights, match="not yet confirmed"):

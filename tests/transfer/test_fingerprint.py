@@ -62,10 +62,10 @@ def test_empty_and_small_tensors() -> None:
     assert fingerprint([("w", torch.zeros(0))]) != fingerprint([("w", torch.zeros(1, dtype=torch.int8))])
 
 
-def test_the_half_that_weights_are_meant_for_counts() -> None:
+def test_the_slot_that_weights_are_meant_for_counts() -> None:
     marks = []
-    for half in ("policy", "partner"):
-        total = Fingerprint(half)
+    for slot in ("policy", "partner"):
+        total = Fingerprint(slot)
         list(total.watch(tensors()))
         marks.append(total.hexdigest())
     assert marks[0] == fingerprint(tensors()) != marks[1]

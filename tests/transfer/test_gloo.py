@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.cluster.network import free_port
-from rlhf.transfer import TransferFailed, TransferSession, WeightSpec
+from rlhf.transfer import TransferFailed, TransferSession
 from rlhf.transfer.buckets import Placement, filled, plan, spec_bytes
 from rlhf.transfer.fingerprint import fingerprint
 from rlhf.transfer.gloo import GlooSender, join, receive
+from rlhf.types import WeightSpec
 
 CAPACITY = 1000
 

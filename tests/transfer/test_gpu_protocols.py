@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from rlhf.cluster.network import free_port
-from rlhf.transfer import TransferFailed, TransferSession, WeightSpec
+from rlhf.transfer import TransferFailed, TransferSession
 from rlhf.transfer.board import Board
 from rlhf.transfer.fingerprint import fingerprint
 from rlhf.transfer.ipc import IpcReader, IpcSender
 from rlhf.transfer.nccl import NcclGroup
+from rlhf.types import WeightSpec
 from tests.transfer.test_gloo import CAPACITY, spec_of, weights
 
 CPU = torch.device("cpu")

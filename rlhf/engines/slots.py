@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rlhf.transfer.fingerprint import Fingerprint
-from rlhf.types import Half
+from rlhf.types import ModelSlot
 
 _PROBES = 4  # rows of random input for each layer whose weights can only be seen through its output
 
@@ -26,7 +26,7 @@ class TwoModels(nn.Module):
     partner: nn.Module
 
 
-def halves(model: nn.Module) -> dict[Half, nn.Module]:
+def slots(model: nn.Module) -> dict[ModelSlot, nn.Module]:
     """The models inside a worker's model, by name."""
     if isinstance(model, TwoModels):
         return {"policy": model.policy, "partner": model.partner}
