@@ -133,7 +133,7 @@ class Rollout:
 
     Attributes:
         infos: one per completion, in order.
-        completions: reference to a `list[Completion]` of the same length (see `rlhf.cluster.handles`).
+        completions: reference to a `list[Completion]` of the same length (see `rlhf.cluster.calls`).
     """
 
     prompt: Prompt

@@ -1,4 +1,4 @@
-"""Small rollouts and feedback for tests of pure functions."""
+"""Small rollouts, feedback and rewards for tests, and a way into what runs in this process."""
 
 from __future__ import annotations
 
@@ -46,3 +46,8 @@ def coin(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
 def constant(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
     """A reward that tells nothing apart."""
     return 1.0
+
+
+def rank_inside(group: Any, rank: int = 0) -> Any:
+    """The rank's own object behind a `PolicyGroup` or `SupervisedGroup` that runs in this process."""
+    return group._ranks.handles[rank].target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from rlhf.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "rlhf").rglob("*.py"))
 PAGES = ("CONTRIBUTING.md", "AGENTS.md")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
@@ -91,3 +93,43 @@ def test_hooks_are_the_environments_own_tools() -> None:
     assert {entry.split(" --")[0] for entry in entries} == {"ruff check", "ruff format", "mypy"}
     command = [sys.executable, "-m", "pre_commit", "validate-config", ".pre-commit-config.yaml"]
     subprocess.run(command, cwd=ROOT, check=True)
+
+
+def is_lookup(node: ast.expr) -> bool:
+    """`getattr(thing, name)` with a name that is not written there."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"):
+        return False
+    return not isinstance(node.args[1], ast.Constant)
+
+
+def called_by_name(tree: ast.AST) -> list[int]:
+    """Lines where a method is called by a name that only the running program knows, or that is a string."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("remote", "options") and is_lookup(node.value):
+            lines.append(node.lineno)
+        if isinstance(node, ast.Call):
+            verb = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            text = bool(node.args) and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
+            by_string = (
+                verb in ("ask", "keep", "share", "call", "call_keep", "tell") and text and len(node.keywords) > 0
+            )
+            if by_string or verb == "methodcaller" or is_lookup(node.func):
+                lines.append(node.lineno)
+    return lines
+
+
+def test_methods_are_looked_up_by_name_in_one_place() -> None:
+    """A call names its method by the function itself, which readers, editors and mypy find (`rlhf/cluster/calls.py`)."""
+    found = {path.relative_to(ROOT).as_posix(): called_by_name(ast.parse(path.read_text())) for path in SOURCES}
+    classes = {"rlhf/reward/verifiers/verifier.py"}  # a class, by the name of its kind
+    assert {path for path, lines in found.items() if lines} == classes
+    tree = ast.parse((ROOT / "rlhf/cluster/calls.py").read_text())
+    assert len([node for node in ast.walk(tree) if isinstance(node, ast.expr) and is_lookup(node)]) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ['handle.call("learn", deadline=1)', "getattr(actor, method).remote()", "getattr(self, name)(1)"]
+)
+def test_a_call_by_name_is_found(line: str) -> None:
+    assert called_by_name(ast.parse(line)) == [1]

@@ -6,8 +6,18 @@ results that the caller does not want to hold.
 Does not know: what any actor does. Rule: every remote wait has a deadline and says who waited for whom.
 """
 
+from rlhf.cluster.calls import (
+    ActorDied,
+    DeadlineExpired,
+    Handle,
+    LocalHandle,
+    LocalRef,
+    RayHandle,
+    Ref,
+    fetch,
+    together,
+)
 from rlhf.cluster.devices import compute_env, shared_engines, shared_rewards, takes_turns, uses_gpu
-from rlhf.cluster.handles import ActorDied, DeadlineExpired, Handle, LocalHandle, LocalRef, RayHandle, fetch, together
 from rlhf.cluster.placement import CannotPlace, Placement, Seat, place
 from rlhf.cluster.runtime import LocalRuntime, RayRuntime, Runtime
 from rlhf.cluster.wishes import Node, Wishes, wishes
@@ -24,6 +34,7 @@ __all__ = [
     "Placement",
     "RayHandle",
     "RayRuntime",
+    "Ref",
     "Runtime",
     "Seat",
     "Wishes",

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.cluster.calls import DeadlineExpired
 from rlhf.cluster.devices import SPANS_NODES
-from rlhf.cluster.handles import DeadlineExpired
 from rlhf.cluster.placement import CannotPlace, Placement, Seat
 from rlhf.cluster.wishes import Node
 from rlhf.config.cluster import Role

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+from rlhf.cluster.calls import Handle, LocalHandle, RayHandle
 from rlhf.cluster.devices import SHARED_BY, claim_threads
-from rlhf.cluster.handles import Handle, LocalHandle, RayHandle
 from rlhf.cluster.network import INTERFACES, LOOPBACK, choose_interfaces
 from rlhf.cluster.own_ray import own_ray
 from rlhf.cluster.placement import CannotPlace, Placement, place
@@ -18,7 +18,16 @@ from rlhf.cluster.worker_setup import job_environment
 from rlhf.config.cluster import ClusterSettings, Role
 
 Files = Mapping[Role, Mapping[str, str]]
+Actor = TypeVar("Actor")
+Arguments = ParamSpec("Arguments")
 THIS_MACHINE = "this machine"
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """An actor that has something to end."""
+
+    def close(self) -> Any: ...
 
 
 class Runtime(Protocol):
@@ -58,11 +67,16 @@ class Runtime(Protocol):
         """
         ...
 
-    def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
-        """Start `cls(*args)` under `name`, in the seat that was reserved for this name. Without a reservation it runs on any
-        node, without a GPU. Returns before the constructor has run; ask the actor whether it is ready.
+    def start(
+        self, name: str, cls: Callable[Arguments, Actor], *, env: Mapping[str, str] | None = None
+    ) -> Callable[Arguments, Handle[Actor]]:
+        """A function that starts `cls` with its arguments under `name`: `start("policy-0", PolicyRank)(settings, 0, ...)`.
+
+        The actor gets the seat that was reserved for this name; without a reservation it runs on any node, without a GPU. Its handle
+        is there before the constructor has run; ask the actor whether it is ready.
 
         Args:
+            cls: a class.
             env: environment variables the actor's process needs before its first import.
         """
         ...
@@ -117,7 +131,9 @@ class RayRuntime:
             return self._reservation.ask_nodes(roles, question, *args)
         return {THIS_MACHINE: question(*args)}
 
-    def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
+    def start(
+        self, name: str, cls: Callable[Arguments, Actor], *, env: Mapping[str, str] | None = None
+    ) -> Callable[Arguments, Handle[Actor]]:
         options: dict[str, Any] = {"num_cpus": 1}
         variables = dict(env or {})
         if self._reservation is not None:
@@ -125,9 +141,14 @@ class RayRuntime:
             variables |= self._reservation.env(name)
             if SHARED_BY in variables:
                 variables[SHARED_BY] = str(len(self._reservation.placement.neighbours(name)))
-        actor: Any = self._ray.remote(cls).options(**options, runtime_env={"env_vars": variables}).remote(*args)
-        self._actors.append(actor)
-        return RayHandle(name, actor)
+        remote: Any = self._ray.remote(cls)  # to Ray's types a class and a function are two things
+
+        def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> RayHandle[Actor]:
+            actor = remote.options(**options, runtime_env={"env_vars": variables}).remote(*args, **kwargs)
+            self._actors.append(actor)
+            return RayHandle(name, actor)
+
+        return made
 
     def stop(self) -> None:
         for actor in self._actors:
@@ -158,20 +179,25 @@ class LocalRuntime:
     def ask_nodes(self, roles: Collection[Role], question: Callable[..., Any], *args: Any) -> dict[str, Any]:
         return {THIS_MACHINE: question(*args)}
 
-    def start(self, name: str, cls: type, *args: Any, env: Mapping[str, str] | None = None) -> Handle:
+    def start(
+        self, name: str, cls: Callable[Arguments, Actor], *, env: Mapping[str, str] | None = None
+    ) -> Callable[Arguments, Handle[Actor]]:
         variables = dict(env or {})
-        claim_threads(variables)
-        variables.pop(SHARED_BY, None)  # it concerns no process but this actor's, and that is the driver's
-        os.environ.update(variables)
-        target = cls(*args)
-        self._targets.append(target)
-        return LocalHandle(name, target)
+
+        def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> LocalHandle[Actor]:
+            claim_threads(variables)
+            variables.pop(SHARED_BY, None)  # it concerns no process but this actor's, and that is the driver's
+            os.environ.update(variables)
+            target = cls(*args, **kwargs)
+            self._targets.append(target)
+            return LocalHandle(name, target)
+
+        return made
 
     def stop(self) -> None:
         for target in reversed(self._targets):
-            close = getattr(target, "close", None)
-            if close is not None:
-                close()
+            if isinstance(target, Closable):
+                target.close()
         self._targets.clear()
         for name, value in self._environment.items():
             if value is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import closing
-from functools import partial
 
 from rlhf.algorithms import make
 from rlhf.cluster import Runtime
@@ -85,7 +84,7 @@ class Training:
         """Reserve the devices, start the roles, take the remaining steps, evaluate, export."""
         with (
             closing(audience_of(self.settings)) as audience,
-            reserved_runtime(self.settings, self.debug, partial(audience.tell, "phase")) as (runtime, placement),
+            reserved_runtime(self.settings, self.debug, audience.phase) as (runtime, placement),
         ):
             before = recorded_dtype(self.settings.run.dir) if self.resume else None
             self.settings, choice = settle(self.settings, runtime, before)

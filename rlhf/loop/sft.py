@@ -69,7 +69,7 @@ class Tuning:
         with closing(Audience(settings.run.dir)) as audience:
             if settings.tracking.console != "off":
                 audience.join("console", lambda: SupervisedConsole(self.course.updates))
-            audience.tell("phase", "reserving devices")
+            audience.phase("reserving devices")
             runtime: Runtime = LocalRuntime() if self.debug else RayRuntime(settings.cluster, settings.policy.ranks)
             try:
                 await self._run(runtime, audience)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from rlhf.algorithms import Algorithm, PolicyGradient
 from rlhf.algorithms.algorithm import Objective
 from rlhf.algorithms.kl import AdaptiveKl
-from rlhf.cluster import Handle, Runtime, compute_env, together
+from rlhf.cluster import Runtime
 from rlhf.config import Settings
 from rlhf.policy.learner import InvariantBroken, Moment
 from rlhf.policy.meters import means, merge
 from rlhf.policy.probe import require_small
 from rlhf.policy.rank import PolicyRank, UpdateShare
 from rlhf.training.balance import plan_updates
+from rlhf.training.rank_group import RankGroup, start_ranks
 from rlhf.transfer import TransferSession
 from rlhf.types import Assignment, ModelSlot, Rollout, WeightSpec
 
@@ -23,7 +23,7 @@ from rlhf.types import Assignment, ModelSlot, Rollout, WeightSpec
 class PolicyGroup:
     """Made by `start`. All calls are collective over the ranks and wait at most the deadlines in `cluster`."""
 
-    def __init__(self, settings: Settings, ranks: Sequence[Handle], objective: Objective):
+    def __init__(self, settings: Settings, ranks: RankGroup[PolicyRank], objective: Objective):
         self._settings, self._ranks, self._objective = settings, ranks, objective
         self._kl: AdaptiveKl | None = None
         if isinstance(objective, PolicyGradient) and objective.kl_placement != "none":
@@ -37,24 +37,10 @@ class PolicyGroup:
         Args:
             total_updates: optimizer steps of the whole run, for the learning-rate schedule.
         """
-        count = settings.policy.ranks
-        ranks = [
-            runtime.start(
-                f"policy[{rank}]",
-                PolicyRank,
-                settings,
-                rank,
-                algorithm,
-                total_updates,
-                env=compute_env(settings.cluster, count),
-            )
-            for rank in range(count)
-        ]
+        start = start_ranks(runtime, PolicyRank, settings.policy.ranks, settings.cluster)
+        ranks = await start(settings, algorithm, total_updates)
         group = cls(settings, ranks, algorithm.objective)
-        deadline = settings.cluster.startup_s
-        host, port = await ranks[0].call("address", deadline=deadline)
-        await group._all("setup", host, port, deadline=deadline)
-        group.specs = await ranks[0].call("weight_specs", deadline=deadline)
+        group.specs = await ranks.first.ask(PolicyRank.weight_specs, deadline=settings.cluster.startup_s)()
         return group
 
     async def learn(self, assignments: Sequence[Assignment], moment: Moment) -> dict[str, float]:
@@ -72,7 +58,7 @@ class PolicyGroup:
             len(self._ranks),
             settings.policy.micro_batch_tokens,
         )
-        shares: list[list[UpdateShare]] = [[] for _ in self._ranks]
+        shares: list[list[UpdateShare]] = [[] for _ in range(len(self._ranks))]
         for update in plan:
             learned = [assignments[i] for share in update for batch in share for i in batch]
             counts = (
@@ -83,11 +69,8 @@ class PolicyGroup:
             for rank, share in enumerate(update):
                 batches = tuple(tuple(assignments[i] for i in batch) for batch in share)
                 shares[rank].append(UpdateShare(batches, *counts))
-        calls = (
-            rank.call("learn", share, moment, deadline=settings.cluster.learn_deadline_s)
-            for rank, share in zip(self._ranks, shares, strict=True)
-        )
-        metrics = means(merge(await together(*calls)))
+        learn = self._ranks.share(PolicyRank.learn, shares, deadline=settings.cluster.learn_deadline_s)
+        metrics = means(merge(await learn(moment)))
         self._check_gap(metrics)
         if self._kl is not None:
             metrics["policy/kl_coef"] = self._kl.coef
@@ -141,7 +124,7 @@ class PolicyGroup:
         if not probes:
             return {}
         deadline = self._settings.cluster.learn_deadline_s
-        gaps = (await self._all("probe_gaps", list(probes.values()), deadline=deadline))[0]
+        gaps, *_ = await self._ranks.ask(PolicyRank.probe_gaps, deadline=deadline)(list(probes.values()))
         return require_small(gaps, list(probes), self._settings.run.max_logprob_gap)
 
     async def measure(self, assignments: Sequence[Assignment]) -> dict[str, float]:
@@ -149,23 +132,17 @@ class PolicyGroup:
         settings = self._settings
         costs = [assignment.n_tokens() for assignment in assignments]
         (shares,) = plan_updates(costs, 1, len(self._ranks), settings.policy.micro_batch_tokens)
-        calls = (
-            rank.call(
-                "measure",
-                [tuple(assignments[i] for i in batch) for batch in share],
-                deadline=settings.cluster.learn_deadline_s,
-            )
-            for rank, share in zip(self._ranks, shares, strict=True)
-        )
-        return means(merge(await together(*calls)))
+        batches = [[tuple(assignments[i] for i in batch) for batch in share] for share in shares]
+        measure = self._ranks.share(PolicyRank.measure, batches, deadline=settings.cluster.learn_deadline_s)
+        return means(merge(await measure()))
 
     async def open_transfer(self, session: TransferSession) -> None:
         """Join the engines' transfer group; to be awaited together with the pool's `connect`."""
-        await self._all("open_transfer", session, deadline=self._settings.cluster.startup_s)
+        await self._ranks.ask(PolicyRank.open_transfer, deadline=self._settings.cluster.startup_s)(session)
 
     async def transfer_address(self) -> tuple[str, int]:
         """Host of the sender and a free port there."""
-        return await self._ranks[0].call("address", deadline=self._settings.cluster.startup_s)
+        return await self._ranks.first.ask(PolicyRank.address, deadline=self._settings.cluster.startup_s)()
 
     async def send_weights(self, slot: ModelSlot = "policy") -> str:
         """Send the weights to the engines, which must be receiving; returns their fingerprint.
@@ -173,7 +150,10 @@ class PolicyGroup:
         Args:
             slot: the policy's weights, or those of the engines' second model.
         """
-        return (await self._all("send_weights", slot, deadline=self._settings.cluster.publish_deadline_s))[0]
+        send = self._ranks.ask(PolicyRank.send_weights, deadline=self._settings.cluster.publish_deadline_s)
+        fingerprint, *_ = await send(slot)
+        assert fingerprint is not None, "rank 0 always sends"
+        return fingerprint
 
     async def follow(self, step: int) -> dict[str, bool]:
         """Let reference and partner follow the policy after loop step `step`: name -> whether it changed.
@@ -181,37 +161,34 @@ class PolicyGroup:
         Raises:
             InvariantBroken: one of them had changed by itself.
         """
-        return (await self._all("follow", step, deadline=self._settings.cluster.learn_deadline_s))[0]
+        changed, *_ = await self._ranks.ask(PolicyRank.follow, deadline=self._settings.cluster.learn_deadline_s)(step)
+        return changed
 
     async def rest(self) -> None:
         """Leave only the policy's weights on the devices, for engines that share them."""
-        await self._all("rest", deadline=self._settings.cluster.learn_deadline_s)
+        await self._ranks.ask(PolicyRank.rest, deadline=self._settings.cluster.learn_deadline_s)()
 
     async def wake(self) -> None:
         """Undo `rest`; before everything but `send_weights`."""
-        await self._all("wake", deadline=self._settings.cluster.learn_deadline_s)
+        await self._ranks.ask(PolicyRank.wake, deadline=self._settings.cluster.learn_deadline_s)()
 
     async def save(self, folder: str, tag: str) -> dict[str, str]:
         """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share). Returns the files' checksums, for
         `Checkpoints.complete`."""
-        ranks = await self._all("save", folder, tag, deadline=self._settings.cluster.learn_deadline_s)
-        return {name: digest for written in ranks for name, digest in written.items()}
+        return await self._ranks.save(folder, tag)
 
     async def load(self, folder: str, tag: str) -> None:
         """Restore a checkpoint that `save` wrote."""
-        await self._all("load", folder, tag, deadline=self._settings.cluster.learn_deadline_s)
+        await self._ranks.load(folder, tag)
 
     async def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format to `folder`."""
-        await self._all("export", folder, deadline=self._settings.cluster.learn_deadline_s)
+        await self._ranks.export(folder)
 
     async def check_anchors(self) -> None:
         """Raises InvariantBroken if the weights of reference or partner are not those that their rule gave them."""
-        await self._all("check_anchors", deadline=self._settings.cluster.learn_deadline_s)
+        await self._ranks.ask(PolicyRank.check_anchors, deadline=self._settings.cluster.learn_deadline_s)()
 
     async def close(self) -> None:
         """Let the ranks leave their group."""
-        await self._all("close", deadline=self._settings.cluster.startup_s)
-
-    async def _all(self, method: str, *args: Any, deadline: float) -> list[Any]:
-        return await together(*(rank.call(method, *args, deadline=deadline) for rank in self._ranks))
+        await self._ranks.close()

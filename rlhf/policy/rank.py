@@ -59,8 +59,8 @@ class UpdateShare:
 class PolicyRank:
     """See the module. `setup` is collective: it returns when all ranks have called it."""
 
-    def __init__(self, settings: Settings, rank: int, algorithm: Algorithm, total_updates: int):
-        self.settings, self.rank, self.algorithm, self.total_updates = settings, rank, algorithm, total_updates
+    def __init__(self, rank: int, settings: Settings, algorithm: Algorithm, total_updates: int):
+        self.rank, self.settings, self.algorithm, self.total_updates = rank, settings, algorithm, total_updates
         self._sender: WeightSender | None = None
 
     def address(self) -> tuple[str, int]:

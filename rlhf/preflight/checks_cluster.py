@@ -12,14 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
+from rlhf.cluster.calls import method_of
 from rlhf.cluster.network import choose_interfaces, listener, meeting_place
 from rlhf.cluster.own_ray import own_ray
 from rlhf.cluster.signals import sigterm_kept_from_ray
 from rlhf.config.cluster import ClusterSettings
 from rlhf.preflight.checks_host import HostFacts, look
 from rlhf.preflight.finding import Finding
+
+Arguments = ParamSpec("Arguments")
+Own = TypeVarTuple("Own")
+Result = TypeVar("Result")
 
 DEADLINE_S = 120.0
 """Longest wait for all probes to answer one question."""
@@ -133,16 +138,26 @@ class Team:
     nodes: int
     gpus: int
 
-    def ask(self, method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        """One answer from each probe, to the same question or (`each`) to one with arguments of its own.
+    def ask(self, method: Callable[Concatenate[Probe, Arguments], Result]) -> Callable[Arguments, list[Result]]:
+        """A function that asks every probe the same question: one answer from each.
 
-        Raises:
+        Raises (when called):
             RayError: a probe failed, died or (its subclass GetTimeoutError) did not answer within `DEADLINE_S`.
         """
+
+        def asked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> list[Result]:
+            return self._answers([method_of(probe, method).remote(*args, **kwargs) for probe in self.probes])
+
+        return asked
+
+    def ask_each(self, method: Callable[[Probe, *Own], Result], each: Sequence[tuple[*Own]]) -> list[Result]:
+        """As `ask`, but every probe gets arguments of its own."""
+        pairs = zip(self.probes, each, strict=True)
+        return self._answers([method_of(probe, method).remote(*own) for probe, own in pairs])
+
+    def _answers(self, calls: list[Any]) -> list[Any]:
         import ray
 
-        each = [args] * len(self.probes) if each is None else each
-        calls = [getattr(probe, method).remote(*own) for probe, own in zip(self.probes, each, strict=True)]
         return ray.get(calls, timeout=DEADLINE_S)
 
 

@@ -19,6 +19,7 @@ from rlhf.data.prompts import load_tokenizer
 from rlhf.data.rendering import engine_stops
 from rlhf.preflight.checks_cluster import (
     DEADLINE_S,
+    Probe,
     Team,
     Unreachable,
     broken_collective,
@@ -100,7 +101,7 @@ def _environment(cluster: ClusterSettings, paths: Sequence[str]) -> Iterator[Fin
     try:
         with team(cluster) as found:
             try:
-                facts = found.ask("facts")
+                facts = found.ask(Probe.facts)()
             except (RayError, TimeoutError) as error:
                 yield check_ray(found, cluster.address)
                 yield from _hosts([look()])
@@ -129,18 +130,18 @@ def _together(found: Team, facts: Sequence[HostFacts], paths: Sequence[str]) -> 
     """What needs all nodes."""
     from ray.exceptions import RayError
 
-    places = found.ask("listen")
-    unreached = [failure for failures in found.ask("unreached", places) for failure in failures]
+    places = found.ask(Probe.listen)()
+    unreached = [failure for failures in found.ask(Probe.unreached)(places) for failure in failures]
     yield check_ports(unreached, len(places))
     backend, world = "nccl" if found.gpus else "gloo", len(found.probes)
-    meeting = found.ask("rendezvous")[0]
+    meeting = found.ask(Probe.rendezvous)()[0]
     try:
-        measured = found.ask("collective", each=[(backend, rank, world, meeting) for rank in range(world)])
+        measured = found.ask_each(Probe.collective, [(backend, rank, world, meeting) for rank in range(world)])
         yield check_collective(backend, found.nodes, measured)
     except (RayError, TimeoutError) as error:
         yield broken_collective(backend, error)
     if paths:
-        answers = found.ask("unreadable", paths)
+        answers = found.ask(Probe.unreadable)(paths)
         yield check_readable({one.host: missing for one, missing in zip(facts, answers, strict=True)}, len(paths))
 
 

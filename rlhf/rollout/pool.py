@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, uses_gpu
 from rlhf.config.settings import Settings
@@ -33,7 +34,9 @@ class NoEngines(RuntimeError):
 class RolloutPool:
     """Engines that answer as one. Make it with `start`."""
 
-    def __init__(self, settings: Settings, backend: Backend, handles: list[Handle], infos: list[EngineInfo]):
+    def __init__(
+        self, settings: Settings, backend: Backend, handles: list[Handle[RolloutEngine]], infos: list[EngineInfo]
+    ):
         self.backend = backend
         self._settings = settings
         self._handles = dict(enumerate(handles))
@@ -64,21 +67,13 @@ class RolloutPool:
         count = 1 if runtime.local else settings.rollout.engines
         env = engine_environment(settings, runtime.local)
         handles = [
-            runtime.start(
-                f"rollout-{index}",
-                RolloutEngine,
-                settings,
-                index,
-                runtime.local,
-                backend,
-                gpu,
-                mixes,
-                env=env,
+            runtime.start(f"rollout-{index}", RolloutEngine, env=env)(
+                settings, index, runtime.local, backend, gpu, mixes
             )
             for index in range(count)
         ]
         deadline = settings.cluster.startup_s
-        infos = await asyncio.gather(*(handle.call("ready", deadline=deadline) for handle in handles))
+        infos = await asyncio.gather(*(handle.ask(RolloutEngine.ready, deadline=deadline)() for handle in handles))
         return cls(settings, backend, handles, list(infos))
 
     @property
@@ -144,9 +139,8 @@ class RolloutPool:
         """The engine's answer; None if it dies."""
         deadline = self._settings.rollout.request_deadline_s
         try:
-            infos, completions = await self._handles[index].call_keep(
-                "sample", prompt, list(samplings), with_pair, deadline=deadline
-            )
+            sample = self._handles[index].keep(RolloutEngine.sample, deadline=deadline)
+            infos, completions = await sample(prompt, list(samplings), with_pair)
         except (ActorDied, EngineDied) as error:
             self._bury(index, error)
             return None
@@ -172,7 +166,7 @@ class RolloutPool:
         offset, calls = 1, []  # rank 0 is the sender
         deadline = self._settings.cluster.publish_deadline_s
         for index, handle in self._handles.items():
-            calls.append(handle.call("join_transfer", session, offset, deadline=deadline))
+            calls.append(handle.ask(RolloutEngine.join_transfer, deadline=deadline)(session, offset))
             offset += self._infos[index].workers
         await asyncio.gather(*calls)
         self._joined = tuple(self._handles)
@@ -198,8 +192,10 @@ class RolloutPool:
                 "open a new session and call pool.connect (also after a failed transfer). " + " ".join(self._deaths)
             )
         deadline = self._settings.cluster.publish_deadline_s
-        handles = self._handles.values()
-        calls = (handle.call("receive_weights", list(specs), version, slot, deadline=deadline) for handle in handles)
+        calls = (
+            handle.ask(RolloutEngine.receive_weights, deadline=deadline)(list(specs), version, slot)
+            for handle in self._handles.values()
+        )
         self._attested = tuple(await asyncio.gather(*calls))
         self._joined = joined
 
@@ -234,20 +230,20 @@ class RolloutPool:
         sent again after `wake`."""
         if self._settings.rollout.sleep_level == 2:
             self._unconfirmed |= self._slots
-        await self._all("sleep", self._shared)
+        await self._all(RolloutEngine.sleep, self._shared)
 
     async def wake(self) -> None:
         """Undo `sleep`; needed before sampling and before receiving weights."""
-        await self._all("wake", self._shared)
+        await self._all(RolloutEngine.wake, self._shared)
 
     async def close(self) -> None:
         """End all engines and their processes."""
-        await self._all("close")
+        await self._all(RolloutEngine.close)
 
-    async def _all(self, method: str, engines: Container[int] | None = None) -> None:
+    async def _all(self, method: Callable[[RolloutEngine], Any], engines: Container[int] | None = None) -> None:
         deadline = self._settings.cluster.publish_deadline_s
         handles = [handle for index, handle in self._handles.items() if engines is None or index in engines]
-        await asyncio.gather(*(handle.call(method, deadline=deadline) for handle in handles))
+        await asyncio.gather(*(handle.ask(method, deadline=deadline)() for handle in handles))
 
 
 def choose_backend(settings: Settings, gpu: bool, local: bool) -> Backend:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
@@ -47,14 +48,18 @@ class Audience:
         if listener is not None:
             self._listeners[name] = listener
 
-    def tell(self, event: str, *arguments: Any) -> None:
-        """Call this method of every listener."""
+    def tell(self, event: Callable[[Listener], None]) -> None:
+        """Tell every listener, for example `lambda listener: listener.step(line)`."""
         for name, listener in list(self._listeners.items()):
-            self._guard(name, lambda: getattr(listener, event)(*arguments))  # noqa: B023 (called at once)
+            self._guard(name, partial(event, listener))
+
+    def phase(self, text: str) -> None:
+        """Tell every listener what the run does from now on."""
+        self.tell(lambda listener: listener.phase(text))
 
     def close(self) -> None:
         """Let them finish. Safe to call twice."""
-        self.tell("close")
+        self.tell(lambda listener: listener.close())
         self._listeners.clear()
 
     def _guard(self, name: str, call: Callable[[], Any]) -> Any:

@@ -84,23 +84,23 @@ class Record:
         """Record the metrics of a training step (1-based), and what a person should be told of it."""
         line = _line(step, metrics, warnings)
         self._append("metrics", line)
-        self._audience.tell("step", line)
+        self._audience.tell(lambda listener: listener.step(line))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics on held-out prompts, measured after `step` steps (0: before training)."""
         line = _line(step, metrics)
         self._append("evaluations", line)
-        self._audience.tell("evaluation", line)
+        self._audience.tell(lambda listener: listener.evaluation(line))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record what the policy wrote in a step: one line per row, with `step` put before the row's own fields."""
         for row in rows:
             self._append("samples", {"step": step} | dict(row))
-        self._audience.tell("samples", step, rows)
+        self._audience.tell(lambda listener: listener.samples(step, rows))
 
     def phase(self, text: str) -> None:
         """Tell what the run does from now on. It is not written down."""
-        self._audience.tell("phase", text)
+        self._audience.phase(text)
 
     def placed(self, lines: Sequence[str]) -> None:
         """Note in manifest.json which actors run on which node in this start of the run, one line per node."""

@@ -14,15 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlhf.cluster import Handle, Runtime, compute_env, together
+from rlhf.cluster import Runtime
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.loader import UserError
 from rlhf.config.policy import PolicySettings
 from rlhf.training.balance import plan_updates
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.deepspeed import TrainingDiverged
+from rlhf.training.rank_group import RankGroup, start_ranks
 from rlhf.training.resume import RUN
-from rlhf.training.supervised_rank import Learned, Learner, Share, SupervisedRank
+from rlhf.training.supervised_rank import Learner, Share, SupervisedRank
 
 BATCHES_PER_SORT = 20
 """Among how many batches units of like length are sought: enough to leave little padding, few enough to keep the order random."""
@@ -94,7 +95,7 @@ class Course:
 class SupervisedGroup:
     """All ranks as one object. Made by `start`; all calls are collective over the ranks and wait at most `cluster`'s deadlines."""
 
-    def __init__(self, settings: PolicySettings, cluster: ClusterSettings, ranks: Sequence[Handle]):
+    def __init__(self, settings: PolicySettings, cluster: ClusterSettings, ranks: RankGroup[SupervisedRank]):
         self._settings, self._cluster, self._ranks = settings, cluster, ranks
 
     @classmethod
@@ -108,17 +109,8 @@ class SupervisedGroup:
         total_updates: int,
     ) -> SupervisedGroup:
         """Start all ranks and wait until they have built their modules."""
-        env = compute_env(cluster, settings.ranks)
-        ranks = [
-            runtime.start(
-                f"policy[{rank}]", SupervisedRank, learner, settings, cluster, seed, rank, total_updates, env=env
-            )
-            for rank in range(settings.ranks)
-        ]
-        group = cls(settings, cluster, ranks)
-        host, port = await ranks[0].call("address", deadline=cluster.startup_s)
-        await group._all("setup", host, port, deadline=cluster.startup_s)
-        return group
+        start = start_ranks(runtime, SupervisedRank, settings.ranks, cluster)
+        return cls(settings, cluster, await start(learner, settings, cluster, seed, total_updates))
 
     async def learn(self, step: int, examples: Examples, units: Sequence[Any]) -> dict[str, float]:
         """Make optimizer step `step` with these units; its metrics (see `train`).
@@ -126,23 +118,17 @@ class SupervisedGroup:
         Raises:
             TrainingDiverged: a loss or gradient is not finite.
         """
-        shares, count = self._shares(examples, units)
-        calls = (
-            rank.call("learn", Share(batches, max(count, 1.0)), step, deadline=self._cluster.learn_deadline_s)
-            for rank, batches in zip(self._ranks, shares, strict=True)
-        )
-        learned: list[Learned] = await together(*calls)
+        payloads, count = self._shares(examples, units)
+        shares = [Share(batches, max(count, 1.0)) for batches in payloads]
+        learned = await self._ranks.share(SupervisedRank.learn, shares, deadline=self._cluster.learn_deadline_s)(step)
         loss = {"train/loss": sum(part.loss for part in learned) / count} if count else {}
         return loss | {"train/grad_norm": learned[0].grad_norm, "train/learning_rate": learned[0].learning_rate}
 
     async def measure(self, examples: Examples) -> float:
         """Mean loss on examples that are not learned from."""
         shares, count = self._shares(examples, examples.units(0))
-        calls = (
-            rank.call("measure", batches, deadline=self._cluster.learn_deadline_s)
-            for rank, batches in zip(self._ranks, shares, strict=True)
-        )
-        return sum(await together(*calls)) / max(count, 1.0)
+        measure = self._ranks.share(SupervisedRank.measure, shares, deadline=self._cluster.learn_deadline_s)
+        return sum(await measure()) / max(count, 1.0)
 
     def _shares(self, examples: Examples, units: Sequence[Any]) -> tuple[list[tuple[Any | None, ...]], float]:
         """Each rank's payloads, and the count over all."""
@@ -158,23 +144,19 @@ class SupervisedGroup:
     async def save(self, folder: str, tag: str) -> dict[str, str]:
         """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share). Returns the files' checksums, for
         `Checkpoints.complete`."""
-        ranks = await self._all("save", folder, tag, deadline=self._cluster.learn_deadline_s)
-        return {name: digest for written in ranks for name, digest in written.items()}
+        return await self._ranks.save(folder, tag)
 
     async def load(self, folder: str, tag: str) -> None:
         """Restore a checkpoint that `save` wrote."""
-        await self._all("load", folder, tag, deadline=self._cluster.learn_deadline_s)
+        await self._ranks.load(folder, tag)
 
     async def export(self, folder: str) -> None:
         """Let the learner write the result to `folder` on rank 0's machine."""
-        await self._all("export", folder, deadline=self._cluster.learn_deadline_s)
+        await self._ranks.export(folder)
 
     async def close(self) -> None:
         """Let the ranks leave their group."""
-        await self._all("close", deadline=self._cluster.startup_s)
-
-    async def _all(self, method: str, *args: Any, deadline: float) -> list[Any]:
-        return await together(*(rank.call(method, *args, deadline=deadline) for rank in self._ranks))
+        await self._ranks.close()
 
 
 class Journal(Protocol):

@@ -97,11 +97,11 @@ class SupervisedRank:
 
     def __init__(
         self,
+        rank: int,
         learner: Learner,
         settings: PolicySettings,
         cluster: ClusterSettings,
         seed: int,
-        rank: int,
         total_updates: int,
     ):
         self.learner, self.settings, self.cluster = learner, settings, cluster

@@ -45,10 +45,11 @@ def ask(settings: ClusterSettings, wishes: Wishes, **files: str) -> dict[str, An
     try:
         placement = runtime.reserve(wishes)
         runtime.check_files({"rollout": files})
-        handles = {name: runtime.start(name, Witness) for name in placement.seats}
+        handles = {name: runtime.start(name, Witness)() for name in placement.seats}
 
         async def reports() -> list[Any]:
-            return await asyncio.gather(*(handle.call("report", deadline=DEADLINE_S) for handle in handles.values()))
+            calls = (handle.ask(Witness.report, deadline=DEADLINE_S)() for handle in handles.values())
+            return await asyncio.gather(*calls)
 
         return dict(zip(handles, asyncio.run(reports()), strict=True))
     except UserError as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 from rlhf.cluster import LocalRuntime
 from rlhf.policy import Moment, PolicyGroup
+from tests.helpers import rank_inside
 from tests.policy.test_group import PPO, declare, make_assignments
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -22,7 +22,7 @@ def test_a_resting_policy_keeps_only_its_weights(tiny_settings: Callable, run: C
     async def use() -> tuple[int, int, int, int]:
         group = await PolicyGroup.start(LocalRuntime(), settings, declare(PPO), 1)
         await group.learn(make_assignments(PPO, False), Moment(1, equal=False))
-        rank: Any = group._ranks[0].target
+        rank = rank_inside(group)
         weights = sum(
             p.numel() * p.element_size() for t in rank.learner.trainers.values() for p in t.engine.module.parameters()
         )

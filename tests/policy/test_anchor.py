@@ -42,7 +42,7 @@ def test_when_reference_and_policy_must_agree() -> None:
 def rank(tiny_settings: Callable) -> Callable:
     def start(rule: UpdateRule, partner: UpdateRule | None = None, **policy: Any) -> PolicyRank:
         settings = tiny_settings(policy={"learning_rate": 1e-3} | policy)
-        made = PolicyRank(settings, 0, algorithm(rule, partner), total_updates=10)
+        made = PolicyRank(0, settings, algorithm(rule, partner), total_updates=10)
         made.setup(*made.address())
         return made
 

@@ -19,7 +19,9 @@ from rlhf.cluster import LocalRef, LocalRuntime, Runtime
 from rlhf.policy import InvariantBroken, Moment, PolicyGroup
 from rlhf.policy.gradient_learner import GradientLearner
 from rlhf.training.deepspeed import Trainer
+from rlhf.training.rank_group import RankGroup
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
+from tests.helpers import rank_inside
 
 UPDATES = 3
 PREFERENCE = Preference((Contrast("logistic", scale=0.1),))
@@ -225,7 +227,7 @@ def test_learning_rate_zero_changes_nothing_and_epochs_and_updates_count(
         still = settings(learning_rate=0.0, loop={"updates_per_step": 3, "epochs_per_step": 2})
         objective = OBJECTIVES[method]
         group = await PolicyGroup.start(LocalRuntime(), still, declare(objective), 6)
-        rank = group._ranks[0].target
+        rank = rank_inside(group)
         before = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
         metrics = await group.learn(make_assignments(objective, False), Moment(1, equal=True))
         assert metrics["policy/kl"] == 0
@@ -251,7 +253,7 @@ def test_a_changed_reference_and_foreign_log_probs_stop_the_run(settings: Callab
         with pytest.raises(InvariantBroken, match="before the first update"):
             await group.learn(make_assignments(objective, False), Moment(2, equal=True))  # no longer equal
         with torch.no_grad():
-            next(group._ranks[0].target.reference.model.parameters()).add_(1.0)
+            next(rank_inside(group).reference.model.parameters()).add_(1.0)
         with pytest.raises(InvariantBroken, match="weights of the reference changed"):
             await group.check_anchors()
         await group.close()
@@ -301,7 +303,7 @@ def test_a_factor_on_the_kl_is_restored_only_where_something_steers_it(
     settings: Callable, target: float | None, coef: float
 ) -> None:
     """Otherwise a run that is resumed with another algorithm.kl_coef would go on with the old one."""
-    group = PolicyGroup(settings(), [], replace(PPO, kl_target=target))
+    group = PolicyGroup(settings(), RankGroup([], settings().cluster), replace(PPO, kl_target=target))
     group.restore({})  # a run in which nothing held the policy
     assert group.state() == {"kl_coef": PPO.kl_coef}
     group.restore({"kl_coef": 9.0})
@@ -345,7 +347,7 @@ def test_while_the_critic_warms_up_the_policy_rests(settings: Callable, run: Cal
         critic = replace(PPO.critic, warmup_steps=2)
         objective = replace(PPO, critic=critic, kl_target=0.5, kl_horizon=100)
         group = await PolicyGroup.start(LocalRuntime(), settings(schedule="linear"), declare(objective), 3)
-        rank = group._ranks[0].target
+        rank = rank_inside(group)
         before = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
         for step in (1, 2):
             metrics = await group.learn(make_assignments(objective, False), Moment(step, equal=True))

@@ -73,7 +73,7 @@ def moved(tiny_settings: Callable) -> Callable[..., PolicyRank]:
             run={"invariants": False},
         )
         algorithm = Algorithm("test", (Source("policy", 2),), lambda *_: (), objective)
-        rank = PolicyRank(settings, 0, algorithm, total_updates=100)
+        rank = PolicyRank(0, settings, algorithm, total_updates=100)
         rank.setup(*rank.address())
         learn(rank, [torch.arange(20, 40)] * 6, objective)
         return rank

@@ -16,7 +16,7 @@ from rlhf.policy import rank as rank_module
 from rlhf.policy.learner import EQUAL_TOLERANCE, Lazily, require_equal
 from rlhf.training.packing import Experience, idle, pack
 from rlhf.types import Assignment, TrainingItem
-from tests.helpers import make_rollout
+from tests.helpers import make_rollout, rank_inside
 from tests.policy.test_group import LOOPS, OBJECTIVES, declare, make_assignments
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_a_rank_holds_one_micro_batch_and_learns_as_if_it_held_all(
 
     async def learn() -> list[torch.Tensor]:
         group = await PolicyGroup.start(LocalRuntime(), settings, declare(objective), 4)
-        rank: Any = group._ranks[0].target
+        rank = rank_inside(group)
         await group.learn(make_assignments(objective, False), Moment(1, equal=True))
         weights = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
         await group.close()

@@ -18,6 +18,7 @@ from rlhf.policy.rank import PolicyRank
 from rlhf.training import lora
 from rlhf.training.packing import Experience, pack
 from rlhf.training.weights import whole_weights
+from tests.helpers import rank_inside
 from tests.policy.test_anchor import algorithm
 from tests.policy.test_group import PPO, PREFERENCE, assert_same, declare, learn, make_assignments
 
@@ -44,7 +45,7 @@ def whole(settings: Callable, run: Callable, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def rank(settings: Callable) -> Callable:
     def start(rule: UpdateRule, partner: UpdateRule | None = None, **policy: Any) -> PolicyRank:
-        made = PolicyRank(settings(**policy), 0, algorithm(rule, partner), total_updates=10)
+        made = PolicyRank(0, settings(**policy), algorithm(rule, partner), total_updates=10)
         made.setup(*made.address())
         return made
 
@@ -127,7 +128,7 @@ def test_a_checkpoint_holds_what_learns_and_restores_it(
 def test_the_critic_learns_with_adapters_and_head_only(settings: Callable, run: Callable) -> None:
     async def use() -> None:
         group = await PolicyGroup.start(LocalRuntime(), settings(), declare(PPO), 6)
-        trainer = group._ranks[0].target.learner.trainers["critic"]
+        trainer = rank_inside(group).learner.trainers["critic"]
         before = {name: parameter.detach().clone() for name, parameter in trainer.engine.module.named_parameters()}
         learned = make_assignments(PPO, False)
         losses = [(await group.learn(learned, Moment(step, equal=step == 1)))["critic/loss"] for step in (1, 2, 3)]
@@ -216,7 +217,7 @@ def test_a_base_in_four_bits_stays_and_its_adapters_learn(
 
     async def use() -> None:
         group = await PolicyGroup.start(LocalRuntime(), quantized, declare(PPO), 6)
-        rank = group._ranks[0].target
+        rank = rank_inside(group)
         assert [spec.shape for spec in group.specs] == [tuple(t.shape) for _, t in rank._whole()]
         learned = make_assignments(PPO, False)
         first = await group.learn(learned, Moment(1, equal=True))

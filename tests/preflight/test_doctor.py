@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,11 @@ class FakeTeam(checks_cluster.Team):
         super().__init__(probes=[None, None], nodes=2, gpus=0)
         self.answers = answers
 
-    def ask(self, method: str, *args: Any, each: Any = None) -> list[Any]:
-        answer = self.answers[method]
+    def ask(self, method: Callable[..., Any]) -> Callable[..., list[Any]]:
+        return lambda *args: self.ask_each(method, [])
+
+    def ask_each(self, method: Callable[..., Any], each: Any) -> list[Any]:
+        answer = self.answers[method.__name__]
         if isinstance(answer, Exception):
             raise answer
         return answer

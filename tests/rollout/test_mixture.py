@@ -283,7 +283,7 @@ def test_requests_in_flight_finish_under_the_weights_they_began_with(remote_engi
     engine, drawn = engines.pool._handles[0], samplings(n=2, tokens=48, seed=9)
 
     async def start() -> list[asyncio.Task]:
-        tasks = [asyncio.ensure_future(engine.call("sample", p, drawn, deadline=60)) for p in PROMPTS]
+        tasks = [asyncio.ensure_future(engine.ask(RolloutEngine.sample, deadline=60)(p, drawn)) for p in PROMPTS]
         await asyncio.sleep(0.05)  # some requests have reached the engine, some not: the test holds either way
         return tasks
 

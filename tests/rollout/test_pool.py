@@ -15,6 +15,7 @@ import torch
 
 from rlhf.cluster import LocalRuntime, fetch
 from rlhf.rollout import RolloutPool, Sampling, StaleWeights
+from rlhf.rollout.engine import RolloutEngine
 from rlhf.transfer import TransferFailed
 from tests.rollout.publishing import GAP, PROMPTS, Publisher, largest_gap, load_model, make_prompt, sample_all
 
@@ -133,7 +134,7 @@ def test_requests_in_flight_finish_under_one_version(publisher, run, tiny_model)
     engine, sampling = publisher.pool._handles[0], Sampling(4, 48, seed=9)
 
     async def start() -> list[asyncio.Task]:
-        tasks = [asyncio.ensure_future(engine.call("sample", p, [sampling], deadline=60)) for p in PROMPTS]
+        tasks = [asyncio.ensure_future(engine.ask(RolloutEngine.sample, deadline=60)(p, [sampling])) for p in PROMPTS]
         await asyncio.sleep(0.05)  # some requests have reached the engine, some not: the test holds either way
         return tasks
 

@@ -28,7 +28,7 @@ from rlhf.training.resume import MODEL, RUN, remembered
 
 def save(settings: Settings, rank: int) -> None:
     """Two steps of a likelihood on other rows on each rank; then a checkpoint and an export."""
-    member = PolicyRank(settings, rank, make(settings), 2)
+    member = PolicyRank(rank, settings, make(settings), 2)
     member.setup("", 0)
     row = pack_sequences([np.arange(5 + rank, 17 + rank)], [np.arange(12) > 0], member.device)
     for _ in range(2):

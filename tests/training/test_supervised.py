@@ -24,6 +24,7 @@ from rlhf.training.loading import load_causal_lm
 from rlhf.training.model import LogProbModel
 from rlhf.training.sft import Conversations, NextToken
 from rlhf.training.supervised import Batch, Course, Saving, SupervisedGroup, train
+from tests.helpers import rank_inside
 
 CPU = torch.device("cpu")
 
@@ -254,9 +255,9 @@ def test_a_resumed_training_takes_the_present_learning_rate_and_decay(
             await group.load(str(tmp_path), "step")
         metrics = await group.learn(1, data, list(data.units(0)))
         await group.save(str(tmp_path), "again" if restored else "step")
-        (rank,) = group._ranks
+        rank = rank_inside(group)
         await group.close()
-        return metrics["train/learning_rate"], rank.target.trainer.engine.optimizer.param_groups[0]
+        return metrics["train/learning_rate"], rank.trainer.engine.optimizer.param_groups[0]
 
     assert run(step(False, learning_rate=1e-2))[0] == 1e-2
     rate, used = run(step(True, learning_rate=1e-4, weight_decay=0.5, adam_betas=(0.5, 0.6)))

@@ -8,9 +8,9 @@ servers), the servers through their handles.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime, shared_rewards
 from rlhf.cluster.devices import threads_env
@@ -41,7 +41,7 @@ class _Server:
     """
 
     index: int
-    handle: Handle
+    handle: Handle[RewardServer]
     info: ServerInfo
     live: bool = True
     outstanding: int = 0
@@ -101,7 +101,7 @@ class RewardPool:
         """
         n = len(rollout.infos)
         server = await self._seat(n)
-        return await self._ask(server, "judge", rollout.prompt, rollout.completions, n)
+        return await self._ask(server, RewardServer.judge, rollout.prompt, rollout.completions, n)
 
     async def judge_texts(self, prompt: Prompt, responses: Sequence[str]) -> Feedback:
         """The same for responses as text, without waiting.
@@ -121,7 +121,7 @@ class RewardPool:
         if server is None:
             raise Busy("all reward servers have enough to do")
         server.outstanding += len(responses)
-        return await self._ask(server, "judge_texts", prompt, list(responses), len(responses))
+        return await self._ask(server, RewardServer.judge_texts, prompt, list(responses), len(responses))
 
     async def check(self, step: int) -> dict[str, float]:
         """What the canaries say, for the record, every `reward.canaries_every` steps; nothing in between.
@@ -138,7 +138,7 @@ class RewardPool:
 
         async def ask(server: _Server) -> Health | None:
             try:
-                return await server.handle.call("health", deadline=HEALTH_S) if server.live else None
+                return await server.handle.ask(RewardServer.health, deadline=HEALTH_S)() if server.live else None
             except DeadlineExpired:
                 return None
             except ActorDied as error:
@@ -152,7 +152,7 @@ class RewardPool:
         """Server name -> hash of its weights now. They must always equal those in `infos`."""
         patience = self._settings.cluster.startup_s
         live = [server.handle for server in self._servers if server.live]
-        prints = await asyncio.gather(*(handle.call("fingerprint", deadline=patience) for handle in live))
+        prints = await asyncio.gather(*(handle.ask(RewardServer.fingerprint, deadline=patience)() for handle in live))
         return {handle.name: value for handle, value in zip(live, prints, strict=True)}
 
     async def offload(self) -> None:
@@ -162,16 +162,16 @@ class RewardPool:
         Raises:
             DeadlineExpired: a server does not answer.
         """
-        await self._turn("offload")
+        await self._turn(RewardServer.offload)
 
     async def reload(self) -> None:
         """Undo `offload`."""
-        await self._turn("reload")
+        await self._turn(RewardServer.reload)
 
-    async def _turn(self, method: Literal["offload", "reload"]) -> None:
+    async def _turn(self, method: Callable[[RewardServer], Coroutine[Any, Any, None]]) -> None:
         if not shared_rewards(self._settings, self._runtime.local):
             return
-        turned: list[Handle] = []
+        turned: list[Handle[RewardServer]] = []
         while True:
             await asyncio.gather(*(server.starting for server in self._servers if server.starting is not None))
             left = [server for server in self._servers if server.live and server.handle not in turned]
@@ -180,10 +180,10 @@ class RewardPool:
             await asyncio.gather(*(self._turn_one(server, method) for server in left))
             turned += [server.handle for server in left]
 
-    async def _turn_one(self, server: _Server, method: Literal["offload", "reload"]) -> None:
+    async def _turn_one(self, server: _Server, method: Callable[[RewardServer], Coroutine[Any, Any, None]]) -> None:
         handle = server.handle
         try:
-            await handle.call(method, deadline=self._settings.cluster.startup_s)
+            await handle.ask(method, deadline=self._settings.cluster.startup_s)()
         except ActorDied as error:
             self._bury(server, handle, error)
 
@@ -193,16 +193,23 @@ class RewardPool:
             if server.starting is not None:
                 server.starting.cancel()
         live = [server.handle for server in self._servers if server.live]
-        calls = (handle.call("close", deadline=CLOSE_S) for handle in live)
+        calls = (handle.ask(RewardServer.close, deadline=CLOSE_S)() for handle in live)
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, (ActorDied, DeadlineExpired)):
                 raise result
 
-    async def _ask(self, server: _Server, method: str, prompt: Prompt, responses: Any, n: int) -> Feedback:
+    async def _ask(
+        self,
+        server: _Server,
+        method: Callable[[RewardServer, Prompt, Any], Coroutine[Any, Any, Feedback]],
+        prompt: Prompt,
+        responses: Any,
+        n: int,
+    ) -> Feedback:
         """The answer of a server that has been given `n` more responses."""
         handle, deadline = server.handle, self._settings.reward.deadline_s
         try:
-            return await handle.call(method, prompt, responses, deadline=deadline + GRACE_S)
+            return await handle.ask(method, deadline=deadline + GRACE_S)(prompt, responses)
         except DeadlineExpired:
             return _all(prompt, n, TimedOut(deadline))
         except ActorDied as error:
@@ -237,7 +244,7 @@ class RewardPool:
             return None
         return server
 
-    def _bury(self, server: _Server, handle: Handle, error: ActorDied) -> None:
+    def _bury(self, server: _Server, handle: Handle[RewardServer], error: ActorDied) -> None:
         """Note a death, which several of its callers may report, and start the server again if it may be."""
         if not server.live or server.handle is not handle:
             return
@@ -272,7 +279,9 @@ class RewardPool:
             for start in range(0, len(watch.canaries), CANARIES_AT_ONCE):
                 some = watch.canaries[start : start + CANARIES_AT_ONCE]
                 server.outstanding += 2 * len(some)
-                asked = (self._ask(server, "judge_texts", one.prompt, [one.good, one.bad], 2) for one in some)
+                asked = (
+                    self._ask(server, RewardServer.judge_texts, one.prompt, [one.good, one.bad], 2) for one in some
+                )
                 found += await asyncio.gather(*asked)
             return found
 
@@ -281,13 +290,14 @@ class RewardPool:
         return {server.handle.name: found for server, found in zip(live, answers, strict=True) if server.live}
 
 
-def _launch(runtime: Runtime, settings: Settings, index: int, service: bool) -> Handle:
+def _launch(runtime: Runtime, settings: Settings, index: int, service: bool) -> Handle[RewardServer]:
     env = {} if runtime.local else threads_env(settings.cluster, settings.reward.servers)
-    return runtime.start(f"reward-{index}", RewardServer, settings, index, runtime.local, service, secrets(), env=env)
+    start = runtime.start(f"reward-{index}", RewardServer, env=env)
+    return start(settings, index, runtime.local, service, secrets())
 
 
-async def _ready(handle: Handle, settings: Settings) -> ServerInfo:
-    return await handle.call("ready", deadline=settings.cluster.startup_s)
+async def _ready(handle: Handle[RewardServer], settings: Settings) -> ServerInfo:
+    return await handle.ask(RewardServer.ready, deadline=settings.cluster.startup_s)()
 
 
 def _cause(error: Exception) -> str:
