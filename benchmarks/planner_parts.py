@@ -89,7 +89,7 @@ def states(args: argparse.Namespace) -> None:
     import deepspeed
 
     from rlhf.config.policy import PolicySettings
-    from rlhf.training.deepspeed import Trainer, shard_frozen
+    from rlhf.training.deepspeed import Frozen, Trainer
     from rlhf.training.loading import load_causal_lm
     from rlhf.training.model import LogProbModel
 
@@ -103,8 +103,8 @@ def states(args: argparse.Namespace) -> None:
     row = experience(256, 8192)
     before = held()
     trainer = Trainer(load(), settings, 10)
-    reference = shard_frozen(load(), settings, trainer.device)
-    reference(row)
+    reference = Frozen(load(), settings, trainer.device)
+    reference.forward(row)
     for number in range(2):
         logprobs, _ = trainer.forward(row)
         trainer.backward(-logprobs.sum() / 100)

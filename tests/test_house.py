@@ -133,3 +133,36 @@ def test_methods_are_looked_up_by_name_in_one_place() -> None:
 )
 def test_a_call_by_name_is_found(line: str) -> None:
     assert called_by_name(ast.parse(line)) == [1]
+
+
+def deepspeed_details(tree: ast.AST) -> list[int]:
+    """Lines that import DeepSpeed, look into its engine, or know how it marks parameters."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = any(alias.name.partition(".")[0] == "deepspeed" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found = (node.module or "").partition(".")[0] == "deepspeed"
+        elif isinstance(node, ast.Attribute):
+            trained = isinstance(node.value, ast.Attribute) and node.value.attr == "engine"
+            found = node.attr.startswith("ds_") or (trained and node.attr in ("module", "optimizer"))
+        else:
+            found = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("ds_")
+        if found:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_deepspeed_is_known_in_one_place() -> None:
+    """`rlhf/training/deepspeed.py` and its siblings: what else trains sees `Trainer`, `PlacedModel` and whole or local tensors."""
+    found = [path for path in SOURCES if deepspeed_details(ast.parse(path.read_text()))]
+    assert found and {path.name.startswith("deepspeed") for path in found} == {True}
+    assert {path.parent for path in found} == {ROOT / "rlhf" / "training"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['hasattr(parameter, "ds_id")', "parameter.ds_shape", "trainer.engine.module", "from deepspeed.zero import Init"],
+)
+def test_a_detail_of_deepspeeds_is_found(line: str) -> None:
+    assert deepspeed_details(ast.parse(line)) == [1]

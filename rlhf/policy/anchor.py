@@ -14,10 +14,11 @@ import torch
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule, due
 from rlhf.policy.learner import InvariantBroken
 from rlhf.training import lora, torch_files
-from rlhf.training.deepspeed import Trainer
+from rlhf.training.deepspeed import PlacedModel, Trainer
+from rlhf.training.deepspeed_zero3 import local_shard, local_shards
 from rlhf.training.packing import Experience
 from rlhf.training.resting import Resting
-from rlhf.training.weights import local_shard, local_shards, whole_weights
+from rlhf.training.weights import whole_weights
 from rlhf.transfer.fingerprint import fingerprint
 
 
@@ -25,11 +26,12 @@ class Anchor:
     """A frozen model and its rule.
 
     Args:
-        model: from `shard_frozen`, with the weights the run starts from.
+        placed: with the weights the run starts from.
     """
 
-    def __init__(self, name: str, model: torch.nn.Module, rule: UpdateRule):
-        self.name, self.model, self.rule = name, model, rule
+    def __init__(self, name: str, placed: PlacedModel, rule: UpdateRule):
+        self.name, self.model, self.rule = name, placed.module, rule
+        self._placed = placed
         self._resting = Resting()
         self._memory: list[torch.Tensor] = []
         if isinstance(rule, Ema):  # steps of an average are far below the spacing of bf16 weights
@@ -43,7 +45,7 @@ class Anchor:
     @torch.no_grad()
     def forward(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `LogProbModel` gives, without gradient."""
-        return self.model(experience)
+        return self._placed.forward(experience)
 
     @torch.no_grad()
     def follow(self, policy: Trainer, step: int) -> bool:
@@ -83,7 +85,7 @@ class Anchor:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight, whole, one after the other. Collective."""
-        return whole_weights(getattr(self.model, "module", self.model).causal_lm)
+        return whole_weights(self.model.causal_lm)
 
     def rest(self, device: torch.device) -> None:
         """Give this device's memory back; the weights lie in host memory until `wake`."""
@@ -144,14 +146,13 @@ class SharedAnchor(Anchor):
     """
 
     def __init__(self, name: str, policy: Trainer, rule: UpdateRule):
-        self._policy = policy
         self._adapter = name if needs_adapter(name, rule) else None
-        super().__init__(name, policy.engine.module, rule)
+        super().__init__(name, policy, rule)
 
     @torch.no_grad()
     def forward(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor | None]:
         with lora.adapter_in_use(self.model.causal_lm, self._adapter):
-            return self._policy.forward(experience)
+            return super().forward(experience)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return whole_weights(self.model.causal_lm, self._adapter)

@@ -6,9 +6,6 @@ own, beside the policy's in the same rank).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -16,10 +13,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from rlhf.config.policy import LoraSettings
 from rlhf.data.model_folder import find_model
 from rlhf.training import lora
+from rlhf.training.deepspeed_zero3 import Sharding, gathered
 from rlhf.training.loading import load_causal_lm, load_model
 from rlhf.training.model import DTYPES, ModelError
 from rlhf.training.packing import Experience
-from rlhf.training.weights import gathered
 
 
 class ValueHead(nn.Module):
@@ -62,7 +59,7 @@ def load_critic(
     reward_model: str | None,
     dtype: str,
     adapters: LoraSettings | None = None,
-    sharding: Mapping[str, Any] | None = None,
+    sharding: Sharding | None = None,
 ) -> ValueModel:
     """The value model as training starts.
 
@@ -75,7 +72,7 @@ def load_critic(
         reward_model: folder or asset of the reward model, or None.
         adapters: freeze the body and give it adapters; they and the head learn. It shares nothing with the policy. A reward model's
             body stays in `dtype`.
-        sharding: DeepSpeed's configuration under ZeRO-3 (`engine.sharding`); then the call is collective.
+        sharding: how ZeRO-3 partitions parameters (`deepspeed.sharding`); then the call is collective.
 
     Raises:
         WeightsError: a folder's weights are not those of its architecture, or not finite.
@@ -93,7 +90,7 @@ def load_critic(
     return critic
 
 
-def _from_reward_model(policy: str, path: str, dtype: str, sharding: Mapping[str, Any] | None) -> ValueModel:
+def _from_reward_model(policy: str, path: str, dtype: str, sharding: Sharding | None) -> ValueModel:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

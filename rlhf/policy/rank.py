@@ -8,6 +8,7 @@ calls always match.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.policy.probe import Gaps, probe_gaps
 from rlhf.training import lora
-from rlhf.training.deepspeed import Trainer, shard_frozen, sharding
+from rlhf.training.deepspeed import Frozen, Trainer, sharding
 from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.model import (
     FORWARD_TOLERANCE,
@@ -62,6 +63,7 @@ class PolicyRank:
     def __init__(self, rank: int, settings: Settings, algorithm: Algorithm, total_updates: int):
         self.rank, self.settings, self.algorithm, self.total_updates = rank, settings, algorithm, total_updates
         self._sender: WeightSender | None = None
+        self._models = ExitStack()  # what DeepSpeed holds of them, until `close`
 
     def address(self) -> tuple[str, int]:
         """Host and a free port for the ranks' rendezvous; asked of rank 0."""
@@ -84,13 +86,14 @@ class PolicyRank:
         if settings.policy.gradient_checkpointing:
             checkpoint_activations(model.causal_lm)
         self.policy = Trainer(model, settings.policy, self.total_updates - self._critic_updates())
+        self._models.callback(self.policy.close)
         self.device = self.policy.device
         anchors = {name: self._anchor(name, path, rule) for name, rule in rules.items()}
         self.reference = anchors["reference"]
         self.partner = anchors.get("partner", self.reference)
         self.start = anchors.get("start", self.reference)
         tolerance = FORWARD_TOLERANCE[settings.policy.dtype]
-        check_forward(self.policy.engine.module, model.causal_lm.config.vocab_size, self.device, tolerance)
+        check_forward(self.policy.module, model.causal_lm.config.vocab_size, self.device, tolerance)
         self.learner = self._learner(path)
 
     def _rules(self) -> dict[str, UpdateRule]:
@@ -115,7 +118,9 @@ class PolicyRank:
     def _anchor(self, name: str, path: str, rule: UpdateRule) -> Anchor:
         if self.settings.policy.lora.rank:
             return SharedAnchor(name, self.policy, rule)
-        return Anchor(name, shard_frozen(self._model(path, learn=False), self.settings.policy, self.device), rule)
+        frozen = Frozen(self._model(path, learn=False), self.settings.policy, self.device)
+        self._models.callback(frozen.close)
+        return Anchor(name, frozen, rule)
 
     def _learner(self, path: str) -> PreferenceLearner | GradientLearner:
         objective = self.algorithm.objective
@@ -130,7 +135,9 @@ class PolicyRank:
         model = load_critic(path, critic.model, settings.dtype, adapters, sharding(settings, learn=True))
         if settings.gradient_checkpointing:
             checkpoint_activations(model.body)
-        return Trainer(model, settings, self.total_updates)
+        trainer = Trainer(model, settings, self.total_updates)
+        self._models.callback(trainer.close)
+        return trainer
 
     def _critic_updates(self) -> int:
         """Optimizer steps that only the critic makes."""
@@ -240,7 +247,7 @@ class PolicyRank:
 
     @property
     def _causal_lm(self) -> torch.nn.Module:
-        return self.policy.engine.module.causal_lm
+        return self.policy.module.causal_lm
 
     def _sends_adapter(self) -> bool:
         """Whether the engines keep the base and are sent the policy's adapter alone."""
@@ -308,7 +315,8 @@ class PolicyRank:
                 )
 
     def close(self) -> None:
-        """Leave the group."""
+        """Release the models and leave the group. Safe to call twice."""
+        self._models.close()
         leave()
 
 

@@ -1,4 +1,6 @@
-"""DeepSpeed set-up: the one place that knows its configuration.
+"""DeepSpeed behind one protocol: `PlacedModel`, a module on this rank's device that computes, and `Trainer`, one that learns too.
+
+With its siblings `deepspeed_zero3` (partitioned parameters), `deepspeed_masters` and `deepspeed_files` the only place that knows DeepSpeed.
 
 The caller owns the accumulation boundary: any number of `backward` calls, then one `step`. DeepSpeed averages gradients over
 ranks; `Trainer.backward` undoes that, so that a loss that is a sum over ranks stays a sum.
@@ -8,20 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from rlhf.config.policy import PolicySettings
 from rlhf.training.attention import avoid_plans_per_shape
-from rlhf.training.masters import masters, set_masters
+from rlhf.training.deepspeed_files import PlainCheckpointEngine
+from rlhf.training.deepspeed_masters import masters, set_masters
+from rlhf.training.deepspeed_zero3 import Sharding, is_partitioned, local_shard, partition, rank_device
 from rlhf.training.resting import Resting
-from rlhf.training.torch_files import PlainCheckpointEngine
-from rlhf.training.weights import local_shard
 
 FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
 """Where DeepSpeed's optimizers keep master weights and gradients besides the inner optimizer's own."""
@@ -29,6 +31,23 @@ FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "grad_partitions_flat_buffer", "
 
 PRESENT = ("initial_lr", "betas", "weight_decay")
 """Settings of the optimizer that a checkpoint remembers too."""
+
+
+class PlacedModel(Protocol):
+    """A module on this rank's device, whole or (at ZeRO stage 3) this rank's shards of it: what computes with it."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself, for its parameters and its configuration."""
+        ...
+
+    def forward(self, *args: Any) -> Any:
+        """The module's forward. Collective at stage 3."""
+        ...
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds; the model is not used afterwards. Safe to call twice."""
+        ...
 
 
 class TrainingDiverged(RuntimeError):
@@ -60,7 +79,7 @@ def deepspeed_config(settings: PolicySettings, learn: bool) -> dict[str, Any]:
     return config
 
 
-def sharding(settings: PolicySettings, *, learn: bool) -> dict[str, Any] | None:
+def sharding(settings: PolicySettings, *, learn: bool) -> Sharding | None:
     """The configuration by which a model is sharded while it is loaded; None below stage 3, where every rank holds it whole."""
     return deepspeed_config(settings, learn) if settings.zero_stage == 3 else None
 
@@ -70,11 +89,29 @@ def _partition(model: nn.Module, settings: PolicySettings, config: dict[str, Any
     if settings.zero_stage < 3:
         return
     for parameter in model.parameters():
-        if settings.dtype == "bf16" and parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+        if settings.dtype == "bf16" and parameter.is_floating_point() and not is_partitioned(parameter):
             parameter.data = parameter.data.to(torch.bfloat16)
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    partition(model, config)
     for buffer in model.buffers():  # DeepSpeed leaves a sharded model's buffers where they are
-        buffer.data = buffer.data.to(get_accelerator().current_device_name())
+        buffer.data = buffer.data.to(rank_device())
+
+
+def join_process_group(backend: str, meeting: str, rank: int, ranks: int, timeout: timedelta) -> None:
+    """Join the group of all ranks; returns when all have.
+
+    Args:
+        backend: nccl or gloo.
+        meeting: where all meet, as torch's `init_method`.
+        timeout: after which a collective call that the others do not make fails.
+    """
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        timeout=timeout,
+        init_method=meeting,
+        rank=rank,
+        world_size=ranks,
+        verbose=False,
+    )
 
 
 def learning_rate_factor(settings: PolicySettings, total_updates: int) -> Callable[[int], float]:
@@ -129,8 +166,13 @@ class Trainer:
         self.engine.clip_fp32_gradients = self._clip
 
     def _clip(self) -> None:
-        parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself. Its forward is that of `forward`, except under ZeRO-3, where only the latter gathers its parameters."""
+        return self.engine.module
 
     @property
     def device(self) -> torch.device:
@@ -168,9 +210,14 @@ class Trainer:
             )
         return norm, rate
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module and release its buffers: what hooks keep alive holds, at stage 3, 2 GB of address space
+        until the process ends (DeepSpeed 0.19). Safe to call twice."""
+        self.engine.destroy()
+
     def shards(self) -> Iterator[torch.Tensor]:
         """This rank's part of each weight that learns: its ZeRO-3 partition, or the whole of it."""
-        return (local_shard(parameter) for parameter in self.engine.module.parameters() if parameter.requires_grad)
+        return (local_shard(parameter) for parameter in self.module.parameters() if parameter.requires_grad)
 
     def masters(self) -> list[torch.Tensor]:
         """This rank's fp32 master weights, as the optimizer holds them: flat partitions, or at stage 0 one tensor per weight."""
@@ -184,7 +231,7 @@ class Trainer:
     def rest(self) -> None:
         """Move optimizer states, master weights and gradient buffers to host memory; the weights stay on the device. Until `wake`,
         neither learn nor save."""
-        self._resting.rest(self._states(), self.device, needed=self.engine.module.parameters())
+        self._resting.rest(self._states(), self.device, needed=self.module.parameters())
 
     def wake(self) -> None:
         """Undo `rest`."""
@@ -255,13 +302,24 @@ def _names_that_learn(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
 
 
-def shard_frozen(model: nn.Module, settings: PolicySettings, device: torch.device) -> nn.Module:
-    """A frozen model ready for forward calls: sharded over the ranks at ZeRO stage 3, else whole on the device."""
-    model.requires_grad_(False)
-    model.eval()
-    if settings.zero_stage < 3:
-        return model.to(device)
-    config = deepspeed_config(settings, learn=False)
-    _partition(model, settings, config)
-    engine, _, _, _ = deepspeed.initialize(model=model, config=config)
-    return engine
+class Frozen:
+    """A model that does not learn: sharded over the ranks at ZeRO stage 3, else whole on the device."""
+
+    def __init__(self, model: nn.Module, settings: PolicySettings, device: torch.device):
+        self.module = model.requires_grad_(False).eval()
+        self._engine: Any = None
+        if settings.zero_stage < 3:
+            self.module.to(device)
+        else:
+            config = deepspeed_config(settings, learn=False)
+            _partition(model, settings, config)
+            self._engine, _, _, _ = deepspeed.initialize(model=model, config=config)
+
+    def forward(self, *args: Any) -> Any:
+        """The module's forward, at stage 3 through DeepSpeed's hooks."""
+        return (self.module if self._engine is None else self._engine)(*args)
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds. Safe to call twice."""
+        if self._engine is not None:
+            self._engine.destroy()

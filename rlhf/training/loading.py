@@ -24,13 +24,12 @@ from rlhf.data.model_folder import GENERATION
 from rlhf.data.weight_files import WeightsError, weight_files
 from rlhf.training import attention
 from rlhf.training.cpu_products import use_fast_linear
+from rlhf.training.deepspeed_zero3 import Sharding
 from rlhf.training.model import DTYPES, ModelError, disable_dropout
 from rlhf.training.sharded import differ, load_sharded
 
 
-def load_causal_lm(
-    path: str, dtype: str, quantize: str = "none", sharding: Mapping[str, Any] | None = None
-) -> nn.Module:
+def load_causal_lm(path: str, dtype: str, quantize: str = "none", sharding: Sharding | None = None) -> nn.Module:
     """The transformers model at `path`, in `dtype`, with packed attention and no dropout.
 
     Args:
@@ -53,7 +52,7 @@ def load_causal_lm(
 
 
 def load_model(
-    auto: type, path: str, dtype: str, where: str, sharding: Mapping[str, Any] | None = None, **options: Any
+    auto: type, path: str, dtype: str, where: str, sharding: Sharding | None = None, **options: Any
 ) -> nn.Module:
     """A model of one of transformers' auto classes, in `dtype`, with packed attention and no dropout.
 

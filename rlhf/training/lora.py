@@ -22,6 +22,7 @@ from torch import nn
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
 from rlhf.training.cpu_products import use_fast_linear
+from rlhf.training.deepspeed_zero3 import whole_shape
 from rlhf.training.weights import gather_in_chunks, is_adapted
 
 if TYPE_CHECKING:  # peft takes two seconds to import, and most runs adapt nothing
@@ -153,7 +154,7 @@ def adapter_weights(model: nn.Module, name: str = POLICY) -> Iterator[tuple[str,
 def described_adapter(model: nn.Module) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, type and whole shape of each tensor that `adapter_weights` gives, in its order."""
     return [
-        (key, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+        (key, parameter.dtype, whole_shape(parameter))
         for key, parameter in zip(_file_names(model), adapter_parameters(model, POLICY), strict=True)
     ]
 

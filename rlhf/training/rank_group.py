@@ -37,7 +37,7 @@ class Rank(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the group."""
+        """Release the models and leave the group. Safe to call twice."""
         ...
 
 
@@ -111,7 +111,7 @@ class RankGroup(Generic[AnyRank]):
         await self.ask(Rank.export, deadline=self._cluster.learn_deadline_s)(folder)
 
     async def close(self) -> None:
-        """Let the ranks leave their group."""
+        """Let the ranks release their models and leave their group."""
         await self.ask(Rank.close, deadline=self._cluster.startup_s)()
 
 

@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-import deepspeed
 import torch
 
 from rlhf.cluster import uses_gpu
 from rlhf.cluster.network import free_port, host_address, meeting_place
 from rlhf.config.cluster import ClusterSettings
 from rlhf.training.builds import remove_abandoned_locks
+from rlhf.training.deepspeed import join_process_group
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,12 @@ def join(member: Member, cluster: ClusterSettings) -> None:
         "MASTER_PORT": str(member.port),
     }
     remove_abandoned_locks()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if uses_gpu(cluster) else "gloo",
-        timeout=timedelta(seconds=cluster.learn_deadline_s),
-        init_method=meeting_place(member.host, member.port),
-        rank=member.rank,
-        world_size=member.ranks,
-        verbose=False,
+    join_process_group(
+        "nccl" if uses_gpu(cluster) else "gloo",
+        meeting_place(member.host, member.port),
+        member.rank,
+        member.ranks,
+        timedelta(seconds=cluster.learn_deadline_s),
     )
 
 

@@ -1,8 +1,8 @@
 """A checkpoint as a model: the weights that learned, put together from what the ranks wrote, in the model that they started from.
 
 Needs neither the ranks nor their number, and no engine of DeepSpeed: one process, in host memory, which holds the model once and reads
-the shards one tensor at a time. Executes nothing of what a file holds (`torch_files`). The result equals the run's own export: DeepSpeed
-rounds the weights that compute from the fp32 weights that ZeRO-3 stores, and so does this.
+the shards one tensor at a time. Executes nothing of what a file holds (`deepspeed_files`). The result equals the run's own export:
+DeepSpeed rounds the weights that compute from the fp32 weights that ZeRO-3 stores, and so does this.
 Written for the layout of DeepSpeed 0.19.8.
 """
 
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rlhf.config.loader import UserError
 from rlhf.config.policy import PolicySettings
 from rlhf.data.model_identity import model_digest
-from rlhf.training import lora, torch_files
+from rlhf.training import deepspeed_files, lora
 from rlhf.training.checkpoints import read_checkpoint
 from rlhf.training.loading import load_causal_lm, save_causal_lm
 from rlhf.training.resume import MODEL, RUN
@@ -122,14 +122,14 @@ def _other_weights(saved: Saved, name: str) -> UserError:
 
 def _whole(trainer: Path, wanted: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Below stage 3 one file holds all weights, tied ones under each of their names."""
-    stored = torch_files.read(_file(trainer, "mp_rank_00_model_states.pt"), map_location="cpu")["module"]
+    stored = deepspeed_files.read(_file(trainer, "mp_rank_00_model_states.pt"), map_location="cpu")["module"]
     return ((name, stored[name]) for name in wanted if name in stored)
 
 
 def _sharded(trainer: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """At stage 3 every rank's file holds its part of the fp32 weights: of each weight, in the order in which they are listed, one slice,
     as long as a weight's fair share rounded up."""
-    shapes = torch_files.read(_file(trainer, "zero_pp_rank_0_mp_rank_00_model_states.pt"), map_location="cpu")
+    shapes = deepspeed_files.read(_file(trainer, "zero_pp_rank_0_mp_rank_00_model_states.pt"), map_location="cpu")
     listed = [item for group in shapes["param_shapes"] for item in group.items()]
     parts = [_Part(file) for file in _rank_files(trainer)]
     for name, shape in listed:
@@ -141,7 +141,7 @@ class _Part:
     """One rank's fp32 weights, read from their beginning on."""
 
     def __init__(self, file: Path):
-        state = torch_files.read(file, map_location="cpu", mmap=True)["optimizer_state_dict"]
+        state = deepspeed_files.read(file, map_location="cpu", mmap=True)["optimizer_state_dict"]
         self._groups: list[torch.Tensor] = list(state["fp32_flat_groups"])
         self._offset = 0
 

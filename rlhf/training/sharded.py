@@ -7,7 +7,7 @@ and partitioned before it reads the next.
 
 Memory: on a device, its shards and `GATHER_ELEMENTS` or the largest tensor, whichever is more; in host memory, on rank 0, three times
 that (as read, being fused, and fused), and nothing on the others. What the operating system keeps of the files it can drop.
-Owns: that order of things. Does not know: DeepSpeed's configuration (`engine`), or what the model is for.
+Owns: that order of things. Does not know: DeepSpeed's configuration (`deepspeed`), or what the model is for.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -37,6 +35,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from rlhf.data.architecture import build_empty, check_finite, quiet_transformers, refuse
 from rlhf.data.weight_files import Difference, StoredTensor, WeightsError, read_headers
+from rlhf.training.deepspeed_zero3 import Sharding, partition, rank_device
 from rlhf.training.weights import GATHER_ELEMENTS
 
 
@@ -56,14 +55,14 @@ class _Place(NamedTuple):
 
 
 def load_sharded(
-    folder: Path, architecture: type, config: Any, where: str, sharding: Mapping[str, Any], **options: Any
+    folder: Path, architecture: type, config: Any, where: str, sharding: Sharding, **options: Any
 ) -> nn.Module:
     """A folder's model with its parameters partitioned over the ranks. Collective.
 
     Args:
         architecture: transformers' class, and its configuration `config`.
         where: what the folder was given for, at the head of every message.
-        sharding: DeepSpeed's configuration, at stage 3.
+        sharding: how they are partitioned.
         options: further arguments of `from_pretrained`, such as `dtype`.
 
     Raises:
@@ -78,7 +77,7 @@ def load_sharded(
     _distribute(places, parts, model.config.dtype, sharding)
     left = [name for name, found in places.items() if getattr(found[0].module, found[0].attribute).is_meta]
     refuse(Difference(missing=frozenset(left)), what)
-    _compute_buffers(model, _device())
+    _compute_buffers(model, rank_device())
     model._weight_conversions = conversions
     model.config.name_or_path = str(folder)
     return model
@@ -93,7 +92,7 @@ def set_aside(module: nn.Module, file: Path) -> None:
             _put(places, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad))
 
 
-def fill_sharded(module: nn.Module, file: Path, dtype: torch.dtype, sharding: Mapping[str, Any]) -> None:
+def fill_sharded(module: nn.Module, file: Path, dtype: torch.dtype, sharding: Sharding) -> None:
     """Give a module the parameters that `set_aside` wrote, in `dtype`, partitioned over the ranks. Collective.
 
     Raises:
@@ -128,7 +127,7 @@ def _distribute(
     places: Mapping[str, list[_Place]],
     parts: Iterator[list[str]] | None,
     dtype: torch.dtype,
-    sharding: Mapping[str, Any],
+    sharding: Sharding,
 ) -> None:
     """Broadcast what rank 0 reads, and partition its parameters, a portion at a time.
 
@@ -142,11 +141,7 @@ def _distribute(
         for tensor in arrived:
             if not isinstance(tensor, nn.Parameter):
                 torch.distributed.broadcast(tensor, 0)
-        deepspeed.zero.Init(module=parameters, config_dict_or_path=dict(sharding))
-
-
-def _device() -> torch.device:
-    return torch.device(get_accelerator().current_device_name())
+        partition(parameters, sharding)
 
 
 def _first() -> bool:
@@ -169,11 +164,11 @@ def _agreed(parts: Iterator[list[str]] | None) -> list[str]:
 
 def _broadcast(said: list[str] | str) -> list[str] | str:
     """What rank 0 says, on every rank. As JSON: torch's way would unpickle what comes over the wire."""
-    text = torch.tensor(bytearray(json.dumps(said).encode()), dtype=torch.uint8, device=_device())
-    size = torch.tensor([len(text)], device=_device())
+    text = torch.tensor(bytearray(json.dumps(said).encode()), dtype=torch.uint8, device=rank_device())
+    size = torch.tensor([len(text)], device=rank_device())
     torch.distributed.broadcast(size, 0)
     if not _first():
-        text = torch.empty(int(size), dtype=torch.uint8, device=_device())
+        text = torch.empty(int(size), dtype=torch.uint8, device=rank_device())
     torch.distributed.broadcast(text, 0)
     return json.loads(bytes(text.tolist()))
 
@@ -198,7 +193,7 @@ def _put(places: list[_Place], tensor: torch.Tensor) -> None:
 
 def _arrived(places: list[_Place], dtype: torch.dtype) -> torch.Tensor:
     """The tensor at these places, whole on the device: rank 0 has read it, the others have memory for it. It is there from now on."""
-    device = _device()
+    device = rank_device()
     tensors = [getattr(place.module, place.attribute) for place in places]
     found = next((tensor for tensor in tensors if not tensor.is_meta), tensors[0])
     wanted = dtype if isinstance(found, nn.Parameter) and found.is_floating_point() else found.dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ class SupervisedRank:
     ):
         self.learner, self.settings, self.cluster = learner, settings, cluster
         self.seed, self.rank, self.total_updates = seed, rank, total_updates
+        self._models = ExitStack()  # what DeepSpeed holds of it, until `close`
 
     def address(self) -> tuple[str, int]:
         """Host and a free port for the ranks' rendezvous; asked of rank 0."""
@@ -117,11 +119,12 @@ class SupervisedRank:
         join(Member(self.rank, self.settings.ranks, host, port), self.cluster)
         module = self.learner.build()
         self.trainer = Trainer(module, self.settings, self.total_updates, self.learner.groups(module))
+        self._models.callback(self.trainer.close)
         self.learner.started(self._module, self.trainer.device)
 
     @property
     def _module(self) -> nn.Module:
-        return self.trainer.engine.module
+        return self.trainer.module
 
     def learn(self, share: Share, step: int) -> Learned:
         """Make one optimizer step.
@@ -172,5 +175,6 @@ class SupervisedRank:
         self.learner.export(self._module, Path(folder), main=self.rank == 0)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Release the module and leave the group. Safe to call twice."""
+        self._models.close()
         leave()

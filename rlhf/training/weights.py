@@ -1,18 +1,19 @@
 """Weights as the world outside training knows them: whole, under the names and shapes of the model's own files.
 
 Owns: gathering what ZeRO-3 has sharded, and adding LoRA's product to the matrix it adapts, one tensor at a time, so that no second
-model ever exists. Does not know: where the weights go (transfer/), or which of them learn (`lora`, `engine`).
+model ever exists. Does not know: where the weights go (transfer/), or which of them learn (`lora`, `deepspeed`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
+
+from rlhf.training.deepspeed_zero3 import gathered, whole_numel, whole_shape
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -28,29 +29,6 @@ _BASE = ".base_layer."  # where peft puts the layer that it wraps
 def is_adapted(layer: nn.Module) -> bool:
     """Whether peft has wrapped it (a `LoraLayer`); peft itself is imported only by who adapts a model."""
     return hasattr(layer, "lora_A")
-
-
-@contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters sharded by ZeRO-3 are whole (read-only) on every rank; a no-op for others. Collective."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    import deepspeed  # which takes seconds, and whoever gets here has it already
-
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
-        yield
-
-
-def local_shards(module: nn.Module) -> Iterator[torch.Tensor]:
-    """This rank's part of each parameter: its ZeRO-3 partition, or the whole of it."""
-    for parameter in module.parameters():
-        yield local_shard(parameter)
-
-
-def local_shard(parameter: nn.Parameter) -> torch.Tensor:
-    """This rank's part of a parameter."""
-    return getattr(parameter, "ds_tensor", parameter)
 
 
 @dataclass(frozen=True)
@@ -94,7 +72,7 @@ class _Weight:
     def described(self) -> tuple[str, torch.dtype, tuple[int, ...]]:
         if self.quantized:
             return self.name, self.parameter.quant_state.dtype, tuple(self.parameter.quant_state.shape)
-        return self.name, self.parameter.dtype, tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
+        return self.name, self.parameter.dtype, whole_shape(self.parameter)
 
 
 def whole_weights(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -123,7 +101,7 @@ def gather_in_chunks(items: Iterable[tuple[T, list[nn.Parameter]]]) -> Iterator[
     size = 0
     for item, parameters in items:
         chunk.append((item, parameters))
-        size += sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        size += sum(map(whole_numel, parameters))
         if size >= GATHER_ELEMENTS:
             yield from _gather(chunk)
             chunk, size = [], 0

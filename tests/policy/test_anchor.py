@@ -13,9 +13,9 @@ from rlhf.algorithms import Algorithm, Contrast, Preference, Source
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule, due, equals_policy
 from rlhf.policy import InvariantBroken
 from rlhf.policy.rank import PolicyRank
+from rlhf.training.deepspeed_zero3 import local_shards
 from rlhf.training.model import _probe
 from rlhf.training.packing import idle
-from rlhf.training.weights import local_shards
 
 STAGES = (0, 1, 3)
 

@@ -23,12 +23,13 @@ from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings, PolicySettings
 from rlhf.policy.critic import load_critic
 from rlhf.training import lora, sharded
-from rlhf.training.deepspeed import Trainer, shard_frozen, sharding
+from rlhf.training.deepspeed import Frozen, Trainer, sharding
+from rlhf.training.deepspeed_zero3 import local_shards
 from rlhf.training.loading import load_causal_lm
 from rlhf.training.model import LogProbModel, check_forward
 from rlhf.training.packing import pack_sequences
 from rlhf.training.ranks import Member, join, leave
-from rlhf.training.weights import in_host_memory, local_shards, whole_weights
+from rlhf.training.weights import in_host_memory, whole_weights
 
 CPU = torch.device("cpu")
 PORTION = 20_000
@@ -95,7 +96,7 @@ def main(rank: int, port: int, folder: Path) -> None:
             "resident": resident,
             "peak": peak.bytes,
         }
-        frozen = shard_frozen(LogProbModel(model, 8), policy(3), CPU)
+        frozen = Frozen(LogProbModel(model, 8), policy(3), CPU)
         check_forward(frozen.module, 320, CPU, 0.01)
         if rank == 0:
             save_file(whole, folder / f"loaded-{kind}.safetensors")
