@@ -189,7 +189,7 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_resume_goes_on(tmp_path: P
         process.kill()
     assert process.returncode != 0
     assert "died while the driver waited for" in stderr
-    assert "policy[" in stderr
+    assert re.search(r"policy-\d", stderr)
     done = len(lines(folder / "metrics.jsonl"))
     train(folder, *small, "--resume", f"loop.steps={done + 1}", "checkpoint.every=0", "checkpoint.export=false")
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, done + 2))

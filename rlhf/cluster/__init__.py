@@ -19,8 +19,8 @@ from rlhf.cluster.calls import (
 )
 from rlhf.cluster.devices import compute_env, shared_engines, shared_rewards, takes_turns, uses_gpu
 from rlhf.cluster.placement import CannotPlace, Placement, Seat, place
+from rlhf.cluster.resources import Node, ResourceRequest, actor_name, resource_request
 from rlhf.cluster.runtime import LocalRuntime, RayRuntime, Runtime
-from rlhf.cluster.wishes import Node, Wishes, wishes
 
 __all__ = [
     "ActorDied",
@@ -37,7 +37,8 @@ __all__ = [
     "Ref",
     "Runtime",
     "Seat",
-    "Wishes",
+    "ResourceRequest",
+    "actor_name",
     "compute_env",
     "fetch",
     "place",
@@ -46,5 +47,5 @@ __all__ = [
     "takes_turns",
     "together",
     "uses_gpu",
-    "wishes",
+    "resource_request",
 ]

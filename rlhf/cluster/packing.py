@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from rlhf.cluster.wishes import Node, Wishes
+from rlhf.cluster.resources import Node, ResourceRequest
 from rlhf.config.cluster import Role
 
 DEAD_ENDS = 20_000
@@ -30,21 +30,21 @@ class Load(NamedTuple):
     servers: int
 
 
-def pack(wishes: Wishes, nodes: Sequence[Node], spanning: bool = False) -> list[Load] | None:
+def pack(request: ResourceRequest, nodes: Sequence[Node], spanning: bool = False) -> list[Load] | None:
     """A load for each node, which together hold everybody; None if there is none.
 
     Args:
         spanning: engines with GPUs of their own may be divided among nodes.
     """
-    size = 1 if spanning else wishes.devices
-    own = (wishes.engines - wishes.shared) * wishes.devices // size
-    everybody = Load(wishes.ranks, wishes.shared, own, wishes.servers)
-    search = _Search(wishes, nodes, size)
-    if wishes.policy_nodes is not None:
-        return search.fill(0, everybody, wishes.policy_nodes)
+    size = 1 if spanning else request.devices
+    own = (request.engines - request.shared) * request.devices // size
+    everybody = Load(request.ranks, request.shared, own, request.servers)
+    search = _Search(request, nodes, size)
+    if request.policy_nodes is not None:
+        return search.fill(0, everybody, request.policy_nodes)
     found = search.fill(0, everybody, len(nodes))
     fewer = 0 if found is None else sum(load.ranks > 0 for load in found)
-    for count in range(min(1, wishes.ranks), fewer):
+    for count in range(min(1, request.ranks), fewer):
         better = search.fill(0, everybody, count)
         if better is not None:
             return better
@@ -58,9 +58,9 @@ class _Search:
         size: GPUs of an engine.
     """
 
-    def __init__(self, wishes: Wishes, nodes: Sequence[Node], size: int):
-        self._wishes, self._nodes, self._size = wishes, nodes, size
-        self._even = wishes.policy_nodes is not None
+    def __init__(self, request: ResourceRequest, nodes: Sequence[Node], size: int):
+        self._request, self._nodes, self._size = request, nodes, size
+        self._even = request.policy_nodes is not None
         self._failed: set[tuple[int, Load, int]] = set()
         # What the nodes from each one on offer in sum: places for ranks, for engines, GPUs, CPUs.
         self._sums = [(0, 0, 0, 0)]
@@ -94,23 +94,23 @@ class _Search:
             left.ranks > min(rank_places, policy_nodes * self._most_ranks)
             or left.engines > engine_places
             or sum(left) > cpus
-            or (self._wishes.gpu and left.ranks + left.engines * self._size > gpus)
+            or (self._request.gpu and left.ranks + left.engines * self._size > gpus)
         )
 
     def _loads(self, node: Node, left: Load, policy_nodes: int) -> Iterator[Load]:
         """What this node can take, the most first."""
-        wishes = self._wishes
+        request = self._request
         for ranks in self._rank_counts(node, left.ranks, policy_nodes):
-            shared_most = min(left.shared, ranks // wishes.devices, node.cpus - ranks)
-            for shared in _down(shared_most if wishes.allowed("rollout", node) else 0):
+            shared_most = min(left.shared, ranks // request.devices, node.cpus - ranks)
+            for shared in _down(shared_most if request.allowed("rollout", node) else 0):
                 gpus, cpus = node.gpus - ranks, node.cpus - ranks - shared
-                own_most = min(left.engines, gpus // self._size if wishes.gpu else cpus, cpus)
-                for engines in _down(own_most if wishes.allowed("rollout", node) else 0):
+                own_most = min(left.engines, gpus // self._size if request.gpu else cpus, cpus)
+                for engines in _down(own_most if request.allowed("rollout", node) else 0):
                     free = gpus - engines * self._size
-                    servers = min(left.servers, cpus - engines, servers_on(free, wishes.server_gpus, left.servers))
-                    if wishes.shared_servers:
+                    servers = min(left.servers, cpus - engines, servers_on(free, request.server_gpus, left.servers))
+                    if request.shared_servers:
                         servers = min(servers, ranks)
-                    yield Load(ranks, shared, engines, servers if wishes.allowed("reward", node) else 0)
+                    yield Load(ranks, shared, engines, servers if request.allowed("reward", node) else 0)
 
     def _rank_counts(self, node: Node, left: int, policy_nodes: int) -> Iterator[int]:
         most = self._places(node, "policy", 1)
@@ -124,9 +124,9 @@ class _Search:
         yield 0
 
     def _places(self, node: Node, role: Role, size: int) -> int:
-        if not self._wishes.allowed(role, node):
+        if not self._request.allowed(role, node):
             return 0
-        return min(node.gpus // size, node.cpus) if self._wishes.gpu else node.cpus
+        return min(node.gpus // size, node.cpus) if self._request.gpu else node.cpus
 
 
 def servers_on(gpus: int, each: float, most: int) -> int:

@@ -1,6 +1,6 @@
 """Which actor runs on which node, with which GPUs: decided before anything starts, or refused in words.
 
-Pure: knows wishes and nodes, not Ray (that is `reservation`), and gives the same answer to the same question. The rules:
+Pure: knows the request and the nodes, not Ray (that is `reservation`), and gives the same answer to the same question. The rules:
 - An engine lies within one node, unless it fits nowhere and `rollout.straddle_nodes` allows more.
 - An engine that shares the policy's GPUs sits on as many ranks of one node as it has devices.
 - The policy takes as few nodes as possible, or `cluster.policy_nodes`, evenly. Its ranks are numbered node by node.
@@ -10,13 +10,12 @@ Pure: knows wishes and nodes, not Ray (that is `reservation`), and gives the sam
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf.cluster.packing import Load, pack
 from rlhf.cluster.refusal import refusal
-from rlhf.cluster.wishes import Node, Wishes
+from rlhf.cluster.resources import Node, ResourceRequest, actor_name, role_of
 from rlhf.config.loader import UserError
 
 
@@ -45,14 +44,14 @@ class Seat:
 
 @dataclass(frozen=True)
 class Placement:
-    """A seat for every actor, by name (`policy[0]`, `rollout-0`, `reward-0`), in the order in which they take GPUs."""
+    """A seat for every actor, by name (`policy-0`, `rollout-0`, `reward-0`), in the order in which they take GPUs."""
 
     seats: Mapping[str, Seat]
 
     def neighbours(self, actor: str) -> list[str]:
         """The actors of its role on its node, itself among them."""
-        role, node = _role(actor), self.seats[actor].node
-        return [name for name, seat in self.seats.items() if _role(name) == role and seat.node == node]
+        role, node = role_of(actor), self.seats[actor].node
+        return [name for name, seat in self.seats.items() if role_of(name) == role and seat.node == node]
 
     def lines(self) -> list[str]:
         """What runs where: one line per node."""
@@ -66,39 +65,39 @@ class Placement:
                 if count:
                     yield f"{name} ({count} of its {len(seat.workers)} GPUs)"
             elif seat.node == node:
-                shared = " and ".join(f"policy[{rank}]" for rank in seat.shares)
+                shared = " and ".join(actor_name("policy", rank) for rank in seat.shares)
                 own = f"{seat.gpus:g} GPU{'s' if seat.gpus > 1 else ''}" if seat.gpus else ""
                 words = f"on the GPU{'s' if len(seat.shares) > 1 else ''} of {shared}" if shared else own
                 yield f"{name} ({words})" if words else name
 
 
-def place(wishes: Wishes, nodes: Sequence[Node]) -> Placement:
+def place(request: ResourceRequest, nodes: Sequence[Node]) -> Placement:
     """A seat for every actor. If there is a way, it is found.
 
     Raises:
         CannotPlace: there is none.
     """
     nodes = sorted(nodes, key=_by_address)
-    loads = pack(wishes, nodes)
-    spanning = loads is None and wishes.straddle
+    loads = pack(request, nodes)
+    spanning = loads is None and request.straddle
     if spanning:
-        loads = pack(wishes, nodes, spanning=True)
+        loads = pack(request, nodes, spanning=True)
     if loads is None:
-        raise CannotPlace(refusal(wishes, nodes))
-    return Placement(_seats(wishes, list(zip(nodes, loads, strict=True)), spanning))
+        raise CannotPlace(refusal(request, nodes))
+    return Placement(_seats(request, list(zip(nodes, loads, strict=True)), spanning))
 
 
-def _seats(wishes: Wishes, loads: Sequence[tuple[Node, Load]], spanning: bool) -> dict[str, Seat]:
-    needs = wishes.needs.get
+def _seats(request: ResourceRequest, loads: Sequence[tuple[Node, Load]], spanning: bool) -> dict[str, Seat]:
+    needs = request.needs.get
     seats: dict[str, Seat] = {}
-    rank_gpus = 1.0 if wishes.gpu else 0.0
+    rank_gpus = 1.0 if request.gpu else 0.0
     for rank, node in enumerate(node for node, load in loads for _ in range(load.ranks)):
-        seats[f"policy[{rank}]"] = Seat(node, rank_gpus, needs=needs("policy"))
-    for engine, seat in enumerate(_engines(wishes, loads, spanning)):
-        seats[f"rollout-{engine}"] = seat
+        seats[actor_name("policy", rank)] = Seat(node, rank_gpus, needs=needs("policy"))
+    for engine, seat in enumerate(_engines(request, loads, spanning)):
+        seats[actor_name("rollout", engine)] = seat
     for server, (node, rank) in enumerate(_server_places(loads)):
-        shares = (rank,) if wishes.shared_servers else ()
-        seats[f"reward-{server}"] = Seat(node, wishes.server_gpus, shares, needs=needs("reward"))
+        shares = (rank,) if request.shared_servers else ()
+        seats[actor_name("reward", server)] = Seat(node, request.server_gpus, shares, needs=needs("reward"))
     return seats
 
 
@@ -110,9 +109,9 @@ def _server_places(loads: Sequence[tuple[Node, Load]]) -> Iterator[tuple[Node, i
         first += load.ranks
 
 
-def _engines(wishes: Wishes, loads: Sequence[tuple[Node, Load]], spanning: bool) -> Iterator[Seat]:
+def _engines(request: ResourceRequest, loads: Sequence[tuple[Node, Load]], spanning: bool) -> Iterator[Seat]:
     """Those that share first."""
-    size, need = wishes.devices, wishes.needs.get("rollout")
+    size, need = request.devices, request.needs.get("rollout")
     first = 0  # of the node's ranks
     for node, load in loads:
         for engine in range(load.shared):
@@ -125,11 +124,7 @@ def _engines(wishes: Wishes, loads: Sequence[tuple[Node, Load]], spanning: bool)
             workers = tuple(places[start : start + size])
             yield Seat(workers[0], workers=workers, needs=need)
     else:
-        yield from (Seat(node, float(size if wishes.gpu else 0), needs=need) for node in places)
-
-
-def _role(actor: str) -> str:
-    return re.split(r"[-\[]", actor, maxsplit=1)[0]
+        yield from (Seat(node, float(size if request.gpu else 0), needs=need) for node in places)
 
 
 def _by_address(node: Node) -> tuple[int, int, str, str]:

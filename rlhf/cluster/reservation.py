@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.cluster.calls import DeadlineExpired
 from rlhf.cluster.devices import SPANS_NODES
 from rlhf.cluster.placement import CannotPlace, Placement, Seat
-from rlhf.cluster.wishes import Node
+from rlhf.cluster.resources import Node, actor_name, role_of
 from rlhf.config.cluster import Role
 from rlhf.config.loader import UserError
 
@@ -116,7 +116,7 @@ class Reservation:
 
     def _ask_for_gpus(self) -> dict[int, str]:
         """Rank -> its GPU on its node, for ranks that share it."""
-        ranks = {f"policy[{rank}]": rank for seat in self.placement.seats.values() for rank in seat.shares}
+        ranks = {actor_name("policy", rank): rank for seat in self.placement.seats.values() for rank in seat.shares}
         bundles = [bundle for bundle in self._bundles if bundle.actor in ranks]
         answers = self._ask([(bundle, 1, _my_gpu, ()) for bundle in bundles])
         return {ranks[bundle.actor]: gpu for bundle, gpu in zip(bundles, answers, strict=True)}
@@ -151,9 +151,9 @@ class Reservation:
             DeadlineExpired: a node has not answered.
         """
         asked = {
-            node: next(bundle for bundle in bundles if bundle.actor.startswith(tuple(roles)))
+            node: next(bundle for bundle in bundles if role_of(bundle.actor) in roles)
             for node, bundles in self._held().items()
-            if any(bundle.actor.startswith(tuple(roles)) for bundle in bundles)
+            if any(role_of(bundle.actor) in roles for bundle in bundles)
         }
         answers = self._ask([(bundle, 0, question, args) for bundle in asked.values()])
         return {node.address: answer for node, answer in zip(asked, answers, strict=True)}
@@ -216,7 +216,7 @@ class Reservation:
 def _files_for(bundles: Sequence[_Bundle], files: Mapping[Role, Mapping[str, str]]) -> dict[str, str]:
     """Field -> path of what the roles of these bundles read."""
     actors = [bundle.actor for bundle in bundles]
-    roles = [role for role in files if any(actor.startswith(role) for actor in actors)]
+    roles = [role for role in files if role in map(role_of, actors)]
     return {name: path for role in roles for name, path in files[role].items()}
 
 

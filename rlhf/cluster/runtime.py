@@ -12,8 +12,8 @@ from rlhf.cluster.network import INTERFACES, LOOPBACK, choose_interfaces
 from rlhf.cluster.own_ray import own_ray
 from rlhf.cluster.placement import CannotPlace, Placement, place
 from rlhf.cluster.reservation import Reservation, cluster_nodes
+from rlhf.cluster.resources import ResourceRequest
 from rlhf.cluster.signals import sigterm_kept_from_ray
-from rlhf.cluster.wishes import Wishes
 from rlhf.cluster.worker_setup import job_environment
 from rlhf.config.cluster import ClusterSettings, Role
 
@@ -35,7 +35,7 @@ class Runtime(Protocol):
 
     local: bool
 
-    def reserve(self, wishes: Wishes) -> Placement | None:
+    def reserve(self, request: ResourceRequest) -> Placement | None:
         """Decide which actor runs where, and hold what it needs; to be called once, before the first `start`.
 
         Returns:
@@ -110,15 +110,15 @@ class RayRuntime:
             else:
                 ray.init(address=settings.address, **options)
 
-    def reserve(self, wishes: Wishes) -> Placement:
+    def reserve(self, request: ResourceRequest) -> Placement:
         settings, nodes = self._settings, cluster_nodes()
         idle = [node.address for node in nodes if node.gpus]
-        if settings.device == "auto" and not wishes.gpu and idle:
+        if settings.device == "auto" and not request.gpu and idle:
             raise CannotPlace(
                 "`cluster.device`: auto means CPU here, because this process sees no usable GPU, but Ray knows of GPUs on "
                 f"{', '.join(idle)}. Set `cluster.device` to cuda or cpu"
             )
-        placement = place(wishes, nodes)
+        placement = place(request, nodes)
         self._reservation = Reservation(placement, settings.placement_deadline_s, settings.startup_s)
         return placement
 
@@ -170,7 +170,7 @@ class LocalRuntime:
         self._environment = {name: os.environ.get(name) for name in INTERFACES}
         choose_interfaces(LOOPBACK, several_nodes=False)
 
-    def reserve(self, wishes: Wishes) -> None:
+    def reserve(self, request: ResourceRequest) -> None:
         """Nothing to reserve: all roles share this process and its device."""
 
     def check_files(self, files: Files) -> None:

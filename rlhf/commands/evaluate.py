@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.cluster import RayRuntime, wishes
+from rlhf.cluster import RayRuntime, resource_request
 from rlhf.cluster.precision import settle
 from rlhf.commands.export import as_model
 from rlhf.commands.generate import open_language_model
@@ -145,7 +145,7 @@ async def engines_and_judges(settings: Settings) -> AsyncIterator[tuple[RolloutP
     settings = with_startup_deadline(settings)
     runtime = RayRuntime(settings.cluster, settings.rollout.engines + settings.reward.servers)
     try:
-        runtime.reserve(wishes(settings, policy=False))
+        runtime.reserve(resource_request(settings, policy=False))
         settings, _ = settle(settings, runtime)
         pool, rewards = await asyncio.gather(RolloutPool.start(runtime, settings), RewardPool.start(runtime, settings))
         yield pool, rewards

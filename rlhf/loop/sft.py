@@ -7,7 +7,7 @@ import logging
 import os
 from contextlib import closing
 
-from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, Wishes, uses_gpu
+from rlhf.cluster import LocalRuntime, RayRuntime, ResourceRequest, Runtime, uses_gpu
 from rlhf.cluster.precision import settle
 from rlhf.config.sft import SftSettings, one_rank
 from rlhf.config.sft_checks import check_warm_up
@@ -77,7 +77,7 @@ class Tuning:
                 runtime.stop()
 
     async def _run(self, runtime: Runtime, audience: Audience) -> None:
-        placement = runtime.reserve(_wishes(self.settings))
+        placement = runtime.reserve(_resource_request(self.settings))
         before = recorded_dtype(self.settings.run.dir) if self.resume else None
         settings, choice = settle(self.settings, runtime, before)
         self.settings = settings
@@ -118,10 +118,10 @@ class Tuning:
         )
 
 
-def _wishes(settings: SftSettings) -> Wishes:
+def _resource_request(settings: SftSettings) -> ResourceRequest:
     """What the ranks want of a cluster."""
     cluster = settings.cluster
-    return Wishes(
+    return ResourceRequest(
         gpu=uses_gpu(cluster),
         ranks=settings.policy.ranks,
         engines=0,

@@ -19,9 +19,9 @@ from rlhf.cluster import (
     Placement,
     RayRuntime,
     Runtime,
+    resource_request,
     shared_rewards,
     takes_turns,
-    wishes,
 )
 from rlhf.config import Settings
 from rlhf.config.cluster import Role
@@ -52,7 +52,7 @@ def reserved_runtime(
     say("reserving devices")
     runtime = make_runtime(settings, debug)
     try:
-        placement = runtime.reserve(wishes(settings))
+        placement = runtime.reserve(resource_request(settings))
         runtime.check_files(model_folders(settings))
         yield runtime, placement
     finally:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rlhf.algorithms import Algorithm
 from rlhf.cluster.devices import loads_reward_model
 from rlhf.cluster.placement import CannotPlace, Placement, place
-from rlhf.cluster.wishes import Node, wishes
+from rlhf.cluster.resources import Node, resource_request
 from rlhf.config import Settings, UserError
 from rlhf.config.checks import largest_assignment
 from rlhf.preflight.estimate import Cluster, Estimate, estimate
@@ -219,7 +219,7 @@ def seats(settings: Settings, cluster: Cluster) -> Placement:
     cpus, digits = 2 * cluster.gpus_per_node + settings.reward.servers, len(str(cluster.nodes))
     offers = frozenset(settings.cluster.node_resources.values())
     names = [f"node {number:0{digits}d}" for number in range(1, cluster.nodes + 1)]
-    return place(wishes(settings), [Node(name, name, cluster.gpus_per_node, cpus, offers) for name in names])
+    return place(resource_request(settings), [Node(name, name, cluster.gpus_per_node, cpus, offers) for name in names])
 
 
 def _placed(given: Settings, layout: Settings, made: Estimate, cluster: Cluster) -> Proposal | None:

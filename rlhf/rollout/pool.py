@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-from rlhf.cluster import ActorDied, Handle, Runtime, compute_env, shared_engines, uses_gpu
+from rlhf.cluster import ActorDied, Handle, Runtime, actor_name, compute_env, shared_engines, uses_gpu
 from rlhf.config.settings import Settings
 from rlhf.engines.engine import EngineDied
 from rlhf.engines.environment import process_environment
@@ -67,7 +67,7 @@ class RolloutPool:
         count = 1 if runtime.local else settings.rollout.engines
         env = engine_environment(settings, runtime.local)
         handles = [
-            runtime.start(f"rollout-{index}", RolloutEngine, env=env)(
+            runtime.start(actor_name("rollout", index), RolloutEngine, env=env)(
                 settings, index, runtime.local, backend, gpu, mixes
             )
             for index in range(count)

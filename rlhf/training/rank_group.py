@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
-from rlhf.cluster import Handle, Runtime, compute_env, together
+from rlhf.cluster import Handle, Runtime, actor_name, compute_env, together
 from rlhf.config.cluster import ClusterSettings
 
 
@@ -129,7 +129,9 @@ def start_ranks(
 
     async def started(*args: Arguments.args, **kwargs: Arguments.kwargs) -> RankGroup[AnyRank]:
         env = compute_env(cluster, count)
-        handles = [runtime.start(f"policy[{rank}]", kind, env=env)(rank, *args, **kwargs) for rank in range(count)]
+        handles = [
+            runtime.start(actor_name("policy", rank), kind, env=env)(rank, *args, **kwargs) for rank in range(count)
+        ]
         group = RankGroup(handles, cluster)
         host, port = await group.first.ask(Rank.address, deadline=cluster.startup_s)()
         await group.ask(Rank.setup, deadline=cluster.startup_s)(host, port)

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from rlhf.cluster import RayRuntime, Wishes
+from rlhf.cluster import RayRuntime, ResourceRequest
 from rlhf.cluster.devices import spans_nodes
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.loader import UserError
@@ -39,11 +39,11 @@ class Witness:
         }
 
 
-def ask(settings: ClusterSettings, wishes: Wishes, **files: str) -> dict[str, Any] | str:
+def ask(settings: ClusterSettings, request: ResourceRequest, **files: str) -> dict[str, Any] | str:
     """What an actor in each seat reports, or the words with which the question was refused."""
     runtime = RayRuntime(settings, actors=0)
     try:
-        placement = runtime.reserve(wishes)
+        placement = runtime.reserve(request)
         runtime.check_files({"rollout": files})
         handles = {name: runtime.start(name, Witness)() for name in placement.seats}
 
@@ -58,11 +58,11 @@ def ask(settings: ClusterSettings, wishes: Wishes, **files: str) -> dict[str, An
         runtime.stop()
 
 
-def asked(settings: ClusterSettings, wishes: Wishes) -> dict[str, str]:
+def asked(settings: ClusterSettings, request: ResourceRequest) -> dict[str, str]:
     """What the nodes of the engines answer."""
     runtime = RayRuntime(settings, actors=0)
     try:
-        runtime.reserve(wishes)
+        runtime.reserve(request)
         return runtime.ask_nodes(("rollout",), node_id)
     finally:
         runtime.stop()
@@ -83,25 +83,29 @@ def main() -> None:
     settings = ClusterSettings(
         address=cluster.address, device="cuda", startup_deadline_s=DEADLINE_S, placement_deadline_s=DEADLINE_S
     )
-    own = Wishes(gpu=True, ranks=2, engines=1, servers=2, devices=4, server_gpus=0.5, needs={"reward": "judge"})
+    own = ResourceRequest(
+        gpu=True, ranks=2, engines=1, servers=2, devices=4, server_gpus=0.5, needs={"reward": "judge"}
+    )
     answers: dict[str, Any] = {
         "nodes": ids,
         "disaggregated": ask(settings, own, model=os.getcwd()),
-        "colocated": ask(settings, Wishes(gpu=True, ranks=2, engines=1, shared=1, servers=0, devices=2)),
-        "mixed": ask(settings, Wishes(gpu=True, ranks=2, engines=2, shared=1, servers=1, policy_nodes=2)),
-        "spanning": ask(settings, Wishes(gpu=True, ranks=1, engines=1, servers=0, devices=6, straddle=True)),
-        "8 in 4 + 4": ask(settings, Wishes(gpu=True, ranks=1, engines=1, servers=1, devices=8)),
-        "unreadable": ask(settings, Wishes(gpu=True, ranks=1, engines=1, servers=0), **{"policy.model": "/no/model"}),
+        "colocated": ask(settings, ResourceRequest(gpu=True, ranks=2, engines=1, shared=1, servers=0, devices=2)),
+        "mixed": ask(settings, ResourceRequest(gpu=True, ranks=2, engines=2, shared=1, servers=1, policy_nodes=2)),
+        "spanning": ask(settings, ResourceRequest(gpu=True, ranks=1, engines=1, servers=0, devices=6, straddle=True)),
+        "8 in 4 + 4": ask(settings, ResourceRequest(gpu=True, ranks=1, engines=1, servers=1, devices=8)),
+        "unreadable": ask(
+            settings, ResourceRequest(gpu=True, ranks=1, engines=1, servers=0), **{"policy.model": "/no/model"}
+        ),
     }
     answers["asked"] = asked(settings, own)
     unsaid = settings.model_copy(update={"device": "auto"})
-    answers["auto on a host without GPU"] = ask(unsaid, Wishes(gpu=False, ranks=1, engines=1, servers=1))
+    answers["auto on a host without GPU"] = ask(unsaid, ResourceRequest(gpu=False, ranks=1, engines=1, servers=1))
     ray.init(address=cluster.address, log_to_driver=False)
     others = ray.util.placement_group([{"GPU": 1}] * 4, name="others", lifetime="detached")  # outlives this connection
     ray.get(others.ready(), timeout=DEADLINE_S)
     ray.shutdown()
     impatient = settings.model_copy(update={"placement_deadline_s": 0.5})
-    answers["held by others"] = ask(impatient, Wishes(gpu=True, ranks=8, engines=1, servers=0))
+    answers["held by others"] = ask(impatient, ResourceRequest(gpu=True, ranks=8, engines=1, servers=0))
     json.dump(answers, sys.stdout)
     cluster.shutdown()
 

@@ -143,9 +143,9 @@ def test_the_dead_actor_is_named_and_not_those_who_missed_it(run: Callable) -> N
         asyncio.get_running_loop().call_soon(news.set)
         lost = after(None, RuntimeError("connection closed by peer"))
         hanging = after(asyncio.Event(), None)
-        await together(lost, hanging, after(news, ActorDied("policy[1] died while the driver waited for its learn")))
+        await together(lost, hanging, after(news, ActorDied("policy-1 died while the driver waited for its learn")))
 
-    with pytest.raises(ActorDied, match=r"policy\[1\]"):
+    with pytest.raises(ActorDied, match=r"policy-1"):
         run(use())
 
 

@@ -31,10 +31,10 @@ def answers() -> dict[str, Any]:
 def test_each_role_has_its_own_gpus(answers: dict[str, Any]) -> None:
     first, second, third = answers["nodes"]
     seen = answers["disaggregated"]
-    assert [seen[f"policy[{rank}]"]["node"] for rank in range(2)] == [seen["policy[0]"]["node"]] * 2
-    assert [seen[f"policy[{rank}]"]["visible"] for rank in range(2)] == ["0", "1"], "neighbours"
+    assert [seen[f"policy-{rank}"]["node"] for rank in range(2)] == [seen["policy-0"]["node"]] * 2
+    assert [seen[f"policy-{rank}"]["visible"] for rank in range(2)] == ["0", "1"], "neighbours"
     assert seen["rollout-0"]["visible"] == "0,1,2,3"
-    assert {seen["policy[0]"]["node"], seen["rollout-0"]["node"]} == {first, second}
+    assert {seen["policy-0"]["node"], seen["rollout-0"]["node"]} == {first, second}
     for server in ("reward-0", "reward-1"):
         assert (seen[server]["node"], seen[server]["visible"]) == (third, "0"), (
             "two halves of one GPU, where `judge` is"
@@ -47,7 +47,7 @@ def test_only_the_nodes_of_a_role_are_asked(answers: dict[str, Any]) -> None:
 
 def test_an_engine_sees_the_gpus_of_its_ranks(answers: dict[str, Any]) -> None:
     seen = answers["colocated"]
-    ranks = [seen[f"policy[{rank}]"] for rank in range(2)]
+    ranks = [seen[f"policy-{rank}"] for rank in range(2)]
     assert seen["rollout-0"]["visible"] == ",".join(rank["visible"] for rank in ranks)
     assert seen["rollout-0"]["gpus"] == [], "Ray counts the GPUs for the ranks alone"
     assert {seen["rollout-0"]["node"]} == {rank["node"] for rank in ranks}
@@ -55,14 +55,14 @@ def test_an_engine_sees_the_gpus_of_its_ranks(answers: dict[str, Any]) -> None:
 
 def test_mixed_engines_and_a_spread_policy(answers: dict[str, Any]) -> None:
     seen = answers["mixed"]
-    assert seen["policy[0]"]["node"] != seen["policy[1]"]["node"]
+    assert seen["policy-0"]["node"] != seen["policy-1"]["node"]
     assert [seen["rollout-0"][what] for what in ("node", "visible")] == [
-        seen["policy[0]"][what] for what in ("node", "visible")
+        seen["policy-0"][what] for what in ("node", "visible")
     ]
     own = seen["rollout-1"]
     assert len(own["gpus"]) == 1
     assert (own["node"], own["visible"]) not in [
-        (seen[f"policy[{i}]"]["node"], seen[f"policy[{i}]"]["visible"]) for i in (0, 1)
+        (seen[f"policy-{i}"]["node"], seen[f"policy-{i}"]["visible"]) for i in (0, 1)
     ]
     assert seen["reward-0"]["visible"] == "", "a server without a GPU must not find one"
 

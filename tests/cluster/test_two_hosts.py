@@ -84,7 +84,7 @@ def test_the_loop_runs_over_two_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
     assert seen == {(0, "ray::PolicyRank"), (1, "ray::PolicyRank"), (1, "ray::RolloutEngine"), (0, "ray::RewardServer")}
     # ... and what the record says.
     placement = json.loads((folder / "manifest.json").read_text())["placement"]
-    assert placement == [f"{ADDRESSES[0]}: policy[0], reward-0", f"{ADDRESSES[1]}: policy[1], rollout-0"]
+    assert placement == [f"{ADDRESSES[0]}: policy-0, reward-0", f"{ADDRESSES[1]}: policy-1, rollout-0"]
     metrics = lines(folder / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert all(line["policy/logprob_gap"] < 1e-4 for line in metrics), "after each publish over the cable the two agree"
@@ -105,4 +105,4 @@ def test_a_host_that_dies_ends_the_run_with_words(hosts: TwoHosts, tmp_path: Pat
         process.kill()
     assert process.returncode != 0
     assert "died while the driver waited for" in output, output[-3000:]
-    assert any(name in output for name in ("policy[1]", "rollout-0")), output[-3000:]
+    assert any(name in output for name in ("policy-1", "rollout-0")), output[-3000:]

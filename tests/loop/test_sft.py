@@ -136,7 +136,7 @@ def test_lora_on_two_ranks_exports_a_merged_model_and_the_adapter(config: Path, 
     assert (tmp_path / "run" / "export" / "adapter" / "adapter_config.json").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
     placement = json.loads((tmp_path / "run" / "manifest.json").read_text())["placement"]
-    assert "policy[0], policy[1]" in placement[0]
+    assert "policy-0, policy-1" in placement[0]
 
 
 def test_the_dry_run_says_what_would_be_learned(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -179,11 +179,11 @@ def test_resume_keeps_the_run_and_its_old_configuration(folder: Path, settings: 
 
 
 def test_each_start_notes_its_own_placement(folder: Path, settings: Callable[..., Settings]) -> None:
-    for resume, lines in ((False, ["10.0.0.1: policy[0]", "10.0.0.2: rollout-0"]), (True, ["10.0.0.3: everybody"])):
+    for resume, lines in ((False, ["10.0.0.1: policy-0", "10.0.0.2: rollout-0"]), (True, ["10.0.0.3: everybody"])):
         with Record(settings(folder), resume=resume) as record:
             record.placed(lines)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["placement"] == ["10.0.0.1: policy[0]", "10.0.0.2: rollout-0"]
+    assert manifest["placement"] == ["10.0.0.1: policy-0", "10.0.0.2: rollout-0"]
     assert [start["placement"] for start in manifest["resumed"]] == [["10.0.0.3: everybody"]]
 
 

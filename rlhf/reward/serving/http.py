@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from rlhf import __version__
-from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, wishes
+from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, resource_request
 from rlhf.config import Settings, UserError
 from rlhf.config.settings import single_process
 from rlhf.data.loading_time import with_startup_deadline
@@ -217,7 +217,7 @@ def serve(settings: Settings, host: str, port: int, local: bool) -> None:
     runtime = LocalRuntime() if local else RayRuntime(settings.cluster, settings.reward.servers)
     try:
         if not local:
-            runtime.reserve(replace(wishes(settings, policy=False), engines=0))
+            runtime.reserve(replace(resource_request(settings, policy=False), engines=0))
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:  # uvloop
             runner.run(_serve(runtime, settings, token, listener))
     finally:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime, shared_rewards
+from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime, actor_name, shared_rewards
 from rlhf.cluster.devices import threads_env
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
@@ -292,7 +292,7 @@ class RewardPool:
 
 def _launch(runtime: Runtime, settings: Settings, index: int, service: bool) -> Handle[RewardServer]:
     env = {} if runtime.local else threads_env(settings.cluster, settings.reward.servers)
-    start = runtime.start(f"reward-{index}", RewardServer, env=env)
+    start = runtime.start(actor_name("reward", index), RewardServer, env=env)
     return start(settings, index, runtime.local, service, secrets())
 
 

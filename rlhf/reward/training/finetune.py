@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.cluster import LocalRuntime, RayRuntime, Runtime, Wishes, uses_gpu
+from rlhf.cluster import LocalRuntime, RayRuntime, ResourceRequest, Runtime, uses_gpu
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.policy import PolicySettings
 from rlhf.data.loading_time import Weights, startup_deadline_s
@@ -247,7 +247,7 @@ async def _fine_tune(
     own = copy.deepcopy(objective) if runtime.local else objective
     learner = FineTuning(start, own, settings, folder.absolute() / START)
     try:
-        runtime.reserve(Wishes(gpu=uses_gpu(cluster), ranks=group.ranks, engines=0, servers=0))
+        runtime.reserve(ResourceRequest(gpu=uses_gpu(cluster), ranks=group.ranks, engines=0, servers=0))
         team = await SupervisedGroup.start(
             runtime, learner, _policy(settings, course.updates), cluster, settings.seed, course.updates
         )

@@ -1,4 +1,4 @@
-"""What the roles of a run want of a cluster, and what a node offers. Pure values."""
+"""What a run asks of a cluster for its roles, and what a node offers. Pure values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from rlhf.cluster.devices import shared_engines, shared_rewards, uses_gpu
 from rlhf.config.cluster import Role
 from rlhf.config.settings import Settings
+
+
+def actor_name(role: Role, index: int) -> str:
+    """The name of a role's actor, such as policy-0: in placements, messages and `Runtime.start`."""
+    return f"{role}-{index}"
+
+
+def role_of(actor: str) -> str:
+    """The role in an actor's name."""
+    return actor.partition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,8 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the roles of a run want. Each actor takes one CPU besides.
+class ResourceRequest:
+    """What a run asks for its roles. Each actor takes one CPU besides.
 
     Attributes:
         gpu: whether ranks and engines run on GPUs.
@@ -61,15 +71,15 @@ class Wishes:
         return role not in self.needs or self.needs[role] in node.resources
 
 
-def wishes(settings: Settings, policy: bool = True) -> Wishes:
-    """What a run with these settings wants.
+def resource_request(settings: Settings, policy: bool = True) -> ResourceRequest:
+    """What a run with these settings asks for.
 
     Args:
         policy: False: engines and reward servers alone, which then share with nobody.
     """
     rollout, reward, cluster = settings.rollout, settings.reward, settings.cluster
     gpu = uses_gpu(cluster)
-    return Wishes(
+    return ResourceRequest(
         gpu=gpu,
         ranks=settings.policy.ranks if policy else 0,
         engines=rollout.engines,
