@@ -154,10 +154,10 @@ class OnlineLoop:
         """
         if self.roles.turns:
             await together(self.roles.rollouts.sleep(), self.roles.rewards.offload())
-            await self.roles.policy.wake()
+            await self.roles.policy.reload()
         yield
         if self.roles.turns:
-            await self.roles.policy.rest()
+            await self.roles.policy.offload()
             await together(self.roles.rollouts.wake(), self.roles.rewards.reload())
         if publish and self._weights_lost():
             await self.publish(self._version)

@@ -84,7 +84,7 @@ async def started_roles(
         updates = settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
         policy_ready = asyncio.ensure_future(start("policy", PolicyGroup.start(runtime, settings, algorithm, updates)))
         if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
-            await (await policy_ready).rest()
+            await (await policy_ready).offload()
         rewards_ready = asyncio.ensure_future(start("reward", RewardPool.start(runtime, settings)))
         if shared_rewards(settings, runtime.local):  # and so must the reward models
             await rewards_ready

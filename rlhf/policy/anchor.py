@@ -16,8 +16,8 @@ from rlhf.policy.learner import InvariantBroken
 from rlhf.training import lora, torch_files
 from rlhf.training.deepspeed import PlacedModel, Trainer
 from rlhf.training.deepspeed_zero3 import local_shard, local_shards
+from rlhf.training.offloading import Offloading
 from rlhf.training.packing import Experience
-from rlhf.training.resting import Resting
 from rlhf.training.weights import whole_weights
 from rlhf.transfer.fingerprint import fingerprint
 
@@ -32,7 +32,7 @@ class Anchor:
     def __init__(self, name: str, placed: PlacedModel, rule: UpdateRule):
         self.name, self.model, self.rule = name, placed.module, rule
         self._placed = placed
-        self._resting = Resting()
+        self._offloading = Offloading()
         self._memory: list[torch.Tensor] = []
         if isinstance(rule, Ema):  # steps of an average are far below the spacing of bf16 weights
             self._memory = _copies(self._shards())
@@ -87,18 +87,18 @@ class Anchor:
         """Every weight, whole, one after the other. Collective."""
         return whole_weights(self.model.causal_lm)
 
-    def rest(self, device: torch.device) -> None:
-        """Give this device's memory back; the weights lie in host memory until `wake`."""
-        self._resting.rest(self._shards(), device)
+    def offload(self, device: torch.device) -> None:
+        """Give this device's memory back; the weights lie in host memory until `reload`."""
+        self._offloading.offload(self._shards(), device)
 
-    def wake(self) -> None:
-        """Undo `rest`."""
-        self._resting.wake()
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self._offloading.reload()
 
     @property
-    def resting(self) -> bool:
+    def offloaded(self) -> bool:
         """Whether the weights are in host memory."""
-        return self._resting.nbytes > 0
+        return self._offloading.nbytes > 0
 
     def save(self, folder: Path, rank: int) -> dict[str, str]:
         """Write this rank's shard, unless the rule is `Fixed`: then the model's own files hold it. Returns the file's checksum by its
@@ -157,7 +157,7 @@ class SharedAnchor(Anchor):
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return whole_weights(self.model.causal_lm, self._adapter)
 
-    def rest(self, device: torch.device) -> None:
+    def offload(self, device: torch.device) -> None:
         """The base is the policy's and stays with it; an adapter is too small to matter."""
 
     def _shards(self) -> Iterator[torch.Tensor]:

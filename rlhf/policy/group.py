@@ -164,13 +164,13 @@ class PolicyGroup:
         changed, *_ = await self._ranks.ask(PolicyRank.follow, deadline=self._settings.cluster.learn_deadline_s)(step)
         return changed
 
-    async def rest(self) -> None:
+    async def offload(self) -> None:
         """Leave only the policy's weights on the devices, for engines that share them."""
-        await self._ranks.ask(PolicyRank.rest, deadline=self._settings.cluster.learn_deadline_s)()
+        await self._ranks.ask(PolicyRank.offload, deadline=self._settings.cluster.learn_deadline_s)()
 
-    async def wake(self) -> None:
-        """Undo `rest`; before everything but `send_weights`."""
-        await self._ranks.ask(PolicyRank.wake, deadline=self._settings.cluster.learn_deadline_s)()
+    async def reload(self) -> None:
+        """Undo `offload`; before everything but `send_weights`."""
+        await self._ranks.ask(PolicyRank.reload, deadline=self._settings.cluster.learn_deadline_s)()
 
     async def save(self, folder: str, tag: str) -> dict[str, str]:
         """Write a DeepSpeed checkpoint to `folder/tag` (a folder that all ranks share). Returns the files' checksums, for

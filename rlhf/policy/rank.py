@@ -230,12 +230,12 @@ class PolicyRank:
 
     def send_weights(self, slot: ModelSlot = "policy") -> str | None:
         """Send all weights of the policy or of the engines' second model; rank 0 returns their fingerprint. Collective."""
-        resting = slot == "partner" and self.partner.resting
-        if resting:
-            self.partner.wake()
+        offloaded = slot == "partner" and self.partner.offloaded
+        if offloaded:
+            self.partner.reload()
         fingerprint = self._send(self._weights(slot), slot)
-        if resting:
-            self.partner.rest(self.device)
+        if offloaded:
+            self.partner.offload(self.device)
         return fingerprint
 
     def _send(self, weights: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot) -> str | None:
@@ -263,19 +263,19 @@ class PolicyRank:
 
     # Taking turns with engines on the same device
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Leave only the policy's weights on the device: optimizer states and frozen models move to host memory."""
         for trainer in self.learner.trainers.values():
-            trainer.rest()
+            trainer.offload()
         for anchor in self._anchors():
-            anchor.rest(self.device)
+            anchor.offload(self.device)
 
-    def wake(self) -> None:
-        """Undo `rest`; before everything but `send_weights`."""
+    def reload(self) -> None:
+        """Undo `offload`; before everything but `send_weights`."""
         for anchor in self._anchors():
-            anchor.wake()
+            anchor.reload()
         for trainer in self.learner.trainers.values():
-            trainer.wake()
+            trainer.reload()
 
     # Files
 

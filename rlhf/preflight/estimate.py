@@ -121,7 +121,7 @@ def estimate(
     learning = need.device * (1 + FRAGMENTATION) + CONTEXT + (CONTEXT + ASLEEP if shared else 0) + judging * CONTEXT
     loading = need.loaded * (1 + FRAGMENTATION) + CONTEXT
     reserved = rollout.gpu_memory_utilization * gpu.memory
-    others = engine.arriving + (need.resting * (1 + FRAGMENTATION) + need.publishing + CONTEXT if shared else 0)
+    others = engine.arriving + (need.staying * (1 + FRAGMENTATION) + need.publishing + CONTEXT if shared else 0)
     generating = reserved + others + CONTEXT
     generating += judging * (judge * (1 + FRAGMENTATION) + JUDGE_WORKING + CONTEXT)
     cache = engine.room(reserved - engine.weights - ENGINE_WORKING)
@@ -178,7 +178,7 @@ def _time(
     )
     shared = shared_engines(settings, debug=False)
     backend = choose_backend(settings, gpu=True, local=False)
-    moved = need.resident - min(need.resident, need.resting) + judge
+    moved = need.resident - min(need.resident, need.staying) + judge
     published = sent * _published(shape, settings)
     return StepTime(
         generate=generate_s(shape, gpu, work, rollout.engines, devices, room, size, spans) if work.sampled else 0.0,

@@ -31,7 +31,7 @@ ROWS = 64
 GATHER_ELEMENTS = 64 * 2**20
 
 
-ELSEWHERE = ("host", "publishing", "resting", "loading", "loading_host", "exporting")
+ELSEWHERE = ("host", "publishing", "staying", "loading", "loading_host", "exporting")
 """Fields of `PolicyMemory` that are not on the device in a learning step."""
 
 
@@ -46,7 +46,7 @@ class PolicyMemory:
         head: the gradient of the output projection and a chunk of logits.
         buckets: what DeepSpeed reduces gradients in, and what ZeRO-3 keeps gathered.
         publishing: beside what is resident, while weights leave for the engines; not at the same time as a step's.
-        resting: what stays on the device while engines have it, where they share it.
+        staying: what stays on the device when all else is offloaded, for engines that share it.
         loading: beside what is resident, while models are loaded: their tensors on the way to their shards.
         loading_host: in host memory meanwhile; at ZeRO-3 on the first rank alone. Page cache is not counted.
         exporting: in host memory of the first rank while the whole policy is written.
@@ -64,7 +64,7 @@ class PolicyMemory:
     buckets: float
     host: float
     publishing: float
-    resting: float
+    staying: float
     loading: float
     loading_host: float
     exporting: float
@@ -241,7 +241,7 @@ def policy_memory(
         loading=loading(shape, settings),
         loading_host=loading_host(shape, settings),
         exporting=shape.parameters * BYTES[settings.dtype],
-        resting=weights * trained + (kept if settings.zero_stage == 3 else 0),
+        staying=weights * trained + (kept if settings.zero_stage == 3 else 0),
     )
 
 

@@ -23,7 +23,7 @@ from rlhf.training.attention import avoid_plans_per_shape
 from rlhf.training.deepspeed_files import PlainCheckpointEngine
 from rlhf.training.deepspeed_masters import masters, set_masters
 from rlhf.training.deepspeed_zero3 import Sharding, is_partitioned, local_shard, partition, rank_device
-from rlhf.training.resting import Resting
+from rlhf.training.offloading import Offloading
 
 FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
 """Where DeepSpeed's optimizers keep master weights and gradients besides the inner optimizer's own."""
@@ -159,7 +159,7 @@ class Trainer:
         self.engine.checkpoint_engine = PlainCheckpointEngine(self.engine._config)
         self.engine._copy_recovery_script = lambda folder: None  # it would unpickle whatever lies beside it
         self.ranks = torch.distributed.get_world_size()
-        self._resting = Resting()
+        self._offloading = Offloading()
         self._norm = 0.0
         self._max_grad_norm = settings.max_grad_norm
         # Without ZeRO in fp32 DeepSpeed clips but does not keep the norm.
@@ -228,14 +228,14 @@ class Trainer:
         Collective."""
         set_masters(self.engine.optimizer, values)
 
-    def rest(self) -> None:
-        """Move optimizer states, master weights and gradient buffers to host memory; the weights stay on the device. Until `wake`,
+    def offload(self) -> None:
+        """Move optimizer states, master weights and gradient buffers to host memory; the weights stay on the device. Until `reload`,
         neither learn nor save."""
-        self._resting.rest(self._states(), self.device, needed=self.module.parameters())
+        self._offloading.offload(self._states(), self.device, needed=self.module.parameters())
 
-    def wake(self) -> None:
-        """Undo `rest`."""
-        self._resting.wake()
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self._offloading.reload()
 
     def _states(self) -> Iterator[torch.Tensor]:
         outer = self.engine.optimizer

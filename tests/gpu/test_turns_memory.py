@@ -1,4 +1,4 @@
-"""What a policy gives back while it rests, in CUDA memory. Skipped without a GPU."""
+"""What a policy gives back while it is offloaded, in CUDA memory. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.skipif(not torch.cuda.is_available
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_resting_policy_keeps_only_its_weights(tiny_settings: Callable, run: Callable, stage: int) -> None:
+def test_a_offloaded_policy_keeps_only_its_weights(tiny_settings: Callable, run: Callable, stage: int) -> None:
     settings = tiny_settings(policy={"dtype": "bf16", "zero_stage": stage}, cluster={"device": "cuda"})
 
     async def use() -> tuple[int, int, int, int]:
@@ -26,14 +26,14 @@ def test_a_resting_policy_keeps_only_its_weights(tiny_settings: Callable, run: C
         weights = sum(
             p.numel() * p.element_size() for t in rank.learner.trainers.values() for p in t.engine.module.parameters()
         )
-        awake = torch.cuda.memory_allocated()
-        await group.rest()
-        resting = torch.cuda.memory_allocated()
-        await group.wake()
+        loaded = torch.cuda.memory_allocated()
+        await group.offload()
+        offloaded = torch.cuda.memory_allocated()
+        await group.reload()
         again = torch.cuda.memory_allocated()
         await group.close()
-        return weights, awake, resting, again
+        return weights, loaded, offloaded, again
 
-    weights, awake, resting, again = run(use())
-    assert awake - resting > 2 * weights, "bf16 states are at least twelve bytes for each two of weights"
-    assert again == pytest.approx(awake, rel=0.02)
+    weights, loaded, offloaded, again = run(use())
+    assert loaded - offloaded > 2 * weights, "bf16 states are at least twelve bytes for each two of weights"
+    assert again == pytest.approx(loaded, rel=0.02)

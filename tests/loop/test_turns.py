@@ -1,7 +1,7 @@
 """Policy and engines in turns on the same devices: nothing that a run computes may depend on it.
 
-A CPU has nothing to give back, so here the turns are forced: who sleeps, rests, wakes and sends again is the same as on a GPU, and
-an engine that has dropped its weights refuses to answer until they are sent again. `tests/gpu` measures the memory.
+A CPU has nothing to give back, so here the turns are forced: who sleeps, is offloaded, is reloaded and sends again is the same as on
+a GPU, and an engine that has dropped its weights refuses to answer until they are sent again. `tests/gpu` measures the memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def test_a_run_in_turns_equals_one_without(method: str, tmp_path: Path, monkeypa
     expected = train(method, tmp_path / "apart", *OPTIONS)
     calls: list[str] = []
     for cls, names in (
-        (PolicyGroup, ("rest", "wake")),
+        (PolicyGroup, ("offload", "reload")),
         (RolloutPool, ("sleep", "wake")),
         (RewardPool, ("offload", "reload")),
     ):
@@ -48,12 +48,12 @@ def test_a_run_in_turns_equals_one_without(method: str, tmp_path: Path, monkeypa
         for one, other in zip(steps, expected, strict=True):
             for name in NAMES:
                 assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), (one["step"], name)
-        started = ["PolicyGroup.rest", "RewardPool.start", "RolloutPool.start"]
+        started = ["PolicyGroup.offload", "RewardPool.start", "RolloutPool.start"]
         assert calls[:3] == started, "an engine starts when policy and reward models take what they will have beside it"
-        turn = ["RolloutPool.sleep", "RewardPool.offload", "PolicyGroup.wake"]
-        turn += ["PolicyGroup.rest", "RolloutPool.wake", "RewardPool.reload"]
+        turn = ["RolloutPool.sleep", "RewardPool.offload", "PolicyGroup.reload"]
+        turn += ["PolicyGroup.offload", "RolloutPool.wake", "RewardPool.reload"]
         assert len(calls) > 6 * len(steps)
-        assert calls[3:] == turn * (len(calls) // 6), "only the policy has the devices while it is awake"
+        assert calls[3:] == turn * (len(calls) // 6), "only the policy has the devices while it is loaded"
 
 
 def _watched(method: Any, name: str, calls: list[str]) -> Any:

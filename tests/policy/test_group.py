@@ -342,7 +342,7 @@ def test_a_single_step_saves_a_forward_pass_and_learns_the_same(
 
 
 @pytest.mark.engine
-def test_while_the_critic_warms_up_the_policy_rests(settings: Callable, run: Callable) -> None:
+def test_while_the_critic_warms_up_the_policy_stays(settings: Callable, run: Callable) -> None:
     async def use() -> None:
         critic = replace(PPO.critic, warmup_steps=2)
         objective = replace(PPO, critic=critic, kl_target=0.5, kl_horizon=100)
@@ -365,7 +365,7 @@ def test_while_the_critic_warms_up_the_policy_rests(settings: Callable, run: Cal
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_resting_between_steps_changes_nothing(
+def test_offloading_between_steps_changes_nothing(
     settings: Callable, run: Callable, tmp_path: Any, stage: int, dtype: str
 ) -> None:
     """Policy, critic and frozen models leave the device after every step and come back, and a checkpoint still restores."""
@@ -378,8 +378,8 @@ def test_resting_between_steps_changes_nothing(
         for step in range(1, UPDATES + 1):
             metrics.append(await group.learn(assignments, Moment(step, equal=False)))
             if turns:
-                await group.rest()
-                await group.wake()
+                await group.offload()
+                await group.reload()
             if step == 2:
                 await group.save(str(tmp_path / str(turns)), "two")
                 await group.load(str(tmp_path / str(turns)), "two")

@@ -201,12 +201,12 @@ def test_memory_follows_the_method(with_method: Callable[..., PolicyMemory]) -> 
     assert plain.device == sum(plain.parts().values())
 
 
-def test_what_rests_beside_engines(with_method: Callable[..., PolicyMemory]) -> None:
+def test_what_stays_beside_engines(with_method: Callable[..., PolicyMemory]) -> None:
     parameters = tiny_shape().parameters
-    assert with_method({"name": "online_dpo"}).resting == 4 * parameters, "the weights alone"
-    assert with_method({"name": "ppo"}).resting == 8 * parameters, "and the critic's"
+    assert with_method({"name": "online_dpo"}).staying == 4 * parameters, "the weights alone"
+    assert with_method({"name": "ppo"}).staying == 8 * parameters, "and the critic's"
     sharded = with_method({"name": "online_dpo"}, "policy.zero_stage=3")
-    assert sharded.resting == (2 + 2 + 2) * parameters + 500_000_000 * 4, "DeepSpeed keeps shards and its bucket"
+    assert sharded.staying == (2 + 2 + 2) * parameters + 500_000_000 * 4, "DeepSpeed keeps shards and its bucket"
 
 
 def test_a_mixing_engine_holds_everything_twice() -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from rlhf.reward.models import RewardModel
-    from rlhf.training.resting import Resting
+    from rlhf.training.offloading import Offloading
 
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 1024, 16384
 BATCH_TOKENS_CPU_PADDED = 384
@@ -48,7 +48,7 @@ class Workplace:
     def __init__(self, inline: bool):
         self._inline = inline
         self._models: list[torch.nn.Module] = []
-        self._offloaded: Resting | None = None
+        self._offloaded: Offloading | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._free = asyncio.Lock()
 
@@ -75,16 +75,16 @@ class Workplace:
             await self.run(self._offload)
 
     def _offload(self) -> None:
-        from rlhf.training.resting import Resting
+        from rlhf.training.offloading import Offloading
 
         tensors = [tensor for model in self._models for tensor in (*model.parameters(), *model.buffers())]
-        self._offloaded = Resting()
-        self._offloaded.rest(tensors, tensors[0].device)
+        self._offloaded = Offloading()
+        self._offloaded.offload(tensors, tensors[0].device)
 
     async def reload(self) -> None:
         """Undo `offload`."""
         if self._offloaded is not None:
-            await self.run(self._offloaded.wake)
+            await self.run(self._offloaded.reload)
             self._offloaded = None
 
     async def run_model(self, work: Callable[..., Any], *args: Any) -> Any:

@@ -11,21 +11,23 @@ from collections.abc import Iterable
 import torch
 
 
-class Resting:
+class Offloading:
     """What has left the device, and where it lies meanwhile."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
 
-    def rest(self, tensors: Iterable[torch.Tensor], device: torch.device, needed: Iterable[torch.Tensor] = ()) -> None:
-        """Copy to host memory, and empty, what lies behind these tensors. Until `wake`, they must not be touched.
+    def offload(
+        self, tensors: Iterable[torch.Tensor], device: torch.device, needed: Iterable[torch.Tensor] = ()
+    ) -> None:
+        """Copy to host memory, and empty, what lies behind these tensors. Until `reload`, they must not be touched.
 
         Args:
             device: whose memory is wanted; tensors elsewhere stay as they are.
             needed: tensors that stay, though some of the others may lie in the same memory.
         """
         if self._kept:
-            raise RuntimeError("these tensors rest already")
+            raise RuntimeError("these tensors are offloaded already")
         staying = {tensor.untyped_storage().data_ptr() for tensor in needed}
         for storage in {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
@@ -41,7 +43,7 @@ class Resting:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def wake(self) -> None:
+    def reload(self) -> None:
         """Bring everything back."""
         for storage, host in self._kept:
             storage.resize_(host.nbytes())
