@@ -26,7 +26,7 @@ LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default `stage3_max_live_parameters`: weights that ZeRO-3 keeps gathered, in elements."""
 QUANTISED_BYTES = 0.516
 """Of a weight in 4 bits, with its share of the scales: one per 64 weights, itself in 8 bits."""
-# Repeated from `rlhf.training.model` and `.engine`, whose imports take seconds; a test holds them equal.
+# Repeated from `rlhf.training.model` and `.deepspeed`, whose imports take seconds; a test holds them equal.
 ROWS = 64
 GATHER_ELEMENTS = 64 * 2**20
 

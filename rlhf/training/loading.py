@@ -34,7 +34,7 @@ def load_causal_lm(path: str, dtype: str, quantize: str = "none", sharding: Shar
 
     Args:
         quantize: "4bit" holds the linear layers but the output layer in 4 bits; then they cannot be trained.
-        sharding: DeepSpeed's configuration under ZeRO-3 (`engine.sharding`): the parameters are partitioned over the ranks. Collective.
+        sharding: how ZeRO-3 partitions the parameters over the ranks (`deepspeed.sharding`). Collective.
 
     Raises:
         ModelError: not a causal language model of a kind this project can train, or 4 bits are not to be had here.

@@ -1,7 +1,7 @@
 """LoRA through peft: small trainable matrices beside frozen ones, W x + scaling B A x, with scaling = alpha / rank.
 
 Owns: which layers get adapters, which of them is in use, and peft's file format. The base is frozen, so the reference needs no model
-of its own: it is the base with no adapter, or with one of its own. Does not know: who learns (`engine`), or how the product reaches
+of its own: it is the base with no adapter, or with one of its own. Does not know: who learns (`deepspeed`), or how the product reaches
 the engines (`weights`, transfer/).
 
 An adapter has a name; `POLICY` is the one that learns. There is no dropout: log-probs would be random.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -40,3 +43,17 @@ def test_an_offloaded_optimizer_is_fused_and_steps_alike(dtype: str, stage: int)
     inner = trainer.engine.optimizer.optimizer
     assert type(inner) is torch.optim.AdamW and inner.defaults["fused"]
     assert all(torch.allclose(device[name], host[name], rtol=0, atol=1e-6) for name in device)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_closed_trainer_leaves_nothing_behind(stage: int) -> None:
+    """An engine that hooks keep alive holds 2 GB of address space at stage 3: after some tests or trials no process can be forked."""
+    if not torch.distributed.is_initialized():
+        join(Member(0, 1, "127.0.0.1", free_port()), ClusterSettings(device="cpu"))
+    _, trainer = learned("fp32", stage, "none")
+    engine = weakref.ref(trainer.engine)
+    trainer.close()
+    trainer.close()
+    del trainer
+    gc.collect()
+    assert engine() is None
