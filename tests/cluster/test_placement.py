@@ -246,14 +246,15 @@ def test_what_is_possible_is_found_and_what_is_found_is_possible(asked: Resource
     )
     names = [f"policy-{i}" for i in range(asked.ranks)] + [f"rollout-{i}" for i in range(asked.engines)]
     assert list(placed.seats) == names + [f"reward-{i}" for i in range(asked.servers)]
-    sharers = [rank for seat in placed.seats.values() for rank in seat.shares]
-    assert len(sharers) == len(set(sharers)) == asked.shared * asked.devices
+    for role, count in (("rollout", asked.shared * asked.devices), ("reward", asked.servers * asked.shared_servers)):
+        used = [rank for name, seat in placed.seats.items() if name.startswith(role) for rank in seat.shares]
+        assert len(used) == len(set(used)) == count, "each on the GPU of another rank"
     for seat in placed.seats.values():
         assert all(placed.seats[f"policy-{rank}"].node == seat.node for rank in seat.shares)
     for node in nodes:
         here = [name for name, seat in placed.seats.items() if seat.node == node]
         count = {role: sum(name.startswith(role) for name in here) for role in ("policy", "rollout", "reward")}
-        shared = sum(bool(placed.seats[name].shares) for name in here)
+        shared = sum(bool(placed.seats[name].shares) for name in here if name.startswith("rollout"))
         assert fits(asked, node, count["policy"], shared, count["rollout"] - shared, count["reward"])
     ranks = [placed.seats[f"policy-{i}"].node for i in range(asked.ranks)]
     if asked.policy_nodes is not None:
