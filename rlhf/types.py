@@ -3,16 +3,16 @@
 A room hands another room these objects or references to them, never a dict of tensors. Token ids and log-probs are numpy
 arrays, so that an object can cross a process border without copying and be read without a deep-learning library.
 
-Walk: `Prompt` -> `Rollout` (K `Completion`s behind a reference) -> `Feedback` -> `TrainingItem`s inside an `Assignment`.
+Walk: `Prompt` -> `Rollout` (K `Completion`s behind a reference) -> `Feedback` -> `TrainingItem`s inside an `Assignment` -> `RankBatch`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -238,6 +238,52 @@ class Assignment:
     def n_tokens(self) -> int:
         """Tokens in the packed forward: the prompt once, and each used response."""
         return len(self.rollout.prompt.token_ids) + self.response_tokens()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the means of an optimizer step divide by: sums over all ranks, never a rank's own. Those of a step's pieces add up.
+
+    Attributes:
+        n_groups: prompts with items.
+        n_responses: the responses of theirs that have a loss.
+        n_tokens: those responses' tokens.
+    """
+
+    n_groups: int = 0
+    n_responses: int = 0
+    n_tokens: int = 0
+
+    @classmethod
+    def of(cls, assignments: Iterable[Assignment]) -> Counts:
+        """Of these assignments together."""
+        learned = [[assignment.rollout.infos[m] for m in assignment.learned()] for assignment in assignments]
+        responses = [info for group in learned for info in group]
+        return cls(len(learned), len(responses), sum(info.n_tokens for info in responses))
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.n_groups + other.n_groups, self.n_responses + other.n_responses, self.n_tokens + other.n_tokens
+        )
+
+
+MicroBatch = TypeVar("MicroBatch")
+
+
+@dataclass(frozen=True)
+class RankBatch(Generic[MicroBatch]):
+    """One rank's part of one optimizer step, or of a piece of it.
+
+    Attributes:
+        micro_batches: what is forwarded together: tuples of assignments on the way to the rank, packed tensors (`Experience`) in it. An
+            empty one keeps this rank in step with the others.
+        counts: of all ranks' parts of this piece.
+        update: which of the loop step's optimizer steps it belongs to, from 0.
+    """
+
+    micro_batches: Sequence[MicroBatch]
+    counts: Counts
+    update: int = 0
 
 
 @dataclass(frozen=True)

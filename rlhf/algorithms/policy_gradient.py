@@ -23,7 +23,7 @@ A learner, and a test on a table, go through the same calls:
     (whitened,) = whiten([estimate.advantages])                                                   # if objective.whiten
     weights = importance_correction(objective, old, behaviour, response).weights
     loss = policy_loss(objective, logprobs, old, whitened, response, kl_coef=..., reference=..., weights=weights).loss
-    aggregate(objective, loss, response, n_responses=..., n_tokens=...).backward()
+    (aggregate(objective, loss, response) / normaliser(objective, n_responses=..., n_tokens=...)).backward()
 """
 
 from __future__ import annotations
@@ -221,21 +221,26 @@ def value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, c
     return losses / 2
 
 
-def aggregate(
-    objective: PolicyGradient, losses: torch.Tensor, response: torch.Tensor, *, n_responses: int, n_tokens: int
-) -> torch.Tensor:
-    """This micro-batch's part of the update's loss: the parts of all micro-batches and ranks add up to the mean.
+def aggregate(objective: PolicyGradient, losses: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    """This micro-batch's part of a sum: over all micro-batches and ranks of an update, divided by `normaliser`, it is the update's loss.
 
     Args:
         losses: of each token, [N]; whole responses.
-        n_responses, n_tokens: of the whole update, over all ranks.
+    """
+    if objective.aggregation == "seq_mean_token_mean":
+        return _response_means(losses, response).sum()
+    return losses.sum()
+
+
+def normaliser(objective: PolicyGradient, *, n_responses: int, n_tokens: int) -> int:
+    """What the update's sum is divided by, once the whole update is known.
+
+    Args:
+        n_responses, n_tokens: that have a loss, of the whole update, over all ranks.
     """
     if objective.aggregation == "token_mean":
-        return losses.sum() / n_tokens
-    if objective.aggregation == "seq_mean_token_mean":
-        return _response_means(losses, response).sum() / n_responses
-    divisor = objective.max_tokens if objective.aggregation == "seq_mean_token_sum_norm" else 1
-    return losses.sum() / (n_responses * divisor)
+        return n_tokens
+    return n_responses * (objective.max_tokens if objective.aggregation == "seq_mean_token_sum_norm" else 1)
 
 
 def _clipped_surrogate(

@@ -26,7 +26,7 @@ from rlhf.loop.judged import JudgedRollout, rollout_metrics
 from rlhf.loop.probe import probe_samplings
 from rlhf.loop.progress import Progress, require_builder, require_rewards
 from rlhf.loop.roles import Roles
-from rlhf.policy import Moment
+from rlhf.policy import StepContext
 from rlhf.reward.shaping import Shaping
 from rlhf.tracking.record import Record
 from rlhf.types import Assignment, Feedback, Invalid, ModelSlot, Prompt, Rollout
@@ -73,8 +73,8 @@ class OnlineLoop:
         async with self.policy_turn(publish=False):
             metrics |= await self.roles.policy.check_engines(probes)
             if batch.assignments:
-                moment = Moment(step, equal=equals_policy(self.algorithm.reference, step))
-                metrics |= await self.roles.policy.learn(batch.assignments, moment)
+                context = StepContext(step, equal=equals_policy(self.algorithm.reference, step))
+                metrics |= await self.roles.policy.learn(batch.assignments, context)
             changed = await self.roles.policy.follow(step)
         clock.lap("time/train")
         await self.publish(version=step)

@@ -6,6 +6,6 @@ weights. Does not know: where completions come from, what a reward is, or how en
 """
 
 from rlhf.policy.group import PolicyGroup
-from rlhf.policy.learner import InvariantBroken, Moment
+from rlhf.policy.learner import InvariantBroken, StepContext
 
-__all__ = ["InvariantBroken", "Moment", "PolicyGroup"]
+__all__ = ["InvariantBroken", "PolicyGroup", "StepContext"]

@@ -10,14 +10,14 @@ from rlhf.algorithms.algorithm import Objective
 from rlhf.algorithms.kl import AdaptiveKl
 from rlhf.cluster import Runtime
 from rlhf.config import Settings
-from rlhf.policy.learner import InvariantBroken, Moment
-from rlhf.policy.meters import means, merge
+from rlhf.policy.learner import InvariantBroken, StepContext
+from rlhf.policy.meters import Meters, means, merge
 from rlhf.policy.probe import require_small
-from rlhf.policy.rank import PolicyRank, UpdateShare
+from rlhf.policy.rank import PolicyBatch, PolicyRank
 from rlhf.training.balance import plan_updates
 from rlhf.training.rank_group import RankGroup, start_ranks
 from rlhf.transfer import TransferSession
-from rlhf.types import Assignment, ModelSlot, Rollout, WeightSpec
+from rlhf.types import Assignment, Counts, ModelSlot, RankBatch, Rollout, WeightSpec
 
 
 class PolicyGroup:
@@ -43,48 +43,71 @@ class PolicyGroup:
         group.specs = await ranks.first.ask(PolicyRank.weight_specs, deadline=settings.cluster.startup_s)()
         return group
 
-    async def learn(self, assignments: Sequence[Assignment], moment: Moment) -> dict[str, float]:
+    async def learn(self, assignments: Sequence[Assignment], step: StepContext) -> dict[str, float]:
         """Learn from these assignments in `loop.updates_per_step` optimizer steps; returns mean metrics.
 
         Raises:
             InvariantBroken: the engines' and the trainer's log-probs differ by more than `run.max_logprob_gap`.
         """
-        settings = self._settings
-        if self._kl is not None:
-            moment = replace(moment, kl_coef=self._kl.coef)
-        plan = plan_updates(
-            [assignment.n_tokens() for assignment in assignments],
-            settings.loop.updates_per_step,
-            len(self._ranks),
-            settings.policy.micro_batch_tokens,
-        )
-        shares: list[list[UpdateShare]] = [[] for _ in range(len(self._ranks))]
-        for update in plan:
-            learned = [assignments[i] for share in update for batch in share for i in batch]
-            counts = (
-                len(learned),
-                sum(len(assignment.learned()) for assignment in learned),
-                sum(assignment.rollout.infos[m].n_tokens for assignment in learned for m in assignment.learned()),
-            )
-            for rank, share in enumerate(update):
-                batches = tuple(tuple(assignments[i] for i in batch) for batch in share)
-                shares[rank].append(UpdateShare(batches, *counts))
-        learn = self._ranks.share(PolicyRank.learn, shares, deadline=settings.cluster.learn_deadline_s)
-        metrics = means(merge(await learn(moment)))
+        context = self._open(step)
+        batches = self._plan(assignments, self._settings.loop.updates_per_step)
+        learn = self._ranks.share(PolicyRank.learn, batches, deadline=self._settings.cluster.learn_deadline_s)
+        return self._close(await learn(context))
+
+    async def begin(self, step: StepContext) -> None:
+        """Start a loop step whose assignments come in pieces, while others are still sampled and judged."""
+        await self._ranks.ask(PolicyRank.begin, deadline=self._settings.cluster.learn_deadline_s)(self._open(step))
+
+    async def accumulate(self, assignments: Sequence[Assignment], update: int = 0) -> None:
+        """Take in a piece; the ranks learn from it what their method can learn from it alone. Pieces may come in any order.
+
+        Args:
+            update: which of the loop step's optimizer steps it belongs to, from 0 and below `loop.updates_per_step`.
+        """
+        batches = self._plan(assignments, 1, update)
+        await self._ranks.share(PolicyRank.accumulate, batches, deadline=self._settings.cluster.learn_deadline_s)()
+
+    async def finish(self) -> dict[str, float]:
+        """Make the optimizer steps, whose pieces are all there; returns mean metrics. Raises as `learn`."""
+        finish = self._ranks.ask(PolicyRank.finish, deadline=self._settings.cluster.learn_deadline_s)
+        return self._close(await finish())
+
+    def _open(self, step: StepContext) -> StepContext:
+        """The step with its factor on the KL."""
+        self._step = step if self._kl is None else replace(step, kl_coef=self._kl.coef)
+        self._responses = 0
+        return self._step
+
+    def _plan(self, assignments: Sequence[Assignment], updates: int, first: int = 0) -> list[list[PolicyBatch]]:
+        """What each rank learns from in each of these optimizer steps, which are numbered from `first` on."""
+        self._responses += sum(len(assignment.members()) for assignment in assignments)
+        costs = [assignment.n_tokens() for assignment in assignments]
+        batches: list[list[PolicyBatch]] = [[] for _ in self._ranks.handles]
+        plan = plan_updates(costs, updates, len(self._ranks), self._settings.policy.micro_batch_tokens)
+        for number, update in enumerate(plan, first):
+            counts = Counts.of(assignments[i] for share in update for batch in share for i in batch)
+            for mine, share in zip(batches, update, strict=True):
+                micro_batches = tuple(tuple(assignments[i] for i in batch) for batch in share)
+                mine.append(RankBatch(micro_batches, counts, number))
+        return batches
+
+    def _close(self, parts: Sequence[Meters]) -> dict[str, float]:
+        """What the ranks report of a whole loop step, checked; the KL's coefficient follows it."""
+        metrics = means(merge(parts))
         self._check_gap(metrics)
         if self._kl is not None:
             metrics["policy/kl_coef"] = self._kl.coef
-            self._steer_kl(metrics, moment.step, sum(len(assignment.members()) for assignment in assignments))
+            self._steer_kl(metrics)
         return metrics
 
-    def _steer_kl(self, metrics: dict[str, float], step: int, n_responses: int) -> None:
+    def _steer_kl(self, metrics: dict[str, float]) -> None:
         """Let the KL's coefficient follow what was measured; while only the critic learns there is nothing to steer."""
         assert isinstance(self._objective, PolicyGradient) and self._kl is not None, (
             "only these have such a coefficient"
         )
         critic = self._objective.critic
-        if "policy/kl_response" in metrics and (critic is None or step > critic.warmup_steps):
-            self._kl.update(metrics["policy/kl_response"], n_responses)
+        if "policy/kl_response" in metrics and (critic is None or self._step.step > critic.warmup_steps):
+            self._kl.update(metrics["policy/kl_response"], self._responses)
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must keep beside the ranks' files: the present factor on the KL, if there is one."""

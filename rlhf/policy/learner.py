@@ -1,15 +1,18 @@
-"""What the learners of one rank share: what they are given, and what they report whatever the method."""
+"""What the learners of one rank share: how they are fed piece by piece, and what they report whatever the method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from itertools import chain
+from typing import Generic, Protocol, TypeVar, overload
 
 import torch
 
 from rlhf.policy.meters import Meters
+from rlhf.training.deepspeed import Trainer
 from rlhf.training.packing import Experience
+from rlhf.types import Counts, RankBatch
 
 EQUAL_TOLERANCE = {"bf16": (0.15, 2.0), "fp32": (1e-4, 1e-3)}
 """Nats, on the mean and at the most, that rounding alone may put between two forward passes of the same weights.
@@ -27,8 +30,8 @@ class InvariantBroken(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Moment:
-    """When in the run this step happens.
+class StepContext:
+    """What a learner must know of the loop step it is in.
 
     Attributes:
         step: loop step, from 1.
@@ -65,21 +68,57 @@ class Lazily(Sequence[Experience]):
         return self._pack(chosen) if isinstance(chosen, int) else [self._pack(one) for one in chosen]
 
 
-@dataclass(frozen=True)
-class Update:
-    """One rank's part of one optimizer step.
+class Learner(Protocol):
+    """Makes the optimizer steps of a loop step, as often as `loop.epochs_per_step`, from pieces that come in any split and order.
+
+    Losses accumulate as sums; what they are divided by is known at `finish` alone. All ranks are given the same pieces with the same
+    number of micro-batches, so that their collective calls match.
 
     Attributes:
-        experiences: its micro-batches, each of which may be made anew whenever it is asked for; an idle one (without items) keeps this
-            rank in step with the others.
-        n_groups, n_responses, n_tokens: prompts with items, the responses of theirs that have a loss and those responses' tokens in
-            this update over all ranks: a mean divides by one of them, never by a rank's own count.
+        trainers: by name, the models that learn.
     """
 
-    experiences: Sequence[Experience]
-    n_groups: int
-    n_responses: int
-    n_tokens: int
+    trainers: dict[str, Trainer]
+
+    def begin(self, step: StepContext) -> None:
+        """Start a loop step; the one before is finished."""
+        ...
+
+    def accumulate(self, batch: RankBatch[Experience]) -> None:
+        """Take in a piece. Its micro-batches may be packed anew at `finish`. Raises as `PolicyRank.learn`."""
+        ...
+
+    def finish(self) -> Meters:
+        """Make the optimizer steps, of which all pieces are there. Raises as `PolicyRank.learn`."""
+        ...
+
+
+Targets = TypeVar("Targets")
+
+
+class PendingUpdate(Generic[Targets]):
+    """One optimizer step while its pieces arrive. Iterating gives each micro-batch, packed as its turn comes, with its targets.
+
+    Attributes:
+        counts: of the pieces so far.
+        targets: what is known of each micro-batch before it is learned from.
+        visits: what the micro-batches have reported that were learned from as they arrived.
+    """
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self.targets: list[Targets] = []
+        self.visits: list[Meters] = []
+        self._pieces: list[Sequence[Experience]] = []
+
+    def add(self, batch: RankBatch[Experience]) -> Sequence[Experience]:
+        """Take in a piece; the caller appends the targets of its micro-batches, which are returned."""
+        self.counts += batch.counts
+        self._pieces.append(batch.micro_batches)
+        return batch.micro_batches
+
+    def __iter__(self) -> Iterator[tuple[Experience, Targets]]:
+        return zip(chain.from_iterable(self._pieces), self.targets, strict=True)
 
 
 def require_equal(experience: Experience, logprobs: torch.Tensor, reference: torch.Tensor, dtype: str) -> None:

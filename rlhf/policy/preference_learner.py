@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from rlhf.algorithms.contrast import Preference, preference_loss
 from rlhf.config import Settings
-from rlhf.policy.learner import Moment, Update, gap_meters, kl_meters, require_equal
+from rlhf.policy.learner import PendingUpdate, StepContext, gap_meters, kl_meters, require_equal
 from rlhf.policy.meters import Meters, item_meters, merge
 from rlhf.training.deepspeed import Trainer
 from rlhf.training.packing import Experience
+from rlhf.types import RankBatch
 
 LogProbs = Callable[[Experience], tuple[torch.Tensor, torch.Tensor]]
 
 
 class PreferenceLearner:
-    """The policy's optimizer steps under a `Preference` objective.
+    """The policy's optimizer steps under a `Preference` objective; a `Learner`.
 
     Args:
         reference: fp32 [N] log-probs of the anchor, and those at the sampling temperature; without gradient.
@@ -27,32 +28,36 @@ class PreferenceLearner:
         self.settings, self.objective, self.policy, self.reference = settings, objective, policy, reference
         self.trainers = {"policy": policy}
 
-    def learn(self, updates: Sequence[Update], moment: Moment) -> Meters:
-        """Make the optimizer steps, as often as `loop.epochs_per_step`. Raises as `PolicyRank.learn`."""
-        references: dict[tuple[int, int], torch.Tensor] = {}
-        tempered: torch.Tensor | None = None
-        meters: list[Meters] = []
-        for epoch in range(self.settings.loop.epochs_per_step):
-            for number, update in enumerate(updates):
-                untouched = epoch == 0 and number == 0
-                for place, experience in enumerate(update.experiences):
-                    if (number, place) not in references:
-                        references[number, place], tempered = self.reference(experience)
-                    reference = references[number, place]
-                    equal = moment.equal and untouched and place == 0
-                    start = tempered if untouched else None
-                    meters.append(self._accumulate(experience, reference, update.n_groups, start, equal))
-                norm, rate = self.policy.step()
-                meters.append({"policy/grad_norm": (norm, 1.0), "policy/learning_rate": (rate, 1.0)})
-        return merge(meters)
+    def begin(self, step: StepContext) -> None:
+        """Start a loop step."""
+        self._equal = step.equal and self.settings.run.invariants
+        self._updates: dict[int, PendingUpdate[torch.Tensor]] = {}
+        self._meters: list[Meters] = []
 
-    def _accumulate(
-        self,
-        experience: Experience,
-        reference: torch.Tensor,
-        n_groups: int,
-        start: torch.Tensor | None,
-        equal: bool,
+    def accumulate(self, batch: RankBatch[Experience]) -> None:
+        """Learn from a piece of the first optimizer step at once: whatever else the step brings, the gradient at these weights is a sum.
+        Of a later one only the anchor's log-probs are made, since its weights do not exist yet. Raises as `PolicyRank.learn`."""
+        update = self._updates.setdefault(batch.update, PendingUpdate())
+        for experience in update.add(batch):
+            reference, tempered = self.reference(experience)
+            update.targets.append(reference)
+            if batch.update == 0:
+                equal = self._equal and len(update.targets) == 1
+                self._meters.append(self._visit(experience, reference, tempered, equal=equal))
+
+    def finish(self) -> Meters:
+        """Make the optimizer steps. Raises as `PolicyRank.learn`."""
+        for epoch in range(self.settings.loop.epochs_per_step):
+            for number, update in sorted(self._updates.items()):
+                if epoch or number:
+                    self._meters += [self._visit(experience, reference) for experience, reference in update]
+                norm, rate = self.policy.step(update.counts.n_groups)
+                self._meters.append({"policy/grad_norm": (norm, 1.0), "policy/learning_rate": (rate, 1.0)})
+        self._updates = {}
+        return merge(self._meters)
+
+    def _visit(
+        self, experience: Experience, reference: torch.Tensor, start: torch.Tensor | None = None, *, equal: bool = False
     ) -> Meters:
         """Forward and backward of one micro-batch.
 
@@ -60,13 +65,13 @@ class PreferenceLearner:
             start: if the policy's weights are still those that wrote the completions: the anchor's log-probs at the sampling
                 temperature. What is measured of the policy that sampled (its KL, the engines' gap) is measured then alone; once an
                 update has moved it, the completions are no samples of it.
-            equal: the policy's weights are still those of the reference.
+            equal: the policy's weights are still those of the reference, which is checked.
         """
         logprobs, tempered = self.policy.forward(experience)
-        if equal and self.settings.run.invariants:
+        if equal:
             require_equal(experience, logprobs, reference, self.settings.policy.dtype)
         losses = preference_loss(self.objective, experience, logprobs, reference)
-        self.policy.backward(losses.sum() / n_groups)
+        self.policy.backward(losses.sum())
         meters = item_meters(self.objective, experience, logprobs, reference)
         if len(losses):
             meters["policy/loss"] = (losses.sum().item(), float(len(experience.segments)))

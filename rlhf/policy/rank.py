@@ -1,15 +1,14 @@
 """One rank of the policy group: the policy under DeepSpeed, its frozen reference, a critic if the method has one, one device.
 
-It is told what to learn from, fetches those completions by reference, and answers with metrics; how it learns is up to the
-learner (`preference_learner`, `gradient_learner`). All ranks receive the same number of micro-batches per update, so collective
-calls always match.
+It is told what to learn from, whole or piece by piece, fetches those completions by reference, and answers with metrics; how it learns
+is up to the learner (`preference_learner`, `gradient_learner`). All ranks receive the same number of micro-batches in each piece, so
+collective calls always match.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from rlhf.data.model_folder import find_model
 from rlhf.policy.anchor import Anchor, SharedAnchor, needs_adapter
 from rlhf.policy.critic import load_critic
 from rlhf.policy.gradient_learner import GradientLearner
-from rlhf.policy.learner import Lazily, Moment, Update, kl_meters
+from rlhf.policy.learner import Lazily, Learner, StepContext, kl_meters
 from rlhf.policy.meters import Meters, merge
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.policy.probe import Gaps, probe_gaps
@@ -40,21 +39,10 @@ from rlhf.training.packing import Experience, idle, pack
 from rlhf.training.ranks import Member, join, leave, rendezvous
 from rlhf.training.weights import described_weights, in_host_memory, whole_weights
 from rlhf.transfer import TransferSession, WeightSender, sending_ranks
-from rlhf.types import Assignment, Completion, ModelSlot, Rollout, WeightSpec
+from rlhf.types import Assignment, Completion, ModelSlot, RankBatch, Rollout, WeightSpec
 
-
-@dataclass(frozen=True)
-class UpdateShare:
-    """One rank's part of one optimizer step, before its completions are fetched (see `learner.Update`).
-
-    Attributes:
-        micro_batches: assignments forwarded together; an empty one keeps this rank in step with the others.
-    """
-
-    micro_batches: tuple[tuple[Assignment, ...], ...]
-    n_groups: int
-    n_responses: int
-    n_tokens: int
+PolicyBatch = RankBatch[tuple[Assignment, ...]]
+"""What a rank is given: its completions are not fetched yet."""
 
 
 class PolicyRank:
@@ -122,7 +110,7 @@ class PolicyRank:
         self._models.callback(frozen.close)
         return Anchor(name, frozen, rule)
 
-    def _learner(self, path: str) -> PreferenceLearner | GradientLearner:
+    def _learner(self, path: str) -> Learner:
         objective = self.algorithm.objective
         if isinstance(objective, Preference):
             return PreferenceLearner(self.settings, objective, self.policy, self.reference.forward)
@@ -148,24 +136,32 @@ class PolicyRank:
 
     # Learning
 
-    def learn(self, shares: Sequence[UpdateShare], moment: Moment) -> Meters:
-        """Make the optimizer steps that the shares describe, as often as `loop.epochs_per_step`.
+    def learn(self, batches: Sequence[PolicyBatch], step: StepContext) -> Meters:
+        """A whole loop step at once: `begin`, `accumulate`, `finish`.
 
         Raises:
             InvariantBroken: policy and reference should agree and do not.
             TrainingDiverged: a loss or gradient is not finite.
         """
-        completions = _fetch_completions(batch for share in shares for batch in share.micro_batches)
-        updates = [
-            Update(
-                Lazily(len(share.micro_batches), partial(self._pack_one, share, completions)),
-                share.n_groups,
-                share.n_responses,
-                share.n_tokens,
-            )
-            for share in shares
-        ]
-        return self.learner.learn(updates, moment)
+        self.begin(step)
+        self.accumulate(batches)
+        return self.finish()
+
+    def begin(self, step: StepContext) -> None:
+        """Start a loop step, of which `accumulate` will bring pieces."""
+        self.learner.begin(step)
+
+    def accumulate(self, batches: Sequence[PolicyBatch]) -> None:
+        """Take in a piece of the loop step, or the parts of a piece that belong to several optimizer steps. What the method can learn
+        from them alone it learns; the rest it prepares. Raises as `learn`."""
+        completions = _fetch_completions(batch for share in batches for batch in share.micro_batches)
+        for share in batches:
+            experiences = Lazily(len(share.micro_batches), partial(self._pack_one, share, completions))
+            self.learner.accumulate(RankBatch(experiences, share.counts, share.update))
+
+    def finish(self) -> Meters:
+        """Make the optimizer steps of the loop step, whose pieces are all there. Raises as `learn`."""
+        return self.learner.finish()
 
     def follow(self, step: int) -> dict[str, bool]:
         """Let the anchors follow the policy after loop step `step`: name -> whether it changed. Collective.
@@ -204,7 +200,7 @@ class PolicyRank:
         models = {"policy": lambda experience: self.policy.forward(experience)[0], "partner": self.partner.logprobs}
         return probe_gaps(rollouts, models, self.device)
 
-    def _pack_one(self, share: UpdateShare, completions: dict[str, list[Completion]], number: int) -> Experience:
+    def _pack_one(self, share: PolicyBatch, completions: dict[str, list[Completion]], number: int) -> Experience:
         return self._pack(share.micro_batches[number], completions)
 
     def _pack(self, batch: Sequence[Assignment], completions: dict[str, list[Completion]]) -> Experience:

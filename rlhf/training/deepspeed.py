@@ -3,7 +3,8 @@
 With its siblings `deepspeed_zero3` (partitioned parameters), `deepspeed_masters` and `deepspeed_files` the only place that knows DeepSpeed.
 
 The caller owns the accumulation boundary: any number of `backward` calls, then one `step`. DeepSpeed averages gradients over
-ranks; `Trainer.backward` undoes that, so that a loss that is a sum over ranks stays a sum.
+ranks; `Trainer.backward` undoes that, so that a loss that is a sum over ranks stays a sum. What makes a mean of it is given to `step`:
+how many there are need not be known before all are there.
 """
 
 from __future__ import annotations
@@ -194,21 +195,52 @@ class Trainer:
             )
         self.engine.backward(loss * self.ranks)
 
-    def step(self) -> tuple[float, float]:
-        """Apply the accumulated gradient; returns (gradient norm before clipping, learning rate used).
+    def step(self, normaliser: float = 1.0) -> tuple[float, float]:
+        """Divide the accumulated gradient, clip it and apply it; returns (gradient norm before clipping, learning rate used).
+
+        Args:
+            normaliser: what the sum of all losses is divided by, above 0; the same on all ranks.
 
         Raises:
             TrainingDiverged: the gradient norm is not finite.
         """
         rate = self.engine.get_lr()[0]
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else self._norm
+        norm = self._divided_step(float(normaliser))
         if not math.isfinite(norm):
             raise TrainingDiverged(
                 f"the gradient norm is {norm}. Lower policy.learning_rate or look at the last samples."
             )
         return norm, rate
+
+    def _divided_step(self, normaliser: float) -> float:
+        """DeepSpeed's optimizers divide by their loss scale, and by the clip at once, where they make the fp32 gradient that is stepped,
+        wherever it lies. bf16 and fp32 need no loss scale, so for the time of a step it is the normaliser. Two have none (of DeepSpeed
+        0.19): torch's own at stage 0 in fp32, and BF16_Optimizer, of stage 1. Their gradients are fp32 and lie in the open.
+
+        Returns:
+            The norm of the divided gradient.
+        """
+        optimizer = self.engine.optimizer
+        scaling = hasattr(optimizer, "loss_scale")
+        if scaling:
+            optimizer.loss_scale = normaliser
+        else:
+            for gradient in self._open_gradients():
+                gradient.div_(normaliser)
+        self.engine.step()
+        if scaling:
+            optimizer.loss_scale = 1.0  # a loss would be multiplied by it, and a checkpoint remembers it
+        norm = self.engine.get_global_grad_norm()
+        if norm is None:
+            return self._norm
+        # Stage 0 in bf16 clips by the right norm, but reports that of the sum.
+        return float(norm) if self.engine.zero_optimization() else float(norm) / normaliser
+
+    def _open_gradients(self) -> list[torch.Tensor]:
+        flat = getattr(self.engine.optimizer, "fp32_groups_gradients_flat", None)
+        if flat is not None:
+            return list(flat)
+        return [weight.grad for weight in self.module.parameters() if weight.grad is not None]
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module and release its buffers: what hooks keep alive holds, at stage 3, 2 GB of address space

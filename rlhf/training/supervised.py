@@ -23,7 +23,7 @@ from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.deepspeed import TrainingDiverged
 from rlhf.training.rank_group import RankGroup, start_ranks
 from rlhf.training.resume import RUN
-from rlhf.training.supervised_rank import Learner, Share, SupervisedRank
+from rlhf.training.supervised_rank import Learner, SupervisedRank
 
 BATCHES_PER_SORT = 20
 """Among how many batches units of like length are sought: enough to leave little padding, few enough to keep the order random."""
@@ -118,9 +118,9 @@ class SupervisedGroup:
         Raises:
             TrainingDiverged: a loss or gradient is not finite.
         """
-        payloads, count = self._shares(examples, units)
-        shares = [Share(batches, max(count, 1.0)) for batches in payloads]
-        learned = await self._ranks.share(SupervisedRank.learn, shares, deadline=self._cluster.learn_deadline_s)(step)
+        shares, count = self._shares(examples, units)
+        learn = self._ranks.share(SupervisedRank.learn, shares, deadline=self._cluster.learn_deadline_s)
+        learned = await learn(max(count, 1.0), step)
         loss = {"train/loss": sum(part.loss for part in learned) / count} if count else {}
         return loss | {"train/grad_norm": learned[0].grad_norm, "train/learning_rate": learned[0].learning_rate}
 

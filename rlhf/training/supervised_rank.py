@@ -55,8 +55,8 @@ class Learner(ABC):
     def mode(self, module: nn.Module, learning: bool) -> None:
         """Called before the module learns, or is measured: to turn dropout on and off, if there is any."""
 
-    def accumulated(self) -> None:
-        """Called when an update's gradient is complete, before the optimizer uses it. Collective."""
+    def accumulated(self, count: float) -> None:
+        """Called when an update's gradient is complete, before the optimizer divides it by `count` and uses it. Collective."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must keep beside weights and optimizer; the same on all ranks."""
@@ -64,19 +64,6 @@ class Learner(ABC):
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state` returned."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """One rank's part of one optimizer step.
-
-    Attributes:
-        batches: payloads of its micro-batches; None keeps this rank in step with the others.
-        count: what the loss is divided by: how many tokens, texts or pairs the update has over all ranks.
-    """
-
-    batches: tuple[Any | None, ...]
-    count: float
 
 
 @dataclass(frozen=True)
@@ -126,10 +113,12 @@ class SupervisedRank:
     def _module(self) -> nn.Module:
         return self.trainer.module
 
-    def learn(self, share: Share, step: int) -> Learned:
+    def learn(self, batches: Sequence[Any | None], count: float, step: int) -> Learned:
         """Make one optimizer step.
 
         Args:
+            batches: payloads of this rank's micro-batches; None keeps it in step with the others.
+            count: what the sum of the losses is divided by: how many tokens, texts or pairs the update has over all ranks.
             step: its number; what is random in it depends on that and the seed only, so that a resumed run repeats it.
 
         Raises:
@@ -138,13 +127,13 @@ class SupervisedRank:
         torch.manual_seed((self.seed * 1_000_003 + step) * self.settings.ranks + self.rank)
         self.learner.mode(self._module, learning=True)
         total = 0.0
-        for batch in share.batches:
+        for batch in batches:
             outputs = self.trainer.forward(*self.learner.inputs(batch, self.trainer.device))
             loss = self.learner.loss(outputs, batch)
-            self.trainer.backward(loss / share.count)
+            self.trainer.backward(loss)
             total += loss.item()
-        self.learner.accumulated()
-        norm, rate = self.trainer.step()
+        self.learner.accumulated(count)
+        norm, rate = self.trainer.step(count)
         return Learned(total, norm, rate)
 
     @torch.no_grad()

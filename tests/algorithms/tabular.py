@@ -19,7 +19,7 @@ from rlhf.algorithms import Algorithm, Preference, make
 from rlhf.algorithms.advantages import advantages
 from rlhf.algorithms.builders import Dropped
 from rlhf.algorithms.contrast import preference_loss
-from rlhf.algorithms.policy_gradient import aggregate, policy_loss
+from rlhf.algorithms.policy_gradient import aggregate, normaliser, policy_loss
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS, OwnAlgorithm
 from rlhf.training.packing import Experience, pack
@@ -126,7 +126,8 @@ class World:
         )
         losses = policy_loss(objective, logprobs, old, estimate.advantages, experience.response).loss
         losses = losses * chances[experience.group[experience.response]]
-        return aggregate(objective, losses, experience.response, n_responses=1, n_tokens=1)
+        total = aggregate(objective, losses, experience.response)
+        return total / normaliser(objective, n_responses=1, n_tokens=1)
 
     def learn(
         self,

@@ -13,7 +13,7 @@ from rlhf.algorithms import Algorithm, Contrast, PolicyGradient, Preference, Sou
 from rlhf.algorithms.advantages import advantages, whiten
 from rlhf.algorithms.builders import Dropped
 from rlhf.algorithms.building import build, teaches
-from rlhf.algorithms.policy_gradient import aggregate, policy_loss
+from rlhf.algorithms.policy_gradient import aggregate, normaliser, policy_loss
 from rlhf.types import TrainingItem
 from tests.helpers import make_feedback, make_rollout
 
@@ -114,7 +114,7 @@ def group_gradient(objective: PolicyGradient, rewards: tuple[float, ...]) -> flo
         reference=reference,
         entropy=-logprobs.exp() * logprobs,
     ).loss
-    aggregate(objective, loss, response, n_responses=6, n_tokens=12).backward()
+    (aggregate(objective, loss, response) / normaliser(objective, n_responses=6, n_tokens=12)).backward()
     return float(logprobs.grad[:6].abs().max())
 
 

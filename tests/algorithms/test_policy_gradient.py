@@ -17,6 +17,7 @@ from rlhf.algorithms.policy_gradient import (
     PolicyGradient,
     aggregate,
     importance_correction,
+    normaliser,
     policy_loss,
     value_loss,
 )
@@ -363,7 +364,8 @@ def test_aggregation_modes() -> None:
     }
     for aggregation, value in expected.items():
         objective = PolicyGradient(aggregation=aggregation, max_tokens=8)  # type: ignore[arg-type]
-        assert aggregate(objective, losses, response, n_responses=2, n_tokens=4).item() == pytest.approx(value)
+        total = aggregate(objective, losses, response).item()
+        assert total / normaliser(objective, n_responses=2, n_tokens=4) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -373,13 +375,16 @@ def test_aggregation_modes() -> None:
 def test_parts_add_up_to_the_whole(aggregation: Any, lengths: list[int], data: Any) -> None:
     """Responses in any two micro-batches."""
     objective = PolicyGradient(aggregation=aggregation, max_tokens=10)
-    losses, counts = random(sum(lengths)), {"n_responses": len(lengths), "n_tokens": sum(lengths)}
+    losses = random(sum(lengths))
     at = data.draw(st.integers(0, len(lengths)))
     first, second = losses.split([sum(lengths[:at]), sum(lengths[at:])])
-    parts = aggregate(objective, first, rows(lengths[:at]), **counts) + aggregate(
-        objective, second, rows(lengths[at:]), **counts
-    )
-    assert parts.item() == pytest.approx(aggregate(objective, losses, rows(lengths), **counts).item())
+    parts = aggregate(objective, first, rows(lengths[:at])) + aggregate(objective, second, rows(lengths[at:]))
+    assert parts.item() == pytest.approx(aggregate(objective, losses, rows(lengths)).item())
+    divisors = [
+        normaliser(objective, n_responses=len(part), n_tokens=sum(part))
+        for part in (lengths[:at], lengths[at:], lengths)
+    ]
+    assert divisors[0] + divisors[1] == divisors[2]
 
 
 # Importance correction

@@ -20,7 +20,7 @@ from rlhf.algorithms import Algorithm, make
 from rlhf.algorithms.advantages import advantages, discounted_sums, token_rewards, whiten
 from rlhf.algorithms.builders import Dropped
 from rlhf.algorithms.kl import kl_estimate
-from rlhf.algorithms.policy_gradient import PolicyGradient, aggregate, policy_loss, value_loss
+from rlhf.algorithms.policy_gradient import PolicyGradient, aggregate, normaliser, policy_loss, value_loss
 from rlhf.config import Settings
 from rlhf.types import Failed
 from tests.helpers import make_feedback, make_rollout
@@ -121,7 +121,7 @@ def end(objective: PolicyGradient, draw: Callable[[torch.Tensor], Batch], steps:
             kl_coef=objective.kl_coef, reference=reference[batch.cells],
         )  # fmt: skip
         counts: dict[str, Any] = {"n_responses": batch.total, "n_tokens": 2 * batch.total}
-        loss = aggregate(objective, tokens.loss * batch.weight, batch.response, **counts)
+        loss = aggregate(objective, tokens.loss * batch.weight, batch.response) / normaliser(objective, **counts)
         if objective.critic is not None:
             assert estimate.returns is not None
             errors = value_loss(values[batch.states], old_values, estimate.returns, objective.critic.value_clip)
@@ -208,7 +208,8 @@ def bandit_end(objective: PolicyGradient, size: int, rewards: torch.Tensor, step
             objective, logprobs, logprobs.detach(), estimate.advantages, each, kl_coef=beta, reference=reference[flat]
         )
         optimizer.zero_grad()
-        aggregate(objective, tokens.loss * weight, each, n_responses=size, n_tokens=size).backward()
+        total = aggregate(objective, tokens.loss * weight, each)
+        (total / normaliser(objective, n_responses=size, n_tokens=size)).backward()
         optimizer.step()
         schedule.step()
     return logits.detach().softmax(0)

@@ -14,7 +14,7 @@ from rlhf.data.ledger import Ledger
 from rlhf.engines.sampling import Sampling
 from rlhf.loop.online import OnlineLoop
 from rlhf.loop.roles import Roles
-from rlhf.policy import Moment
+from rlhf.policy import StepContext
 from rlhf.reward.shaping import Shaping
 from rlhf.types import Assignment, Completion, Feedback, Outcome, Prompt, Rollout
 
@@ -67,7 +67,7 @@ class Policy:
     def __init__(self) -> None:
         self.learned: list[list[Assignment]] = []
 
-    async def learn(self, assignments: Sequence[Assignment], moment: Moment) -> dict[str, float]:
+    async def learn(self, assignments: Sequence[Assignment], step: StepContext) -> dict[str, float]:
         self.learned.append(list(assignments))
         return {}
 

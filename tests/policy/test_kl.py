@@ -12,11 +12,11 @@ import torch
 from rlhf.algorithms import Algorithm, Contrast, PolicyGradient, Preference, Source
 from rlhf.algorithms.algorithm import Objective
 from rlhf.cluster import LocalRef
-from rlhf.policy import Moment
+from rlhf.policy import StepContext
 from rlhf.policy.meters import Meters
-from rlhf.policy.rank import PolicyRank, UpdateShare
+from rlhf.policy.rank import PolicyRank
 from rlhf.training.packing import pack
-from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
+from rlhf.types import Assignment, Completion, Counts, Prompt, RankBatch, Rollout, TrainingItem
 
 PROMPT = Prompt("p", (7, 11, 13), "")
 N = 3000
@@ -82,12 +82,12 @@ def moved(tiny_settings: Callable) -> Callable[..., PolicyRank]:
 
 
 def learn(rank: PolicyRank, updates: list[torch.Tensor], objective: Objective, policy: Any = None) -> Meters:
-    shares = []
+    batches = []
     for number, tokens in enumerate(updates):
         behaviour = torch.zeros(len(tokens)) if policy is None else policy[tokens]
         one = assignment(tokens, behaviour, objective, number)
-        shares.append(UpdateShare(((one,),), 1, len(tokens), len(tokens)))
-    return rank.learn(shares, Moment(2, equal=False))
+        batches.append(RankBatch(((one,),), Counts.of([one]), number))
+    return rank.learn(batches, StepContext(2, equal=False))
 
 
 OBJECTIVES = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf.cluster import LocalRuntime, fetch
-from rlhf.policy import InvariantBroken, Moment, PolicyGroup
+from rlhf.policy import InvariantBroken, PolicyGroup, StepContext
 from rlhf.policy import rank as rank_module
 from rlhf.policy.learner import EQUAL_TOLERANCE, Lazily, require_equal
 from rlhf.training.packing import Experience, idle, pack
@@ -67,7 +67,7 @@ def test_a_rank_holds_one_micro_batch_and_learns_as_if_it_held_all(
     async def learn() -> list[torch.Tensor]:
         group = await PolicyGroup.start(LocalRuntime(), settings, declare(objective), 4)
         rank = rank_inside(group)
-        await group.learn(make_assignments(objective, False), Moment(1, equal=True))
+        await group.learn(make_assignments(objective, False), StepContext(1, equal=True))
         weights = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
         await group.close()
         return weights

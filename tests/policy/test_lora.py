@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule
 from rlhf.cluster import LocalRuntime, Runtime
-from rlhf.policy import InvariantBroken, Moment, PolicyGroup
+from rlhf.policy import InvariantBroken, PolicyGroup, StepContext
 from rlhf.policy.rank import PolicyRank
 from rlhf.training import lora
 from rlhf.training.packing import Experience, pack
@@ -98,7 +98,7 @@ def test_a_checkpoint_holds_what_learns_and_restores_it(
     learned = make_assignments(goal, False)
 
     async def steps(group: PolicyGroup, first: int) -> list[dict[str, float]]:
-        return [await group.learn(learned, Moment(step, equal=False)) for step in (first, first + 1)]
+        return [await group.learn(learned, StepContext(step, equal=False)) for step in (first, first + 1)]
 
     async def use() -> None:
         group = await PolicyGroup.start(LocalRuntime(), made, declare(goal), 6)
@@ -131,7 +131,7 @@ def test_the_critic_learns_with_adapters_and_head_only(settings: Callable, run: 
         trainer = rank_inside(group).learner.trainers["critic"]
         before = {name: parameter.detach().clone() for name, parameter in trainer.engine.module.named_parameters()}
         learned = make_assignments(PPO, False)
-        losses = [(await group.learn(learned, Moment(step, equal=step == 1)))["critic/loss"] for step in (1, 2, 3)]
+        losses = [(await group.learn(learned, StepContext(step, equal=step == 1)))["critic/loss"] for step in (1, 2, 3)]
         assert losses[-1] < losses[0]
         moved = {n for n, p in trainer.engine.module.named_parameters() if not torch.equal(p, before[n])}
         assert moved and all(".lora_" in name or name.startswith("head.") for name in moved)
@@ -220,14 +220,14 @@ def test_a_base_in_four_bits_stays_and_its_adapters_learn(
         rank = rank_inside(group)
         assert [spec.shape for spec in group.specs] == [tuple(t.shape) for _, t in rank._whole()]
         learned = make_assignments(PPO, False)
-        first = await group.learn(learned, Moment(1, equal=True))
+        first = await group.learn(learned, StepContext(1, equal=True))
         assert first["policy/kl"] == pytest.approx(0, abs=1e-6)
         await group.save(str(tmp_path), "one")
-        expected = await group.learn(learned, Moment(2, equal=False))
+        expected = await group.learn(learned, StepContext(2, equal=False))
         assert expected["policy/kl_k3"] > 0
         await group.check_anchors()
         await group.load(str(tmp_path), "one")
-        assert await group.learn(learned, Moment(2, equal=False)) == expected
+        assert await group.learn(learned, StepContext(2, equal=False)) == expected
         await group.close()
 
     run(use())

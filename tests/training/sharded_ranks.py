@@ -30,6 +30,7 @@ from rlhf.training.model import LogProbModel, check_forward
 from rlhf.training.packing import pack_sequences
 from rlhf.training.ranks import Member, join, leave
 from rlhf.training.weights import in_host_memory, whole_weights
+from tests.training import divided
 
 CPU = torch.device("cpu")
 PORTION = 20_000
@@ -116,6 +117,7 @@ def main(rank: int, port: int, folder: Path) -> None:
                 save_file(weights, folder / f"{name}-{stage}.safetensors")
     critic = load_critic(str(folder / "tied"), str(folder / "critic"), "fp32", None, shards)
     seen["head"] = critic.head.weight.tolist()
+    seen["divided"] = [divided.gap(case, [16, 2, 64], divided.CLIPPED, rank) for case in divided.ON_TWO_RANKS]
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     leave()
 

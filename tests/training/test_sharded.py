@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from rlhf.cluster.network import free_port
+from tests.training.divided import ON_TWO_RANKS
 from tests.training.sharded_ranks import PORTION
 
 KINDS = ("tied", "untied", "experts", "buffer", "latent", "twice")
@@ -136,3 +137,9 @@ def test_every_rank_refuses_with_the_same_words(folder: Path) -> None:
 def test_the_critic_has_the_reward_models_head(folder: Path) -> None:
     expected = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "critic").score.weight.tolist()
     assert all(report["head"] == expected for report in reports(folder))
+
+
+def test_two_ranks_divide_their_gradient_at_the_end(folder: Path) -> None:
+    """As one rank does in test_divided.py."""
+    for report in reports(folder):
+        assert report["divided"] == [[0, 0]] * len(ON_TWO_RANKS)

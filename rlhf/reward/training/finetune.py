@@ -161,10 +161,10 @@ class FineTuning(Learner):
     def mode(self, module: nn.Module, learning: bool) -> None:
         module.train(learning)
 
-    def accumulated(self) -> None:
+    def accumulated(self, count: float) -> None:
         if observing(self._objective):
             # The trainer multiplies losses by the number of ranks, because DeepSpeed will divide gradients by it.
-            gradient = self._gradient / torch.distributed.get_world_size()
+            gradient = self._gradient / (torch.distributed.get_world_size() * count)
             torch.distributed.all_reduce(gradient)
             self._objective.observe(gradient)
             self._gradient = None
