@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from rlhf.engines.adapter_inbox import AdapterInbox
+from rlhf.engines.nccl import join_nccl
 from rlhf.engines.reload import Reload
 from rlhf.engines.slots import checksum, slots
 from rlhf.transfer import gloo
@@ -176,7 +177,7 @@ class NcclReceiver(_Attesting):
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         self.shutdown()
         rank = init_info.rank_offset + self.parallel_config.rank
-        self._group = NcclGroup(TransferSession(**init_info.session), rank, self.device)
+        self._group = NcclGroup(TransferSession(**init_info.session), rank, self.device, join_nccl)
 
     def receive_weights(self, update_info: Announcement) -> None:
         if self._group is None:

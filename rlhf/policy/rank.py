@@ -19,6 +19,7 @@ from rlhf.algorithms.anchors import Fixed, UpdateRule
 from rlhf.cluster import fetch
 from rlhf.config import Settings
 from rlhf.data.model_folder import find_model
+from rlhf.engines.nccl import join_nccl
 from rlhf.policy.anchor import Anchor, SharedAnchor, needs_adapter
 from rlhf.policy.critic import load_critic
 from rlhf.policy.gradient_learner import GradientLearner
@@ -222,7 +223,7 @@ class PolicyRank:
         """Rank 0, or with `ipc` every rank, joins the engines' transfer group as a sender."""
         senders = sending_ranks(session.backend, self.settings.policy.ranks)
         if self.rank in senders:
-            self._sender = WeightSender.open(session, self.rank, len(senders))
+            self._sender = WeightSender.open(session, self.rank, len(senders), join_nccl)
 
     def send_weights(self, slot: ModelSlot = "policy") -> str | None:
         """Send all weights of the policy or of the engines' second model; rank 0 returns their fingerprint. Collective."""

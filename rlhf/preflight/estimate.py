@@ -26,7 +26,7 @@ from rlhf.preflight.memory import (
 )
 from rlhf.preflight.shapes import ModelShape
 from rlhf.preflight.speed import Learners, StepTime, Work, gather_s, generate_s, learn_s, publish_s, turns_s
-from rlhf.rollout.pool import choose_backend
+from rlhf.transfer.choice import backend_of
 
 CONTEXT = 1.5 * GIB
 """Assumed: what each process takes of a GPU before any tensor: CUDA's context, NCCL's and cuBLAS's buffers."""
@@ -177,7 +177,7 @@ def _time(
         trained=trained_parameters(shape, policy) / shape.parameters,
     )
     shared = shared_engines(settings, debug=False)
-    backend = choose_backend(settings, gpu=True, local=False)
+    backend = backend_of(settings, local=False, gpu=True)
     moved = need.resident - min(need.resident, need.staying) + judge
     published = sent * _published(shape, settings)
     return StepTime(

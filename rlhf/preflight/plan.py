@@ -31,8 +31,8 @@ from rlhf.preflight.machine import check_memory, size_in_words
 from rlhf.preflight.memory import GIB, engine_memory, policy_memory
 from rlhf.preflight.ready import ready
 from rlhf.preflight.report import judge_bytes
-from rlhf.rollout.pool import choose_backend
 from rlhf.training.resume import Start, run_contents, starting_point
+from rlhf.transfer.choice import backend_of
 from rlhf.types import Prompt
 
 
@@ -182,7 +182,7 @@ def _roles(settings: Settings, inputs: Inputs, device: str, debug: bool, choice:
     if debug:
         yield "debug mode: the roles take turns on one device, by the same code path"
         return
-    transfer = choose_backend(settings, device == "cuda", local=False)
+    transfer = backend_of(settings, local=False, gpu=device == "cuda")
     yield f"new weights reach the engines by {transfer} after every step, and each engine attests them"
     cluster = "a Ray cluster started for this run" if settings.cluster.address is None else settings.cluster.address
     actors = rollout.engines + policy.ranks + reward.servers

@@ -1,8 +1,8 @@
 """Weights from GPU to GPU: NCCL broadcasts from the sender to all workers, bucket by bucket.
 
-Written against vLLM 0.32 and its `PyNcclCommunicator`; designed, not yet run on a GPU. vLLM's own sender packs 1 GiB at a time twice over
-and has no deadline; here each end holds one bucket, tells the others by the session's `Board` what comes and whether it gives up, and
-ends a broadcast that does not (NCCL itself waits without limit) by aborting the communicator.
+Designed, not yet run on a GPU. vLLM 0.32's own sender packs 1 GiB at a time twice over and has no deadline; here each end holds one
+bucket, tells the others by the session's `Board` what comes and whether it gives up, and ends a broadcast that does not (NCCL itself waits
+without limit) by aborting the communicator. Does not know who makes the communicator: both ends bring a `Join` (`rlhf.engines.nccl`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class Communicator(Protocol):
         ...
 
 
+Join = Callable[[TransferSession, int, Board, torch.device], Communicator]
+"""Meets all other ranks of the session, of which this is one, then makes the communicator on this device."""
+
+
 class NcclGroup:
     """One end of a session over NCCL: on the sender's rank 0, or in a worker.
 
@@ -48,18 +52,18 @@ class NcclGroup:
         session: TransferSession,
         rank: int,
         device: torch.device,
-        join: Callable[..., Communicator] | None = None,
+        join: Join,
         capacity: int = BUCKET_BYTES,
     ):
         """
         Args:
             device: where the weights come from, or go to.
-            join: makes the communicator; None: `join_nccl`.
+            join: makes the communicator.
             capacity: of a bucket, in bytes; the same at all ends.
         """
         self._session, self._device, self._capacity = session, device, capacity
         self._board = Board(session, rank)
-        self._communicator = (join or join_nccl)(session, rank, self._board, device)
+        self._communicator = join(session, rank, self._board, device)
         self._round = 0
         self._read: list[str] = []
 
@@ -132,8 +136,8 @@ class NcclGroup:
 class NcclSender:
     """The trainer's end (rank 0)."""
 
-    def __init__(self, session: TransferSession):
-        self._group = NcclGroup(session, 0, torch.device("cuda", torch.cuda.current_device()))
+    def __init__(self, session: TransferSession, join: Join):
+        self._group = NcclGroup(session, 0, torch.device("cuda", torch.cuda.current_device()), join)
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
         """Broadcast the tensors from the current device. Returns their fingerprint when the last one has left.
@@ -146,42 +150,3 @@ class NcclSender:
     def close(self) -> None:
         """Leave the group."""
         self._group.close()
-
-
-class _PyNccl:
-    """vLLM's communicator, always on the caller's own stream."""
-
-    def __init__(self, session: TransferSession, rank: int, unique_id: bytes, device: torch.device):
-        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-        from vllm.utils.nccl import unpinned_nccl_env
-
-        # Its first collective asks vLLM for a stream, which makes a new one current for good: a trainer would go on training there.
-        stream = torch.cuda.current_stream(device)
-        try:
-            with unpinned_nccl_env():
-                self._nccl = PyNcclCommunicator.from_unique_id_bytes(unique_id, rank, session.world_size, device)
-        finally:
-            torch.cuda.set_stream(stream)
-
-    def broadcast(self, bucket: torch.Tensor) -> Callable[[], bool]:
-        stream = torch.cuda.current_stream(bucket.device)
-        self._nccl.broadcast(bucket, src=0, stream=stream)
-        return stream.record_event().query
-
-    def abort(self) -> None:
-        self._nccl.destroy()
-
-
-def join_nccl(session: TransferSession, rank: int, board: Board, device: torch.device) -> Communicator:
-    """Meet all other ranks, then make the communicator on this GPU.
-
-    vLLM would exchange NCCL's id as a pickle, and wait for 300 s at the most, however long a large model takes to load.
-    """
-    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-
-    if rank == 0:
-        board.post("nccl-id", bytes(NCCLLibrary().ncclGetUniqueId()).hex())
-    unique_id = bytes.fromhex(board.read("nccl-id"))
-    board.post(f"here/{rank}", 1)
-    board.wait([f"here/{other}" for other in range(session.world_size)])
-    return _PyNccl(session, rank, unique_id, device)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from rlhf.transfer.session import TransferSession
 from rlhf.types import ModelSlot
+
+if TYPE_CHECKING:
+    from rlhf.transfer.nccl import Join
 
 
 class WeightSender:
@@ -22,16 +25,19 @@ class WeightSender:
         self._end = end
 
     @classmethod
-    def open(cls, session: TransferSession, rank: int = 0, ranks: int = 1) -> WeightSender:
+    def open(
+        cls, session: TransferSession, rank: int = 0, ranks: int = 1, join_nccl: Join | None = None
+    ) -> WeightSender:
         """Join the session as its sender. Blocks until all workers have joined (they do in `RolloutPool.connect`).
 
         Args:
             rank, ranks: which of the policy's ranks this is, and how many open the session (`sending_ranks`).
+            join_nccl: how to join a session over `nccl`; the other back ends need nothing.
 
         Raises:
             TransferFailed: some worker did not come within the session's timeout.
         """
-        return cls(_open(session, rank, ranks))
+        return cls(_open(session, rank, ranks, join_nccl))
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
         """Send one version of the weights; blocks until the last byte has left. Returns its fingerprint.
@@ -55,8 +61,8 @@ class _End(Protocol):
     def close(self) -> None: ...
 
 
-def _open(session: TransferSession, rank: int, ranks: int) -> _End:
-    # Imported here because each back end needs what others lack: vLLM and a GPU, sockets, or nothing.
+def _open(session: TransferSession, rank: int, ranks: int, join_nccl: Join | None) -> _End:
+    # Imported here because each back end needs what others lack: a GPU, sockets, or nothing.
     if session.backend == "gloo":
         from rlhf.transfer.gloo import GlooSender
 
@@ -68,7 +74,9 @@ def _open(session: TransferSession, rank: int, ranks: int) -> _End:
     if session.backend == "nccl":
         from rlhf.transfer.nccl import NcclSender
 
-        return NcclSender(session)
+        if join_nccl is None:
+            raise ValueError("a session over nccl needs `join_nccl`, which makes its communicator")
+        return NcclSender(session, join_nccl)
     from rlhf.transfer.ipc import IpcSender
 
     return IpcSender(session, rank, ranks)
