@@ -27,9 +27,9 @@ def in_vllm(args: argparse.Namespace, prompts: list[list[int]], mixes: bool) -> 
     """Our engine's own arguments, model and logits processor, under vLLM's offline interface, which can ignore the end of
     a sequence. Log-probs are returned, as training needs them."""
     from rlhf.cluster.devices import claim_threads
-    from rlhf.engines.engine import engine_arguments
+    from rlhf.engines.arguments import engine_arguments
     from rlhf.engines.sampling import MIXTURE_ARGUMENT
-    from rlhf.rollout.pool import engine_environment
+    from rlhf.rollout.spec import rollout_environment, rollout_spec
     from rlhf.transfer.plugin import register
 
     settings = Settings(
@@ -38,12 +38,13 @@ def in_vllm(args: argparse.Namespace, prompts: list[list[int]], mixes: bool) -> 
         rollout={"max_tokens": args.tokens, "cpu_kv_cache_gb": 2},
         reward={"kind": "function", "path": "workload:reward"},
     )
-    os.environ |= engine_environment(settings, local=False)
+    os.environ |= rollout_environment(settings, local=False)
     claim_threads(os.environ)  # all cores, as in the pool; by default vLLM leaves one to others
     from vllm import LLM, SamplingParams
 
     register()
-    engine = LLM(**engine_arguments(settings, args.model, "rlhf_local", gpu=False, local=True, mixes=mixes))
+    spec = rollout_spec(settings, args.model, backend="local", gpu=False, local=True, mixes=mixes)
+    engine = LLM(**engine_arguments(spec))
     draws = iter(range(1_000_000))
 
     def sample() -> None:

@@ -169,8 +169,8 @@ def resident(name: str) -> int:
 def cache(args: argparse.Namespace) -> None:
     """Tokens that vLLM has room for in a key-value cache of a given size."""
     from rlhf.config import Settings
-    from rlhf.engines.engine import engine_arguments, start_engine
-    from rlhf.transfer.plugin import ENGINE_NAMES
+    from rlhf.engines.start import start_engine
+    from rlhf.rollout.spec import rollout_spec
 
     settings = Settings.model_validate(
         {
@@ -181,9 +181,8 @@ def cache(args: argparse.Namespace) -> None:
             "cluster": {"device": "cpu"},
         }
     )
-    engine = start_engine(
-        engine_arguments(settings, str(args.model), ENGINE_NAMES["local"], False, True), in_process=True
-    )
+    spec = rollout_spec(settings, str(args.model), backend="local", gpu=False, local=True)
+    engine = start_engine(spec, in_process=True)
     config = engine._llm.vllm_config.cache_config
     report(tokens=config.num_gpu_blocks * config.block_size, block=config.block_size)
     engine.close()

@@ -9,23 +9,21 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from rlhf.config.loader import UserError
-from rlhf.config.settings import Settings
+from rlhf.config.policy import LoraSettings
 from rlhf.transfer.session import ADAPTER_ID
 
 
-def sends_adapters(settings: Settings) -> bool:
+def sends_adapters(lora: LoraSettings) -> bool:
     """Whether the engines are sent adapters, not whole weights."""
-    return settings.policy.lora.publish == "adapter"
+    return lora.publish == "adapter"
 
 
-def adapter_arguments(settings: Settings, mixes: bool) -> dict[str, Any]:
-    """vLLM's engine arguments for one adapter; none if whole weights are sent.
+def adapter_arguments(rank: int, mixes: bool) -> dict[str, Any]:
+    """vLLM's engine arguments for one adapter of this rank.
 
     Raises:
         UserError: the engine is to mix, which it can only do with merged weights.
     """
-    if not sends_adapters(settings):
-        return {}
     if mixes:
         raise UserError(
             "policy.lora.publish: the algorithm samples from a mixture of two models, and engines that hold two take merged weights only. "
@@ -34,14 +32,13 @@ def adapter_arguments(settings: Settings, mixes: bool) -> dict[str, Any]:
     from vllm.config.lora import MaxLoRARanks
 
     # vLLM allows for a few ranks only; it pads a smaller adapter with zeros.
-    rank = min(size for size in get_args(MaxLoRARanks) if size >= settings.policy.lora.rank)
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    padded = min(size for size in get_args(MaxLoRARanks) if size >= rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": padded}
 
 
-def peft_config(settings: Settings) -> dict[str, Any] | None:
+def peft_config(lora: LoraSettings) -> dict[str, Any] | None:
     """What the workers must know of the adapters that arrive, in peft's names; None if whole weights are sent."""
-    lora = settings.policy.lora
-    if not sends_adapters(settings):
+    if not sends_adapters(lora):
         return None
     return {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
 

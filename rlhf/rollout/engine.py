@@ -11,15 +11,18 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 import numpy as np
 
 from rlhf.config.settings import Settings
-from rlhf.engines.engine import InProcessEngine, Sampled, VllmEngine, engine_arguments, start_engine
-from rlhf.engines.lora import peft_config, sends_adapters
+from rlhf.engines.engine import Engine, Sampled
+from rlhf.engines.in_process import InProcessEngine
+from rlhf.engines.lora import peft_config
 from rlhf.engines.sampling import Sampling
+from rlhf.engines.start import start_engine
+from rlhf.rollout.spec import rollout_spec
 from rlhf.transfer import Backend, TransferFailed, TransferSession
 from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, FinishReason, ModelSlot, Prompt, WeightSpec
 
@@ -84,7 +87,8 @@ class RolloutEngine:
         self._backend = backend
         self._gpu = gpu
         self._mixes = mixes
-        self._started: VllmEngine | None = None
+        self._adapter = peft_config(settings.policy.lora)
+        self._started: Engine | None = None
         self._version = 0
         self._broken: set[ModelSlot] = set()  # whose last transfer has not ended well
         self._session: TransferSession | None = None
@@ -92,7 +96,7 @@ class RolloutEngine:
         self._delivery: tuple[ModelSlot, str] | None = None
 
     @property
-    def _engine(self) -> VllmEngine:
+    def _engine(self) -> Engine:
         assert self._started is not None, "`ready` comes first"
         return self._started
 
@@ -106,13 +110,12 @@ class RolloutEngine:
         from rlhf.data.model_folder import find_model
         from rlhf.data.prompts import load_tokenizer
         from rlhf.data.rendering import renderer
-        from rlhf.transfer.plugin import ENGINE_NAMES
 
-        model = find_model(self._settings.policy.model, "`policy.model`")
-        name = ENGINE_NAMES[self._backend]
-        arguments = engine_arguments(self._settings, model, name, self._gpu, self._local, self._mixes)
-        end = renderer(load_tokenizer(model), self._settings.data).end
-        self._started = start_engine(arguments, self._local, [] if end is None else [end])
+        settings, local = self._settings, self._local
+        model = find_model(settings.policy.model, "`policy.model`")
+        end = renderer(load_tokenizer(model), settings.data).end
+        spec = rollout_spec(settings, model, backend=self._backend, gpu=self._gpu, local=local, mixes=self._mixes)
+        self._started = start_engine(spec, in_process=local, stops=[] if end is None else [end])
         await self._engine.set_version(0)
         log = None if self._local else os.readlink("/proc/self/fd/2")
         workers = self._settings.rollout.tensor_parallel_size
@@ -206,9 +209,7 @@ class RolloutEngine:
             local.register(session, self._deliver)
             self._session = session
             return
-        await self._engine.workers(
-            "init_weight_transfer_engine", init_info={"session": asdict(session), "rank_offset": rank_offset}
-        )
+        await self._engine.join_transfer(session, rank_offset)
 
     async def receive_weights(
         self, specs: Sequence[WeightSpec], version: int, slot: ModelSlot = "policy"
@@ -236,7 +237,7 @@ class RolloutEngine:
             if slot == "policy":
                 await self._engine.set_version(version)
                 self._version = version
-                if sends_adapters(self._settings):
+                if self._adapter is not None:
                     self._engine.use_adapter()
         finally:
             await self._engine.resume()
@@ -248,9 +249,7 @@ class RolloutEngine:
 
     async def _held(self) -> dict[ModelSlot, tuple[str, ...]]:
         slots = self._slots() if self._mixes else ()  # alone there is no other slot to keep
-        return {
-            slot: tuple(await self._engine.workers("held", slot=slot)) for slot in slots if slot not in self._broken
-        }
+        return {slot: await self._engine.held(slot) for slot in slots if slot not in self._broken}
 
     async def _take_delivery(self, slot: ModelSlot) -> str:
         """What the sender has put into the engine itself (back end `local`)."""
@@ -266,19 +265,7 @@ class RolloutEngine:
         return fingerprint
 
     async def _receive_through_workers(self, specs: Sequence[WeightSpec], slot: ModelSlot) -> str:
-        announcement = {
-            "names": [spec.name for spec in specs],
-            "dtypes": [spec.dtype for spec in specs],
-            "shapes": [list(spec.shape) for spec in specs],
-        }
-        if sends_adapters(self._settings):
-            await self._engine.workers("receive_adapter", update_info=announcement, config=peft_config(self._settings))
-        else:
-            await self._engine.workers("aim", slot=slot)
-            await self._engine.workers("start_weight_update")
-            await self._engine.workers("update_weights", update_info=announcement)
-            await self._engine.workers("finish_weight_update")
-        fingerprints = set(await self._engine.workers("attest"))
+        fingerprints = await self._engine.receive_weights(specs, slot, self._adapter)
         if len(fingerprints) != 1:
             raise TransferFailed(
                 f"the workers of engine {self._index} received different weights: {sorted(fingerprints)}"
@@ -291,7 +278,7 @@ class RolloutEngine:
         self._broken.add(slot)
         self._delivery = None
         try:
-            fingerprint = self._engine.load(weights, slot, peft_config(self._settings))
+            fingerprint = self._engine.load(weights, slot, self._adapter)
             self._delivery = (slot, fingerprint)
         finally:
             self._delivered.set()  # also after an error: `receive_weights` must not wait for what will not come

@@ -8,18 +8,18 @@ another one.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-from rlhf.cluster import ActorDied, Handle, Runtime, actor_name, compute_env, shared_engines, uses_gpu
+from rlhf.cluster import ActorDied, Handle, Runtime, actor_name, shared_engines, uses_gpu
 from rlhf.config.settings import Settings
 from rlhf.engines.engine import EngineDied
-from rlhf.engines.environment import process_environment
 from rlhf.engines.sampling import Sampling
 from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
 from rlhf.rollout.router import Router
+from rlhf.rollout.spec import rollout_environment
 from rlhf.transfer import Backend, TransferSession
+from rlhf.transfer.choice import backend_of
 from rlhf.types import DATASET_VERSION, ModelSlot, Prompt, Rollout, WeightSpec
 
 
@@ -63,9 +63,9 @@ class RolloutPool:
             ActorDied: an engine's process ended while starting.
         """
         gpu = uses_gpu(settings.cluster)
-        backend = choose_backend(settings, gpu, runtime.local)
+        backend = backend_of(settings, local=runtime.local, gpu=gpu)
         count = 1 if runtime.local else settings.rollout.engines
-        env = engine_environment(settings, runtime.local)
+        env = rollout_environment(settings, runtime.local)
         handles = [
             runtime.start(actor_name("rollout", index), RolloutEngine, env=env)(
                 settings, index, runtime.local, backend, gpu, mixes
@@ -244,36 +244,3 @@ class RolloutPool:
         deadline = self._settings.cluster.publish_deadline_s
         handles = [handle for index, handle in self._handles.items() if engines is None or index in engines]
         await asyncio.gather(*(handle.ask(method, deadline=deadline)() for handle in handles))
-
-
-def choose_backend(settings: Settings, gpu: bool, local: bool) -> Backend:
-    """The back end for weights: always `local` within one process, else as `rollout.transfer` says."""
-    rollout = settings.rollout
-    if local:
-        return "local"
-    if rollout.transfer != "auto":
-        return rollout.transfer
-    if not gpu:
-        return "gloo"
-    shared = len(shared_engines(settings, debug=False))
-    if shared == rollout.engines:
-        return "ipc"  # NCCL refuses two ranks on one GPU; a rank and the worker on the same GPU need no network at all
-    return "gloo" if shared else "nccl"
-
-
-def engine_environment(settings: Settings, local: bool) -> dict[str, str]:
-    """Environment variables that an engine's processes need before their first import.
-
-    In debug mode they go into the driver's own environment, so only those that concern vLLM alone are set.
-    """
-    env = process_environment(1 if local else settings.rollout.tensor_parallel_size, local)
-    if local:
-        return env
-    env |= compute_env(settings.cluster, settings.rollout.engines)
-    if not _is_hub_name(settings.policy.model):
-        env["HF_HUB_OFFLINE"] = "1"
-    return env
-
-
-def _is_hub_name(model: str) -> bool:
-    return not model.startswith("asset:") and not os.path.isdir(model)

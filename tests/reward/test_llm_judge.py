@@ -27,14 +27,14 @@ from rlhf.cluster import LocalRuntime
 from rlhf.config import UserError
 from rlhf.config.reward import SourceSettings
 from rlhf.data.weight_files import WeightsError
-from rlhf.engines.engine import engine_arguments
+from rlhf.engines.arguments import engine_arguments
 from rlhf.reward.errors import RewardError
-from rlhf.reward.judges import asking, llm_judge_endpoint, llm_judge_engine
+from rlhf.reward.judges import asking, llm_judge_endpoint
 from rlhf.reward.judges.llm_judge import PLACES, QUESTION, LlmJudge, Question, check_llm_judge, make_llm_judge
 from rlhf.reward.judges.llm_judge_endpoint import Endpoint, read_choice
-from rlhf.reward.judges.llm_judge_engine import Reader, open_model
+from rlhf.reward.judges.llm_judge_engine import Reader, judge_environment, judge_spec, open_model
 from rlhf.reward.serving.pool import RewardPool
-from rlhf.rollout.pool import engine_environment
+from rlhf.rollout.spec import rollout_environment, rollout_spec
 from rlhf.types import Failed, Feedback, Prompt, Score, TimedOut
 from tests.reward.services import service
 
@@ -81,15 +81,14 @@ def test_its_engine_is_run_as_the_rollouts_are(tiny_model, tiny_settings, gpus: 
     """With two devices in a placement group vLLM would choose Ray by itself, and then refuse the bundle."""
     settings = tiny_settings(reward={"gpus": gpus}, rollout={"tensor_parallel_size": devices})
     opened = open_model(str(tiny_model), "A or B?")
-    judge = llm_judge_engine._arguments(settings, opened, 64, cpu=False)
-    engine = engine_arguments(settings, str(tiny_model), "nccl", gpu=True, local=False)
+    judge = engine_arguments(judge_spec(settings, opened, 64, cpu=False))
+    engine = engine_arguments(rollout_spec(settings, str(tiny_model), backend="nccl", gpu=True, local=False))
     for name in ("tensor_parallel_size", "distributed_executor_backend"):
         assert judge[name] == engine[name]
     assert judge["distributed_executor_backend"] == ("mp" if devices == 2 else None)
-    shared = engine_environment(settings, local=False).keys() - {"HF_HUB_OFFLINE"}
-    assert {name for name in llm_judge_engine._variables(settings, local=False) if name.startswith("VLLM")} == {
-        name for name in shared if name.startswith("VLLM")
-    }
+    threads = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "RLHF_CORES_SHARED_BY"}
+    judges, rollouts = judge_environment(settings, local=False), rollout_environment(settings, local=False)
+    assert judges.keys() - threads == rollouts.keys() - threads
 
 
 def test_letters_that_are_no_tokens_are_refused(tiny_model) -> None:

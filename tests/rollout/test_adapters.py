@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 from rlhf.cluster import LocalRuntime
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
-from rlhf.engines.lora import adapter_arguments, peft_config
+from rlhf.config.settings import Settings
+from rlhf.engines.arguments import EngineSpec, engine_arguments
+from rlhf.engines.lora import peft_config
 from rlhf.rollout import RolloutPool, Sampling
+from rlhf.rollout.spec import rollout_spec
 from rlhf.training import lora
 from rlhf.training.weights import whole_weights
 from rlhf.transfer import TransferFailed
@@ -29,15 +32,18 @@ def test_what_vllm_is_told(tiny_settings: Any) -> None:
     def settings(**values: Any) -> Any:
         return tiny_settings(policy={"lora": values})
 
+    def spec(made: Settings, mixes: bool = False) -> EngineSpec:
+        return rollout_spec(made, "model", backend="gloo", gpu=False, local=False, mixes=mixes)
+
     merged = settings(rank=8)
-    assert adapter_arguments(merged, mixes=True) == {} and peft_config(merged) is None
+    assert spec(merged).lora_rank is None and peft_config(merged.policy.lora) is None
+    assert "enable_lora" not in engine_arguments(spec(merged))
     ranks = [(4, 8), (8, 8), (17, 32), (400, 512)]
-    assert [adapter_arguments(settings(rank=r, publish="adapter"), False)["max_lora_rank"] for r, _ in ranks] == [
-        padded for _, padded in ranks
-    ]
-    assert peft_config(settings(**LORA)) == {"r": 4, "lora_alpha": 8.0, "target_modules": "all-linear"}
+    told = [engine_arguments(spec(settings(rank=rank, publish="adapter"))) for rank, _ in ranks]
+    assert [arguments["max_lora_rank"] for arguments in told] == [padded for _, padded in ranks]
+    assert peft_config(settings(**LORA).policy.lora) == {"r": 4, "lora_alpha": 8.0, "target_modules": "all-linear"}
     with pytest.raises(UserError, match="policy.lora.publish=merged"):
-        adapter_arguments(settings(**LORA), mixes=True)
+        engine_arguments(spec(settings(**LORA), mixes=True))
 
 
 @pytest.fixture(scope="module", params=["local", "two workers"])

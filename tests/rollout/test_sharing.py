@@ -10,7 +10,8 @@ import pytest
 from rlhf.cluster import LocalHandle
 from rlhf.config import Settings
 from rlhf.rollout.engine import EngineInfo
-from rlhf.rollout.pool import RolloutPool, choose_backend
+from rlhf.rollout.pool import RolloutPool
+from rlhf.transfer.choice import backend_of
 
 
 def make(ranks: int = 1, engines: int = 1, devices: int = 1, transfer: str = "auto", **cluster: Any) -> Settings:
@@ -41,8 +42,9 @@ COLOCATED = {"placement": "colocated"}
     ],
 )
 def test_auto_takes_what_the_placement_allows(settings: Settings, expected: str) -> None:
-    assert choose_backend(settings, settings.cluster.device == "cuda", local=False) == expected
-    assert choose_backend(settings, settings.cluster.device == "cuda", local=True) == "local"
+    gpu = settings.cluster.device == "cuda"
+    assert backend_of(settings, local=False, gpu=gpu) == expected
+    assert backend_of(settings, local=True, gpu=gpu) == "local"
 
 
 class Sleeper:

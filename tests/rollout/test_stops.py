@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from rlhf.data.prompts import load_tokenizer
-from rlhf.engines.engine import _sampling_params
+from rlhf.engines.arguments import EngineSpec
+from rlhf.engines.engine import sampling_params
 from rlhf.engines.sampling import Sampling
 from rlhf.rollout import engine
 
@@ -18,8 +19,8 @@ class _Started(Exception):
 
 
 def test_requests_carry_the_tokens_unless_ends_are_ignored() -> None:
-    assert _sampling_params(Sampling(2, 8), 0, [7]).stop_token_ids == [7]
-    assert _sampling_params(Sampling(2, 8, ignore_eos=True), 0, [7]).stop_token_ids == []
+    assert sampling_params(Sampling(2, 8), 0, [7]).stop_token_ids == [7]
+    assert sampling_params(Sampling(2, 8, ignore_eos=True), 0, [7]).stop_token_ids == []
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
@@ -32,7 +33,7 @@ def test_an_engine_is_told_the_end_of_its_models_turns(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tokenizer.save_pretrained(tmp_path)
 
-    def start(arguments: dict[str, Any], in_process: bool, stops: list[int]) -> Any:
+    def start(spec: EngineSpec, *, in_process: bool, stops: list[int]) -> Any:
         raise _Started(stops)
 
     monkeypatch.setattr(engine, "start_engine", start)

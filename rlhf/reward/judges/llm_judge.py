@@ -17,7 +17,7 @@ from rlhf.config import Settings
 from rlhf.config.reward import SourceSettings
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.llm_judge_endpoint import Endpoint
-from rlhf.reward.judges.llm_judge_engine import open_model, start_engine
+from rlhf.reward.judges.llm_judge_engine import open_model, start_judge
 from rlhf.reward.reading import transcript
 from rlhf.types import Failed, Prompt, TimedOut
 
@@ -136,4 +136,4 @@ async def make_llm_judge(source: SourceSettings, settings: Settings, local: bool
     if source.url is not None:
         return LlmJudge(question, await Endpoint.start(source))
     opened = open_model(source.named, question.about("", "", ""))
-    return LlmJudge(question, await start_engine(opened, settings, local))
+    return LlmJudge(question, await start_judge(opened, settings, local))

@@ -1,29 +1,28 @@
-"""A language model in a folder answers A or B, in a vLLM engine of the reward server's own. Every vLLM call of the reward room.
+"""A language model in a folder answers A or B, in an engine of the reward server's own (`rlhf.engines`).
 
-Owns the engine, how a question becomes tokens, and which two tokens are the answers. Written for vLLM 0.32. The engine's core is a
-process of its own, in debug mode too; questions that wait together are worked on together. On GPUs: designed, not yet run.
+Owns what that engine is to be, how a question becomes tokens, and which two tokens are the answers. Questions that wait together are
+worked on together. On GPUs: designed, not yet run.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.cluster.devices import memory_env, own_share
+from rlhf.cluster.devices import own_share
 from rlhf.cluster.precision import look
 from rlhf.config import Settings
 from rlhf.data.architecture import architecture_of, check_folder
 from rlhf.data.model_folder import find_model, read_config, read_tokenizer, size_of
 from rlhf.data.rendering import check_template, encode, render
-from rlhf.engines.environment import executor, process_environment
+from rlhf.engines.arguments import EngineSpec
+from rlhf.engines.engine import Engine, EngineDied
+from rlhf.engines.environment import built_for_cpu, engine_environment, environment_set
+from rlhf.engines.start import start_engine
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.judge import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
 from rlhf.types import Failed, TimedOut
@@ -113,24 +112,12 @@ def open_model(path: str, empty_question: str, weights: bool = True) -> Opened:
     )
 
 
-class Engine:
-    """vLLM's `AsyncLLM`, of which one token is wanted: A or B."""
+class JudgeEngine:
+    """An engine of which one token is wanted: A or B."""
 
-    def __init__(self, llm: Any, opened: Opened, longest: int, fingerprint: str):
-        from vllm import SamplingParams
-
-        self._llm, self._reader, self._answers = llm, opened.reader, opened.answers
+    def __init__(self, engine: Engine, opened: Opened, longest: int, fingerprint: str):
+        self._engine, self._reader, self._answers = engine, opened.reader, opened.answers
         self._longest, self._fingerprint = longest, fingerprint
-        self._numbers = itertools.count()
-        # With all other tokens ruled out, the log-probs of the two are those of the choice between them.
-        self._parameters = SamplingParams(
-            max_tokens=1,
-            temperature=1.0,
-            seed=None,
-            logprobs=2,
-            allowed_token_ids=list(opened.answers),
-            detokenize=False,
-        )
 
     async def first_wins(self, question: str, deadline_s: float) -> float | Failed | TimedOut:
         ids = self._reader.tokens(self._reader.text(question))
@@ -139,24 +126,15 @@ class Engine:
                 f"the question and both responses are {len(ids)} tokens, and the judge reads {self._longest - 1}"
             )
         try:
-            return await asyncio.wait_for(self._ask(ids), deadline_s)
+            a, b = await asyncio.wait_for(self._engine.choose(ids, self._answers), deadline_s)
         except TimeoutError:
             return TimedOut(deadline_s)
+        except EngineDied as error:
+            return Failed(f"the judge's engine has died: {error}")
+        return 1 / (1 + math.exp(b - a)) if b - a < 700 else 0.0
 
     def fits(self, question: str) -> bool:
         return len(self._reader.tokens(self._reader.text(question))) < self._longest
-
-    async def _ask(self, ids: list[int]) -> float | Failed:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            request = f"judge-{next(self._numbers)}"
-            async for output in self._llm.generate({"prompt_token_ids": ids}, self._parameters, request):
-                final = output
-        except EngineDeadError as error:
-            return Failed(f"the judge's vLLM engine has ended: {error}")
-        a, b = (final.outputs[0].logprobs[0][token].logprob for token in self._answers)
-        return 1 / (1 + math.exp(b - a)) if b - a < 700 else 0.0
 
     def fingerprint(self) -> str:
         """Hash of the weights as the engine loaded them; nothing changes them afterwards."""
@@ -164,10 +142,10 @@ class Engine:
 
     def close(self) -> None:
         """End the engine's processes."""
-        self._llm.shutdown()
+        self._engine.close()
 
 
-async def start_engine(opened: Opened, settings: Settings, local: bool) -> Engine:
+async def start_judge(opened: Opened, settings: Settings, local: bool) -> JudgeEngine:
     """Load the model; takes tens of seconds.
 
     Args:
@@ -177,23 +155,19 @@ async def start_engine(opened: Opened, settings: Settings, local: bool) -> Engin
         RewardError: vLLM cannot run the model, or there is no GPU for it.
     """
     longest = _longest(settings, opened)
-    with _environment(_variables(settings, local)):
-        from vllm import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        cpu = current_platform.is_cpu()
+    with environment_set(judge_environment(settings, local)):
+        cpu = built_for_cpu()
         if not cpu and settings.reward.gpus == 0:
             raise RewardError(
                 "`reward.gpus`: the vLLM that is installed here is built for GPUs, so an LLM judge needs one. Set `reward.gpus: 1`, or "
                 "ask an endpoint (`reward.url`)"
             )
-        arguments = _arguments(settings, opened, longest, cpu)
         try:
-            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            # Not in this process, which in debug mode is the driver's.
+            engine = start_engine(judge_spec(settings, opened, longest, cpu), in_process=False)
         except ValueError as error:
             raise RewardError(f"`reward.path`: vLLM refuses {opened.folder}: {error}") from None
-    return Engine(llm, opened, longest, _digest(await llm.compute_weight_checksums()))
+    return JudgeEngine(engine, opened, longest, await engine.weight_digest())
 
 
 def _longest(settings: Settings, opened: Opened) -> int:
@@ -204,27 +178,24 @@ def _longest(settings: Settings, opened: Opened) -> int:
     return needed if context is None else min(needed, context)
 
 
-def _arguments(settings: Settings, opened: Opened, longest: int, cpu: bool) -> dict[str, Any]:
+def judge_spec(settings: Settings, opened: Opened, longest: int, cpu: bool) -> EngineSpec:
+    """The engine of a judge that reads and writes up to `longest` tokens."""
     reward = settings.reward
     text, usual = opened.config.get_text_config(), BATCH_TOKENS_CPU if cpu else BATCH_TOKENS_GPU
     # In the checkpoint's own precision, unless the CPU only emulates it; vLLM's `auto` would round one in fp32.
     fp32 = _in_fp32(text) or (cpu and not look(gpu=False).native)
     batch = max(reward.batch_tokens or usual, longest)
-    return {
-        "model": opened.folder,
-        "dtype": "float32" if fp32 else "auto",
-        "max_model_len": longest,
-        "max_num_seqs": reward.batch_size,
-        "max_num_batched_tokens": batch,
-        "enforce_eager": cpu,
-        "tensor_parallel_size": _devices(settings),
-        "distributed_executor_backend": executor(_devices(settings)),
-        "gpu_memory_utilization": 0.9 * min(1.0, reward.gpus or 1.0),
-        "kv_cache_memory_bytes": _cache_bytes(text, 2 * batch, 4 if fp32 else 2) if cpu else None,
-        "logprobs_mode": "processed_logprobs",
-        "seed": 0,
-        "disable_log_stats": True,
-    }
+    return EngineSpec(
+        model=opened.folder,
+        dtype="fp32" if fp32 else "auto",
+        devices=_devices(settings),
+        gpu=not cpu,
+        max_model_len=longest,
+        max_num_seqs=reward.batch_size,
+        gpu_memory=0.9 * min(1.0, reward.gpus or 1.0),
+        cpu_cache_bytes=_cache_bytes(text, 2 * batch, 4 if fp32 else 2),
+        max_batched_tokens=batch,
+    )
 
 
 def _in_fp32(config: Any) -> bool:
@@ -238,34 +209,14 @@ def _cache_bytes(config: Any, tokens: int, size: int) -> int:
     return 2 * config.num_hidden_layers * heads * width * size * tokens
 
 
-def _variables(settings: Settings, local: bool) -> dict[str, str]:
+def judge_environment(settings: Settings, local: bool) -> dict[str, str]:
     """What the engine's processes need in their environment. In debug mode the driver's threads are left alone."""
-    variables = process_environment(_devices(settings), local)
+    variables = engine_environment(settings.cluster, _devices(settings), local)
     if local:
         return variables
     threads = settings.cluster.threads or own_share(os.environ, settings.reward.servers)
-    return variables | memory_env(settings.cluster) | {"OMP_NUM_THREADS": str(threads)}
+    return variables | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _devices(settings: Settings) -> int:
     return max(1, int(settings.reward.gpus))
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Inside, and for processes that are started inside, these variables are set."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _digest(checksums: list[dict[str, str]]) -> str:
-    pairs = sorted(pair for worker in checksums for pair in worker.items())
-    return hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
