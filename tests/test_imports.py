@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ STOREYS = (
 FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 REWARD_STOREYS = ((None,), ("verifiers",), ("judges",), ("serving", "training"))
 """The inner rooms of `reward`; None: the files beside them."""
+ENTRY_POINT = PACKAGE / "transfer" / "plugin.py"
+"""What vLLM calls in each of its processes, by the name in pyproject.toml: until that name changes, not yet in `engines`."""
+NAME = re.compile(r"(rlhf(?:\.\w+)+)(?::(\w+))?")
+"""A module or what is in it, given as a string."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -30,7 +36,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[tuple[tuple[str, ...], int]]:
-    """(parts of the name below `rlhf`, line) of every import of the package in this file, inside functions too."""
+    """(parts of the name below `rlhf`, line) of every import of the package in this file, inside functions and as strings too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -38,6 +44,8 @@ def imports(path: Path) -> set[tuple[tuple[str, ...], int]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import; write the whole path"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (name := NAME.fullmatch(node.value)):
+            names = [name[1]]
         else:
             continue
         for parts in (name.split(".") for name in names):
@@ -60,9 +68,54 @@ def test_imports_point_downwards(path: Path) -> None:
     wrong = [
         f"{path}:{line}: `{room}` must not import `{other}`"
         for other, line in imported_rooms(path)
-        if other != room and FLOOR[other] >= FLOOR[room]
+        if other != room and FLOOR[other] >= FLOOR[room] and path != ENTRY_POINT
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_engines_knows_vllm(path: Path) -> None:
+    """Inside functions too, and by the names of its modules."""
+    if room_of(path) == "engines" or path == ENTRY_POINT:
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value] if re.fullmatch(r"vllm(\.\w+)+", node.value) else []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            names = texts if called in ("import_module", "__import__", "find_spec") else []
+        wrong = [name for name in names if name.partition(".")[0] == "vllm"]
+        assert not wrong, f"{path}:{node.lineno}: {wrong[0]}; only `rlhf.engines` knows vLLM"
+
+
+def test_names_given_as_strings_are_there() -> None:
+    """Also those of the entry points, with which others find the package."""
+    root = PACKAGE.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    points = {**project["scripts"], **project["entry-points"]["vllm.general_plugins"]}
+    strings = [("pyproject.toml", text) for text in points.values()]
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append((f"{path}:{node.lineno}", node.value))
+    for place, text in strings:
+        name = NAME.fullmatch(text)
+        if name is None or name[1].split(".")[1] not in FLOOR:
+            continue
+        module, inside = root.joinpath(*name[1].split(".")), name[2]
+        if not there(module):  # a name with a dot before its last part
+            module, inside = module.parent, module.name
+        assert there(module) and (inside is None or inside in bound_names(module)), f"{place}: there is no `{text}`"
+
+
+def there(module: Path) -> bool:
+    return module.with_suffix(".py").exists() or (module / "__init__.py").exists()
 
 
 def test_types_stand_alone() -> None:
@@ -91,8 +144,8 @@ def test_what_is_imported_from_the_package_is_there() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rlhf":
                 source = root.joinpath(*node.module.split("."))
                 for name in (alias.name for alias in node.names):
-                    there = (source / f"{name}.py").exists() or (source / name / "__init__.py").exists()
-                    assert there or name in bound_names(source), f"{path}:{node.lineno}: {node.module} has no `{name}`"
+                    found = there(source / name) or name in bound_names(source)
+                    assert found, f"{path}:{node.lineno}: {node.module} has no `{name}`"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Debug mode runs vLLM in the process of the policy: what vLLM would change there for others is put back."""
+"""Debug mode runs vLLM in the process of the policy: what vLLM 0.32 would change there for others is put back."""
 
 from __future__ import annotations
 

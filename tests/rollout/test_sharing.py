@@ -1,4 +1,4 @@
-"""What sharing GPUs means for the pool: how weights arrive, and who sleeps. No engine is needed to ask."""
+"""What sharing GPUs means for the pool: who sleeps. No engine is needed to ask."""
 
 from __future__ import annotations
 
@@ -11,40 +11,19 @@ from rlhf.cluster import LocalHandle
 from rlhf.config import Settings
 from rlhf.rollout.engine import EngineInfo
 from rlhf.rollout.pool import RolloutPool
-from rlhf.transfer.choice import backend_of
 
 
-def make(ranks: int = 1, engines: int = 1, devices: int = 1, transfer: str = "auto", **cluster: Any) -> Settings:
+def make(ranks: int = 1, engines: int = 1, **cluster: Any) -> Settings:
     return Settings(
         data={"prompts": "p"},
         policy={"model": "m", "ranks": ranks},
-        rollout={"engines": engines, "tensor_parallel_size": devices, "transfer": transfer},
+        rollout={"engines": engines},
         reward={"path": "m:f", "kind": "function"},
         cluster={"device": "cuda"} | cluster,
     )
 
 
 COLOCATED = {"placement": "colocated"}
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (make(), "nccl"),
-        (make(ranks=4, engines=2), "nccl"),
-        (make(**COLOCATED), "ipc"),
-        (make(ranks=2, engines=2, **COLOCATED), "ipc"),
-        (make(ranks=2, engines=1, **COLOCATED), "ipc"),
-        (make(ranks=2, devices=2, **COLOCATED), "ipc"),
-        (make(ranks=1, engines=2, placement="mixed", colocated_engines=1), "gloo"),
-        (make(transfer="gloo"), "gloo"),
-        (make(device="cpu"), "gloo"),
-    ],
-)
-def test_auto_takes_what_the_placement_allows(settings: Settings, expected: str) -> None:
-    gpu = settings.cluster.device == "cuda"
-    assert backend_of(settings, local=False, gpu=gpu) == expected
-    assert backend_of(settings, local=True, gpu=gpu) == "local"
 
 
 class Sleeper:

@@ -9,18 +9,11 @@ import pytest
 
 from rlhf.data.prompts import load_tokenizer
 from rlhf.engines.arguments import EngineSpec
-from rlhf.engines.engine import sampling_params
-from rlhf.engines.sampling import Sampling
 from rlhf.rollout import engine
 
 
 class _Started(Exception):
     """Raised in place of starting vLLM, with the tokens that it was told to stop at."""
-
-
-def test_requests_carry_the_tokens_unless_ends_are_ignored() -> None:
-    assert sampling_params(Sampling(2, 8), 0, [7]).stop_token_ids == [7]
-    assert sampling_params(Sampling(2, 8, ignore_eos=True), 0, [7]).stop_token_ids == []
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
