@@ -23,7 +23,7 @@ def own_ray(**options: Any) -> None:
     """`ray.init` of such a Ray, with these options besides."""
     import ray
 
-    _keep_token_private()
+    keep_token_private()
     with _on_the_loopback():
         ray.init(address="local", include_dashboard=False, _temp_dir=str(session_folder()), **options)
 
@@ -54,7 +54,7 @@ def _private() -> Path:
     return Path(f"/tmp/rlhf-{os.getuid()}")
 
 
-def _keep_token_private() -> None:
+def keep_token_private() -> None:
     """Make the token that Ray would make in the home folder, if none is there, and leave it to nobody else.
 
     Raises:

@@ -62,11 +62,12 @@ def find_model(name: str, where: str, weights: bool = True) -> str:
             f"{where}: there is no folder `{name}`. Give a model folder, a hub's name (`OWNER/NAME`, or `OWNER/NAME@REVISION`) or an "
             "`asset:`"
         )
-    return _snapshot(repository, revision or None, where, weights)
+    return snapshot(repository, revision or None, where, weights)
 
 
 @functools.cache  # within one process a hub's name means one model, whatever is uploaded meanwhile
-def _snapshot(repository: str, revision: str | None, where: str, weights: bool) -> str:
+def snapshot(repository: str, revision: str | None, where: str, weights: bool) -> str:
+    """The local folder of a hub's model, fetched if it is not there; arguments and errors as `find_model`."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

@@ -27,10 +27,11 @@ def build_tiny_model(folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _model().save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
-def _tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
+    """A token for each byte, marks of a chat, and names for what is left of the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -13,8 +13,9 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
+from rlhf.engines.lora import ADAPTER_ID
 from rlhf.transfer.fingerprint import Fingerprint
-from rlhf.transfer.session import ADAPTER_ID, TransferFailed
+from rlhf.transfer.session import TransferFailed
 
 
 class AdapterInbox:

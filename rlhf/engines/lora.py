@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
-from rlhf.transfer.session import ADAPTER_ID
+
+ADAPTER_ID = 1
+"""vLLM's number for the policy's LoRA adapter."""
 
 
 def sends_adapters(lora: LoraSettings) -> bool:

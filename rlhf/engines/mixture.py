@@ -29,7 +29,7 @@ from rlhf.transfer.buckets import BUCKET_BYTES
 from rlhf.transfer.plugin import MIXTURE_ARCHITECTURE
 from rlhf.types import ModelSlot
 
-_CONTEXT_KEY = "rlhf.mixture"
+CONTEXT_KEY = "rlhf.mixture"
 
 
 class CannotMix(UserError):
@@ -94,7 +94,7 @@ class GeometricMixtureForCausalLM(TwoModels):
         self.partner_logits: torch.Tensor | None = None
         # Where vLLM's own layers are found from an engine's configuration: the logits processor has nothing else in common
         # with its model, and a process may hold several engines.
-        vllm_config.compilation_config.static_forward_context[_CONTEXT_KEY] = self
+        vllm_config.compilation_config.static_forward_context[CONTEXT_KEY] = self
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Required by vLLM's interface; mixtures take token ids only."""
@@ -171,7 +171,7 @@ def _chunks(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[
 
 def model_of(vllm_config: VllmConfig) -> GeometricMixtureForCausalLM:
     """The mixture model of the engine with this configuration, once it is loaded."""
-    return vllm_config.compilation_config.static_forward_context[_CONTEXT_KEY]
+    return vllm_config.compilation_config.static_forward_context[CONTEXT_KEY]
 
 
 def mix(logits: torch.Tensor, partner: torch.Tensor, beta: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

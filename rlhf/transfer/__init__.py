@@ -1,9 +1,8 @@
 """How new weights get from the policy to the rollout engines, and how one knows that they did.
 
-Owns: the back ends (`gloo`, `nccl`, `ipc`, `local`), the session in which one sender serves all workers, and
-fingerprints. Does not know: what a policy or a pool is. The sender (`WeightSender`) lives in policy rank 0, or in every rank; the
-receivers live inside vLLM's workers, where vLLM itself loads them (`plugin.register`); the rollout engine commands
-them.
+Owns: the back ends (`gloo`, `nccl`, `ipc`, `local`) and the choice between them (`choice`), the session in which one sender serves all
+workers, and fingerprints. Does not know: what a policy, a pool or vLLM is. The sender (`WeightSender`) lives in policy rank 0, or in every
+rank; the receivers live inside vLLM's workers (`rlhf.engines.receivers`).
 """
 
 from typing import Any

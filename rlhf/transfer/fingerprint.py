@@ -18,9 +18,10 @@ import torch
 
 from rlhf.types import ModelSlot
 
-_BLOCK = 1 << 17  # integers per block: one MiB, which stays in a core's cache
+BLOCK = 1 << 17
+"""Integers per block: one MiB, which stays in a core's cache."""
 _BLOCKS_AT_ONCE = 64  # on a GPU, where each step has its price however small it is
-SCRATCH_BYTES = _BLOCKS_AT_ONCE * _BLOCK * 8
+SCRATCH_BYTES = _BLOCKS_AT_ONCE * BLOCK * 8
 """What a fingerprint needs on a GPU for a moment; the planner counts it."""
 _MASK = (1 << 64) - 1
 
@@ -61,9 +62,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
-def _weights(device: torch.device) -> torch.Tensor:
+def block_weights(device: torch.device) -> torch.Tensor:
+    """The fixed odd factors of a block's integers, int64 [BLOCK]."""
     generator = torch.Generator().manual_seed(20_240_229)
-    return (torch.randint(-(2**62), 2**62, (_BLOCK,), generator=generator) * 2 + 1).to(device)
+    return (torch.randint(-(2**62), 2**62, (BLOCK,), generator=generator) * 2 + 1).to(device)
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -73,19 +75,19 @@ def _digest(tensor: torch.Tensor) -> str:
     aligned = data[:whole] if data.storage_offset() % 8 == 0 else data[:whole].clone()
     at_once = 1 if tensor.device.type == "cpu" else _BLOCKS_AT_ONCE
     total = 0
-    for value in _block_sums(aligned.view(torch.int64), at_once).tolist():
+    for value in block_sums(aligned.view(torch.int64), at_once).tolist():
         total = (total * 6364136223846793005 + value) & _MASK
     return f"{total:016x}{tail}"
 
 
-def _block_sums(words: torch.Tensor, at_once: int) -> torch.Tensor:
+def block_sums(words: torch.Tensor, at_once: int) -> torch.Tensor:
     """The weighted sum of each block, int64; `at_once` blocks are worked on together, which does not change them."""
-    weights = _weights(words.device)
-    scratch = torch.empty(min(at_once * _BLOCK, words.numel()), dtype=torch.int64, device=words.device)
+    weights = block_weights(words.device)
+    scratch = torch.empty(min(at_once * BLOCK, words.numel()), dtype=torch.int64, device=words.device)
     sums = [words.new_empty(0)]
-    for part in words.split(at_once * _BLOCK):
-        full = part.numel() // _BLOCK * _BLOCK
-        for rows in (part[:full].view(-1, _BLOCK), part[None, full:]):
+    for part in words.split(at_once * BLOCK):
+        full = part.numel() // BLOCK * BLOCK
+        for rows in (part[:full].view(-1, BLOCK), part[None, full:]):
             if rows.numel():
                 product = scratch[: rows.numel()].view_as(rows)
                 sums.append(torch.mul(rows, weights[: rows.shape[1]], out=product).sum(1))

@@ -8,9 +8,6 @@ from typing import Literal
 
 Backend = Literal["gloo", "nccl", "ipc", "local"]
 
-ADAPTER_ID = 1
-"""vLLM's number for the policy's LoRA adapter, where engines are sent adapters."""
-
 
 class TransferFailed(RuntimeError):
     """A weight transfer broke off, or its two ends did not agree on what is sent."""

@@ -29,7 +29,7 @@ def test_the_token_is_made_for_its_user_alone(home: Path) -> None:
     """Ray itself writes it with the usual mask: readable for all."""
     before = os.umask(0)
     try:
-        own_ray._keep_token_private()
+        own_ray.keep_token_private()
     finally:
         os.umask(before)
     token = home / ".ray" / "auth_token"
@@ -43,24 +43,24 @@ def test_a_token_that_is_there_is_kept_and_shut(home: Path) -> None:
     token.parent.mkdir()
     token.write_text("mine")
     token.chmod(0o644)
-    own_ray._keep_token_private()
+    own_ray.keep_token_private()
     assert (token.read_text(), mode(token)) == ("mine", 0o600)
 
 
 def test_another_place_for_the_token_is_left_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
-    own_ray._keep_token_private()
+    own_ray.keep_token_private()
     assert not (home / ".ray").exists()
 
 
 def test_a_home_that_cannot_hold_it_is_named(home: Path) -> None:
     (home / ".ray").write_text("a file")
     with pytest.raises(UserError, match="RAY_AUTH_TOKEN_PATH"):
-        own_ray._keep_token_private()
+        own_ray.keep_token_private()
 
 
 def test_two_that_start_at_once_leave_one_token(home: Path) -> None:
-    threads = [threading.Thread(target=own_ray._keep_token_private) for _ in range(2)]
+    threads = [threading.Thread(target=own_ray.keep_token_private) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

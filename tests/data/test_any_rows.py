@@ -15,11 +15,11 @@ from rlhf.config.loader import UserError
 from rlhf.config.sft import SftDataSettings
 from rlhf.data.conversations import read_conversations
 from rlhf.data.prompts import load_prompts
-from rlhf.data.tiny import _tokenizer
+from rlhf.data.tiny import tiny_tokenizer
 from rlhf.reward.serving.canaries import load_canaries
 from rlhf.reward.training.dataset import read_data
 
-TOKENIZER = _tokenizer()
+TOKENIZER = tiny_tokenizer()
 FIELDS = (
     "prompt",
     "messages",

@@ -15,9 +15,9 @@ from rlhf.config.sft import SftDataSettings
 from rlhf.data import conversations
 from rlhf.data.conversations import Conversation, read_conversations
 from rlhf.data.errors import DataError
-from rlhf.data.tiny import _tokenizer
+from rlhf.data.tiny import tiny_tokenizer
 
-TOKENIZER = _tokenizer()
+TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -40,7 +40,7 @@ def tokenise_conversation(where: str, row: dict[str, Any], tokenizer: Any, setti
 
 
 def with_template(template: str | None) -> Any:
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
 

@@ -16,12 +16,12 @@ from rlhf.config.sft import SftDataSettings
 from rlhf.data.conversations import read_conversations
 from rlhf.data.errors import DataError
 from rlhf.data.prompts import load_prompts, text_prompt
-from rlhf.data.tiny import _tokenizer
+from rlhf.data.tiny import tiny_tokenizer
 from rlhf.reward.reading import as_text
 from rlhf.reward.training.dataset import read_data
 from rlhf.types import Prompt, Turn, content_id
 
-TOKENIZER = _tokenizer()
+TOKENIZER = tiny_tokenizer()
 
 
 def user(text: str) -> dict[str, str]:

@@ -21,14 +21,14 @@ from rlhf.data.errors import DataError
 from rlhf.data.ledger import Ledger
 from rlhf.data.order import Share
 from rlhf.data.prompts import PromptSet, load_prompts
-from rlhf.data.tiny import _tokenizer
+from rlhf.data.tiny import tiny_tokenizer
 from rlhf.preflight.plan import describe
 from rlhf.preflight.sft import describe_sft
 from rlhf.training.resume import run_contents
 from rlhf.training.sft import Conversations
 from rlhf.types import Prompt
 
-TOKENIZER = _tokenizer()
+TOKENIZER = tiny_tokenizer()
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

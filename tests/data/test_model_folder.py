@@ -36,9 +36,9 @@ def cache(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (repository / "refs" / "old").write_text(FIRST)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    model_folder._snapshot.cache_clear()
+    model_folder.snapshot.cache_clear()
     yield repository
-    model_folder._snapshot.cache_clear()
+    model_folder.snapshot.cache_clear()
 
 
 def test_a_hubs_model_is_found_in_the_cache(cache: Path) -> None:

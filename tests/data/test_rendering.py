@@ -20,7 +20,7 @@ from rlhf.data.conversations import read_conversations
 from rlhf.data.errors import DataError
 from rlhf.data.prompts import load_prompts
 from rlhf.data.rendering import Renderer, encode, engine_stops, renderer
-from rlhf.data.tiny import _tokenizer
+from rlhf.data.tiny import tiny_tokenizer
 from rlhf.preflight.inputs import read_inputs
 
 BOS, TURN = "<|unused_300|>", "<|unused_301|>"
@@ -46,7 +46,7 @@ LOSES_THOUGHTS = PLAIN.replace("{{ m['content'] }}", "{{ m['content'].split('::'
 
 def tokenizer_with(template: Any, bos: bool = False) -> Any:
     """The tiny tokenizer with this template; with `bos`, one that puts a beginning-of-sequence token before every text."""
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     if bos:
         tokenizer.bos_token = BOS

@@ -76,7 +76,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.model = SimpleNamespace(mixed_rows=None, partner_logits=None)
-        context = {mixture._CONTEXT_KEY: self.model}
+        context = {mixture.CONTEXT_KEY: self.model}
         self.config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
 
     def compute(self, partner: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.transfer.fingerprint import _BLOCK, Fingerprint, _block_sums, _weights, fingerprint
+from rlhf.transfer.fingerprint import BLOCK, Fingerprint, block_sums, block_weights, fingerprint
 
 
 def tensors(n: int = 1000) -> list[tuple[str, torch.Tensor]]:
@@ -71,16 +71,16 @@ def test_the_slot_that_weights_are_meant_for_counts() -> None:
     assert marks[0] == fingerprint(tensors()) != marks[1]
 
 
-@pytest.mark.parametrize("words", [0, 1, _BLOCK - 1, _BLOCK, _BLOCK + 1, 3 * _BLOCK, 7 * _BLOCK + 5])
+@pytest.mark.parametrize("words", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 7 * BLOCK + 5])
 def test_blocks_together_have_the_sums_of_blocks_alone(words: int) -> None:
     """A GPU works on many at once, a CPU on one after the other, and both must attest the same."""
     values = torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(1))
     expected = [
-        int((values[start : start + _BLOCK] * _weights(values.device)[: words - start]).sum())
-        for start in range(0, words, _BLOCK)
+        int((values[start : start + BLOCK] * block_weights(values.device)[: words - start]).sum())
+        for start in range(0, words, BLOCK)
     ]
     for at_once in (1, 2, 64):
-        assert _block_sums(values, at_once).tolist() == expected
+        assert block_sums(values, at_once).tolist() == expected
 
 
 def test_the_digest_has_its_known_value() -> None:
