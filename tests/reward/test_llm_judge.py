@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,12 @@ from rlhf.config import UserError
 from rlhf.config.reward import SourceSettings
 from rlhf.data.weight_files import WeightsError
 from rlhf.engines.arguments import engine_arguments
+from rlhf.engines.engine import EngineDied
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges import asking, llm_judge_endpoint
 from rlhf.reward.judges.llm_judge import PLACES, QUESTION, LlmJudge, Question, check_llm_judge, make_llm_judge
 from rlhf.reward.judges.llm_judge_endpoint import Endpoint, read_choice
-from rlhf.reward.judges.llm_judge_engine import Reader, judge_environment, judge_spec, open_model
+from rlhf.reward.judges.llm_judge_engine import JudgeEngine, Reader, judge_environment, judge_spec, open_model
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.spec import rollout_environment, rollout_spec
 from rlhf.types import Failed, Feedback, Prompt, Score, TimedOut
@@ -89,6 +91,20 @@ def test_its_engine_is_run_as_the_rollouts_are(tiny_model, tiny_settings, gpus: 
     threads = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "RLHF_CORES_SHARED_BY"}
     judges, rollouts = judge_environment(settings, local=False), rollout_environment(settings, local=False)
     assert judges.keys() - threads == rollouts.keys() - threads
+
+
+def test_an_engine_that_gives_no_answer_is_a_failure_of_that_question(run, tiny_model) -> None:
+    async def dies(ids: list[int], choices: tuple[int, int]) -> list[float]:
+        raise EngineDied("its core ended")
+
+    async def sleeps(ids: list[int], choices: tuple[int, int]) -> list[float]:
+        return await asyncio.Future()
+
+    opened = open_model(str(tiny_model), "A or B?")
+    dead, silent = (JudgeEngine(SimpleNamespace(choose=choose), opened, 64, "weights") for choose in (dies, sleeps))
+    assert run(dead.first_wins("A or B?", 5.0)) == Failed("the judge's engine has died: its core ended")
+    assert run(silent.first_wins("A or B?", 0.01)) == TimedOut(0.01)
+    assert "the judge reads 63" in run(dead.first_wins("x" * 64, 5.0)).reason, "it is not asked"
 
 
 def test_letters_that_are_no_tokens_are_refused(tiny_model) -> None:
