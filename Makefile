@@ -52,4 +52,5 @@ lint: install
 
 docs: install
 	$(BIN)/python -m rlhf.config.reference
+	$(BIN)/python -m rlhf.tracking.metrics_page
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

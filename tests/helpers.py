@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf.preflight.trial import RESPONSES
+from rlhf.tracking import jsonl
+from rlhf.tracking.catalogue import find
 from rlhf.types import Completion, Feedback, Outcome, Prompt, Rollout, Score
 
 
@@ -23,6 +26,13 @@ def make_rollout(tokens: Sequence[Sequence[int]], prompt: Sequence[int] = (1, 2,
 def make_feedback(outcomes: Sequence[float | Outcome], name: str = "p") -> Feedback:
     """Numbers become scores."""
     return Feedback(name, tuple(Score(float(o)) if isinstance(o, int | float) else o for o in outcomes))
+
+
+def unknown_metrics(run: Path) -> set[str]:
+    """The names in a run folder's metrics and evaluations that `rlhf.tracking.catalogue` does not explain."""
+    lines = jsonl.read(run / "metrics.jsonl") + jsonl.read(run / "evaluations.jsonl")
+    assert lines, run
+    return {name for line in lines for name in line if find(name) is None} - {"step", "time", "warnings"}
 
 
 def broken_reward(prompt: str, response: str, payload: Mapping[str, Any]) -> float:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import unknown_metrics
+
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parent.parent
 STEPS = 5
@@ -95,6 +97,7 @@ def ray_run(walked: Path) -> Path:
 def test_the_run_folder_is_complete(ray_run: Path) -> None:
     assert [line["step"] for line in lines(ray_run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines(ray_run / "evaluations.jsonl")] == [0, STEPS]
+    assert unknown_metrics(ray_run) == set()
     manifest = json.loads((ray_run / "manifest.json").read_text())
     assert (manifest["seed"], manifest["dtype"]) == (0, "fp32: as `policy.dtype` says")
     assert (ray_run / "checkpoints" / f"step-{STEPS:06d}" / "state.json").exists()

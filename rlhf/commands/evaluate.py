@@ -28,7 +28,7 @@ from rlhf.loop.judged import JudgedRollout
 from rlhf.loop.progress import require_some_reward
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
-from rlhf.tracking.console import signed
+from rlhf.tracking.catalogue import signed
 from rlhf.tracking.report import HeldOut, win_rate
 from rlhf.types import Prompt
 

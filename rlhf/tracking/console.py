@@ -16,9 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.config import Settings
+from rlhf.tracking.catalogue import phrase, shown, signed
 
 # The phases of a step with the colours of their part of the bar.
 PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "sync": "green"}
+ONLINE = ("reward/mean", "policy/kl", "policy/loss", "throughput/tokens_per_s")
+EVALUATED = ("reward/mean", "policy/kl", "rollout/length")
+SUPERVISED = ("train/loss", "train/grad_norm", "train/learning_rate", "throughput/tokens_per_s")
+"""The metrics that a line shows: of a step of the online loop, of its evaluation, of a step of supervised training."""
 BAR_WIDTH = 48
 PROMPT_CHARACTERS, RESPONSE_CHARACTERS = 80, 200
 """How much is shown of a sample."""
@@ -49,14 +54,8 @@ def time_split(line: Line) -> dict[str, float]:
 def step_text(line: Line, steps: int) -> str:
     """One step in one line of plain text; a metric that is missing or not finite is shown as `-`."""
     split = " ".join(f"{phase} {share:.0%}" for phase, share in time_split(line).items() if share >= 0.005)
-    parts = [
-        f"step {line['step']}/{steps}",
-        f"reward {_reward(line)}",
-        f"kl {_number(line, 'policy/kl', '.4f')}",
-        f"loss {_number(line, 'policy/loss', '.4f')}",
-        f"{_number(line, 'throughput/tokens_per_s', '.0f')} tokens/s",
-        f"{_number(line, 'time/step', '.1f')} s" + (f" ({split})" if split else ""),
-    ]
+    parts = [f"step {line['step']}/{steps}", *(phrase(line, name) for name in ONLINE)]
+    parts.append(phrase(line, "time/step") + (f" ({split})" if split else ""))
     parts += [f"{what} {count}" for what, count in left_out(line).items()]
     return "  ".join(parts + [f"! {warning}" for warning in line.get("warnings", ())])
 
@@ -72,22 +71,17 @@ def left_out(line: Line) -> dict[str, int]:
 
 def supervised_text(line: Line, steps: int) -> str:
     """One step of a supervised training in one line of plain text."""
-    parts = [
-        f"step {line['step']}/{steps}",
-        f"loss {_number(line, 'train/loss', '.4f')}",
-        f"gradient {_number(line, 'train/grad_norm', '.3g')}",
-        f"rate {_number(line, 'train/learning_rate', '.2e')}",
-        f"{_number(line, 'throughput/tokens_per_s', '.0f')} tokens/s",
-    ]
+    parts = [f"step {line['step']}/{steps}", *(phrase(line, name) for name in SUPERVISED)]
     return "  ".join(parts + [f"! {warning}" for warning in line.get("warnings", ())])
 
 
 def evaluation_text(line: Line) -> str:
-    """A held-out evaluation in one line of plain text."""
-    return (
-        f"held-out, after step {line['step']}:  reward {_reward(line)}  "
-        f"kl {_number(line, 'policy/kl', '.4f')}  length {_number(line, 'rollout/length', '.1f')}"
-    )
+    """A held-out evaluation of the online loop in one line of plain text."""
+    return _held_out(line, EVALUATED)
+
+
+def _held_out(line: Line, names: Sequence[str]) -> str:
+    return "  ".join([f"held-out, after step {line['step']}:", *(phrase(line, name) for name in names)])
 
 
 def sample_text(row: Line) -> str:
@@ -149,7 +143,7 @@ class SupervisedConsole(_Lines):
         print(supervised_text(line, self._steps), flush=True)
 
     def evaluation(self, line: Line) -> None:
-        print(f"held-out, after step {line['step']}:  loss {_number(line, 'heldout/loss', '.4f')}", flush=True)
+        print(_held_out(line, ["heldout/loss"]), flush=True)
 
 
 class LiveConsole:
@@ -216,19 +210,14 @@ class LiveConsole:
         line = self._last
         table = Table.grid(padding=(0, 3))
         start = "" if self._first_reward is None else f"  (first step {signed(self._first_reward)})"
-        table.add_row("reward", _reward(line) + start, "KL", _number(line, "policy/kl", ".4f"))
-        table.add_row(
-            "tokens/s",
-            _number(line, "throughput/tokens_per_s", ".0f"),
-            "step",
-            f"{_number(line, 'time/step', '.1f')} s",
-        )
+        table.add_row("reward", shown(line, "reward/mean") + start, "KL", shown(line, "policy/kl"))
+        table.add_row("tokens/s", shown(line, "throughput/tokens_per_s"), "step", phrase(line, "time/step"))
         if left := left_out(line):
             table.add_row("of these", ", ".join(f"{what} {count}" for what, count in left.items()))
         table.add_row("now", Text(self._now()))
         if self._evaluation is not None:
-            held_out = f"{_reward(self._evaluation)} after step {self._evaluation['step']}"
-            table.add_row("held-out reward", held_out)
+            held_out = shown(self._evaluation, "reward/mean")
+            table.add_row("held-out reward", f"{held_out} after step {self._evaluation['step']}")
         return Panel(Group(self._progress, table, split_bar(line)), title=self._title)
 
 
@@ -240,18 +229,3 @@ def split_bar(line: Line) -> Text:
         bar.append("█" * round(share * BAR_WIDTH), style=colour)
         legend.append(f"■ {phase} {share:.0%}  ", style=colour)
     return Text("\n").join([bar, legend])
-
-
-def _reward(line: Line) -> str:
-    value = line.get("reward/mean")
-    return "-" if value is None else signed(value)
-
-
-def signed(value: float) -> str:
-    """Three decimals, or three significant digits where these would show little or nothing of it."""
-    return format(value, "+.3f" if value == 0 or abs(value) >= 0.1 else "+.3g")
-
-
-def _number(line: Line, name: str, form: str) -> str:
-    value = line.get(name)
-    return "-" if value is None else format(value, form)

@@ -23,7 +23,7 @@ from rich.table import Table
 from rlhf.config import MissingPackageError, UserError
 from rlhf.config.extras import remedy
 from rlhf.tracking import jsonl
-from rlhf.tracking.console import signed
+from rlhf.tracking.catalogue import BY_NAME, axis, signed
 
 Z = 1.959964  # 97.5% of a normal distribution lie below
 SHOWN_CHARACTERS = 400
@@ -159,9 +159,11 @@ def before_after_table(comparison: Comparison, judge_name: str = "independent ju
         first, second = getattr(comparison.before, field), getattr(comparison.after, field)
         table.add_row(name, signed(first), signed(second), signed(second - first))
     first, second = comparison.before.length, comparison.after.length
-    table.add_row("length (tokens)", f"{first:.1f}", f"{second:.1f}", f"{second - first:+.1f}")
-    kl = "-" if comparison.kl_per_token is None else f"{comparison.kl_per_token:.4f}"
-    table.add_row("KL to start per token (nats)", "0", kl, "")
+    length, kl = BY_NAME["rollout/length"], BY_NAME["policy/kl"]
+    table.add_row(
+        f"{length.label} ({length.unit})", length.shown(first), length.shown(second), f"{second - first:+.1f}"
+    )
+    table.add_row(f"{kl.label} to the start ({kl.unit})", "0", kl.shown(comparison.kl_per_token), "")
     low, high = comparison.win_rate_interval
     table.add_row("win rate against the start", "", f"{comparison.win_rate:.1%}", f"95%: {low:.1%} to {high:.1%}")
     if comparison.n_unjudged:
@@ -252,10 +254,10 @@ def _draw_online(figure: Any, steps: Sequence[dict[str, Any]], evaluations: Sequ
     smooth = [{"step": line["step"], "smooth": value} for line, value in zip(steps, _smoothed(steps), strict=True)]
     _draw(reward, smooth, "smooth", color="C0", linewidth=2, label="smoothed")
     _draw(reward, evaluations, "reward/mean", color="C1", marker="o", linewidth=1.5, label="held-out prompts")
-    reward.set_ylabel("mean reward")
+    reward.set_ylabel(axis("reward/mean"))
     _draw(kl, steps, "policy/kl", color="C2", linewidth=1.5, label="training prompts")
     _draw(kl, evaluations, "policy/kl", color="C1", marker="o", linewidth=1.5, label="held-out prompts")
-    kl.set_ylabel("KL per token (nats)")
+    kl.set_ylabel(axis("policy/kl"))
     return [reward, kl]
 
 
@@ -264,7 +266,7 @@ def _draw_losses(figure: Any, steps: Sequence[dict[str, Any]], evaluations: Sequ
     loss = figure.subplots()
     _draw(loss, steps, "train/loss", color="C0", linewidth=1, label="training examples, each step")
     _draw(loss, evaluations, "heldout/loss", color="C1", marker="o", linewidth=1.5, label="held-out examples")
-    loss.set_ylabel("loss per token (nats)")
+    loss.set_ylabel(axis("train/loss"))
     return [loss]
 
 

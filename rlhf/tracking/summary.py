@@ -12,7 +12,8 @@ from typing import Any
 from rlhf.config import Settings, UserError
 from rlhf.config.sft import SftSettings
 from rlhf.tracking import jsonl, report
-from rlhf.tracking.console import left_out, readable, signed
+from rlhf.tracking.catalogue import BY_NAME, SIGNED, signed
+from rlhf.tracking.console import left_out, readable
 
 PROMPT = "Write a short poem."
 """Asked in the next command if the run has no short held-out prompt."""
@@ -45,11 +46,13 @@ def _found(folder: Path) -> Iterator[tuple[str, str]]:
     evaluations, steps = jsonl.read(folder / "evaluations.jsonl"), jsonl.read(folder / "metrics.jsonl")
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        for name, metric in (("reward", "reward/mean"), ("loss", "heldout/loss"), ("length", "rollout/length")):
-            if first.get(metric) is not None and last.get(metric) is not None:
-                yield "held-out", f"{name} {_change(name, first[metric], last[metric])}, after {last['step']} steps"
+        for name in ("reward/mean", "heldout/loss", "rollout/length"):
+            if first.get(name) is not None and last.get(name) is not None:
+                change = _change(name, first[name], last[name])
+                yield "held-out", f"{BY_NAME[name].label} {change}, after {last['step']} steps"
         if last.get("policy/kl") is not None:
-            yield "held-out", f"KL to the start {last['policy/kl']:.4f} nats per token"
+            kl = BY_NAME["policy/kl"]
+            yield "held-out", f"{kl.label} to the start {kl.shown(last[kl.name])} {kl.unit}"
         if rate := _win_rate(folder):
             yield "held-out", rate
     total = sum((Counter(left_out(line)) for line in steps), Counter())
@@ -61,7 +64,7 @@ def _found(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _change(name: str, before: float, after: float) -> str:
-    form = signed if name == "reward" else "{:.4g}".format
+    form = signed if BY_NAME[name].form == SIGNED else "{:.4g}".format
     return f"{form(before)} -> {form(after)} ({signed(after - before)})"
 
 

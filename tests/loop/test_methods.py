@@ -14,6 +14,7 @@ from rlhf.algorithms import make
 from rlhf.config import Settings, load
 from rlhf.config.algorithm import METHODS
 from rlhf.loop.run import Training
+from tests.helpers import unknown_metrics
 
 pytestmark = pytest.mark.engine
 STEPS = 3
@@ -61,6 +62,7 @@ def test_a_method_runs_and_moves_the_policy(method: str, tmp_path: Path) -> None
     assert len(steps) == STEPS
     assert evaluations[0]["policy/kl"] == pytest.approx(0, abs=1e-6), "policy and reference start as one"
     assert evaluations[-1]["policy/kl"] != 0
+    assert unknown_metrics(tmp_path / "run") == set()
     assert all(math.isfinite(step["policy/loss"]) and step["policy/grad_norm"] > 0 for step in steps)
     for step in steps:
         gaps = [step.get(f"policy/{name}", 0.0) for name in ("logprob_gap", "probe_gap", "probe_gap_partner")]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.cli import main
 from rlhf.config import ConfigError, show
 from rlhf.config.sft_checks import load_sft
+from tests.helpers import unknown_metrics
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {
@@ -103,6 +104,7 @@ def test_it_memorises_and_a_killed_run_equals_the_uninterrupted_one(config: Path
         process.communicate()
     assert len(lines(killed / "metrics.jsonl")) < 90, "it was killed under way"
     finish(start(config, f"run.dir={killed}", "--debug", "--resume"))
+    assert unknown_metrics(whole) == set()
     expected, got = lines(whole / "metrics.jsonl"), lines(killed / "metrics.jsonl")
     assert [line["step"] for line in got] == list(range(1, 91))
     for one, other in zip(got, expected, strict=True):
