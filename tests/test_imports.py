@@ -17,8 +17,8 @@ STOREYS = (
     ("transfer",),
     ("training", "engines"),
     ("rollout", "policy", "reward"),
-    ("loop",),
-    ("preflight", "commands"),
+    ("loop", "preflight"),
+    ("commands",),
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.algorithms.labels import scored
 from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import settle
-from rlhf.commands.generate import Question, response_row, write_rows
+from rlhf.commands.export import as_model
+from rlhf.commands.generate import Question, ask, response_row, write_rows
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.config.settings import single_process
@@ -48,6 +50,30 @@ class Selection:
             for index, reward in rewards
             if (self.all or index == best) and (self.at_least is None or reward >= self.at_least)
         ]
+
+
+def best_of(
+    model: str,
+    judge: Settings,
+    sampling: Sampling,
+    selection: Selection,
+    *,
+    prompts_file: str | None,
+    prompts: Sequence[str] | None,
+    out: str | None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> None:
+    """Let a model answer the prompts of a file, or these texts, and keep what `selection` says; see `generate_best`.
+
+    Args:
+        model: or a checkpoint of a run (`commands.export`).
+
+    Raises:
+        UserError: a model or prompt that cannot be used, or what `generate_best` says.
+    """
+    with as_model(model, "MODEL") as folder:
+        question = ask(folder, prompts_file, prompts, sampling.max_tokens, template_arguments)
+        generate_best(question, judge, sampling, selection, out)
 
 
 def generate_best(

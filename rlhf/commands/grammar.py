@@ -1,9 +1,12 @@
-"""How the commands and their options are spelled, and what an option may be. Runs nothing; the help needs no heavy library."""
+"""How the commands and their options are spelled, what an option may be, and which go together.
+
+Runs nothing; the help needs no heavy library.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rlhf import __version__
 from rlhf.config.arguments import (
@@ -19,6 +22,7 @@ from rlhf.config.arguments import (
     whole,
 )
 from rlhf.config.base import MAX_TOKENS
+from rlhf.config.loader import UserError
 
 MOST_NODES = 256
 """Of `rlhf plan`: it tries every layout, so its time grows with the cluster."""
@@ -44,6 +48,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unknown argument: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    if args.command in TOGETHER:
+        TOGETHER[args.command](args)
     return args
 
 
@@ -228,3 +234,41 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         help="the model, or checkpoint, to win against (default: policy.model)",
     )
     _add_json(evaluate, "figures")
+
+
+def _plan_together(args: argparse.Namespace) -> None:
+    if args.model is not None and args.config is not None:
+        if "=" not in args.config:
+            raise UserError("`rlhf plan` takes a CONFIG or --model, not both")
+        args.config, args.overrides = None, [args.config, *args.overrides]
+    if args.model is None and args.config is None:
+        raise UserError("`rlhf plan` needs a CONFIG, or --model NAME")
+
+
+def _doctor_together(args: argparse.Namespace) -> None:
+    given = [text for text in (args.prompt, args.good, args.bad) if text is not None]
+    if given and (len(given) < 3 or not all(text.strip() for text in given) or args.good == args.bad):
+        raise UserError(
+            "`rlhf doctor`: give --prompt, --good and --bad together, none empty, or none of them; --good is not --bad"
+        )
+    if given and args.config is None:
+        raise UserError("`rlhf doctor`: --prompt, --good and --bad are for the reward of a configuration. Give CONFIG")
+
+
+def _generate_together(args: argparse.Namespace) -> None:
+    if args.best_of is None:
+        if args.reward_config is not None or args.keep_all or args.at_least is not None:
+            raise UserError("`rlhf generate`: --reward-config, --keep-all and --at-least belong to --best-of N")
+        return
+    if args.reward_config is None:
+        raise UserError("`rlhf generate --best-of`: name the configuration whose reward judges, --reward-config CONFIG")
+    if args.n != 1:
+        raise UserError("`rlhf generate`: --best-of N says how many responses are sampled. Leave out --n")
+
+
+TOGETHER: dict[str, Callable[[argparse.Namespace], None]] = {
+    "plan": _plan_together,
+    "doctor": _doctor_together,
+    "generate": _generate_together,
+}
+"""Raises UserError where options do not go together, though each is right by itself."""

@@ -1,44 +1,42 @@
-"""`rlhf train` and `rlhf sft`: the run itself is the loop's; here it gets its curve, and an end that says what to do next."""
+"""`rlhf train`: checks that take no model, then what cannot work, then the run, then its report."""
 
 from __future__ import annotations
 
-import logging
+import sys
 
-from rlhf.config import Settings, UserError
-from rlhf.config.sft import SftSettings
-from rlhf.tracking.report import plot
-from rlhf.tracking.summary import summary
-
-log = logging.getLogger(__name__)
+from rlhf.config import Settings
+from rlhf.config.method_checks import method_warnings
 
 
 def train(settings: Settings, debug: bool, resume: bool) -> None:
-    """Run the loop to its end. Raises UserError: something the user can put right."""
+    """Run the loop to its end.
+
+    Raises:
+        UserError: something the user can put right; before anything starts, where it can be seen then.
+    """
+    _begin(settings, resume)
+    from rlhf.preflight.ready import ready
+
+    ready(settings, debug=debug, resume=resume)
+    from rlhf.commands.report import report
     from rlhf.loop.run import train as run
 
     run(settings, debug=debug, resume=resume)
-    finish(settings)
+    report(settings)
 
 
-def sft(settings: SftSettings, debug: bool, resume: bool) -> None:
-    """Learn the configured examples. Raises UserError: something the user can put right."""
-    from rlhf.loop.sft import sft as run
+def dry_run(settings: Settings, debug: bool, resume: bool) -> None:
+    """Print what `train` would do. Loads no weights. Raises UserError: as `train` would before it starts."""
+    _begin(settings, resume)
+    from rlhf.preflight.plan import describe
 
-    run(settings, debug=debug, resume=resume)
-    finish(settings)
+    print(describe(settings, debug=debug, resume=resume))
 
 
-def finish(settings: Settings | SftSettings) -> None:
-    """Draw the curve and print the summary. The run is done: nothing here can make it a failure."""
-    try:
-        curve = str(plot(settings.run.dir))
-    except UserError as error:
-        curve = f"not drawn: {error}"
-    except Exception as error:  # noqa: BLE001 - whatever the plotting library raises
-        curve = f"not drawn: {error!r}"
-    if settings.tracking.console == "off":
-        return
-    try:
-        print("", *summary(settings, curve), sep="\n", flush=True)
-    except Exception as error:  # noqa: BLE001 - a torn file of the record, a terminal that went away
-        log.warning("the run has ended well, but its summary could not be shown: %r", error)
+def _begin(settings: Settings, resume: bool) -> None:
+    """Warnings, and what can be said before anything is imported that takes seconds."""
+    from rlhf.tracking.folder import check_run_folder
+
+    for warning in method_warnings(settings):
+        print(f"warning: {warning}", file=sys.stderr)
+    check_run_folder(settings.run.dir, resume)

@@ -21,6 +21,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from rlhf.cluster import LocalRuntime
+from rlhf.commands.serve import serve
 from rlhf.config import UserError
 from rlhf.reward.judges.wire import feedback_from_json, feedback_to_json
 from rlhf.reward.serving import http
@@ -269,9 +270,9 @@ def test_an_address_that_is_taken_is_said_before_anything_is_loaded(tiny_setting
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: this address cannot be used"):
-            http.serve(tiny_settings(), "127.0.0.1", port, local=True)
+            serve(tiny_settings(), "127.0.0.1", port, local=True)
     with pytest.raises(UserError, match="--port 99999: a port is a number from 0"):
-        http.serve(tiny_settings(), "127.0.0.1", 99999, local=True)
+        serve(tiny_settings(), "127.0.0.1", 99999, local=True)
     monkeypatch.setenv("RLHF_REWARD_TOKEN", "with a line\n")
     with pytest.raises(UserError, match="RLHF_REWARD_TOKEN"):
-        http.serve(tiny_settings(), "127.0.0.1", 0, local=True)
+        serve(tiny_settings(), "127.0.0.1", 0, local=True)

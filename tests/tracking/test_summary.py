@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.commands.grammar import parse
-from rlhf.commands.train import finish
+from rlhf.commands.report import report
 from rlhf.config import Settings
 from rlhf.config.sft import SftSettings
 from rlhf.tracking.summary import summary
@@ -86,7 +86,7 @@ def test_a_supervised_run_has_losses_and_a_curve_of_them(
         file.unlink()
     write(done / "metrics.jsonl", [{"step": step, "train/loss": 3.0 - step} for step in (1, 2)])
     write(done / "evaluations.jsonl", [{"step": step, "heldout/loss": 3.0 - step} for step in (0, 2)])
-    finish(SftSettings(run={"dir": str(done)}, data={"examples": "e.jsonl"}, policy={"model": str(tiny_model)}))
+    report(SftSettings(run={"dir": str(done)}, data={"examples": "e.jsonl"}, policy={"model": str(tiny_model)}))
     shown = capsys.readouterr().out
     assert "loss 3 -> 1 (-2.000), after 2 steps" in shown and "rlhf train CONFIG policy.model=" in shown
     assert (done / "curve.png").stat().st_size > 10_000
@@ -96,7 +96,7 @@ def test_without_matplotlib_one_line_says_how_to_get_the_curve(
     done: Path, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    finish(settings(done, tracking={"console": "plain"}))
+    report(settings(done, tracking={"console": "plain"}))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("curve")]
     assert "not drawn" in line and "[plots]" in line
 
@@ -106,5 +106,5 @@ def test_a_torn_record_does_not_spoil_a_run_that_has_ended(
 ) -> None:
     for file in done.glob("*.jsonl"):
         file.write_text('{"step": ')
-    finish(settings(done, tracking={"console": "plain"}))
+    report(settings(done, tracking={"console": "plain"}))
     assert "curve       not drawn" in capsys.readouterr().out

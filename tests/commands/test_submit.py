@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
-from rlhf.cluster.submit import CONFIG, MAX_UPLOAD_MB, pack, travelling_files
+from rlhf.commands.submit import CONFIG, MAX_UPLOAD_MB, pack, travelling_files
 from rlhf.config import Settings, UserError, load, show
 from rlhf.config.sft import SftSettings
 from rlhf.config.sft_checks import load_sft
