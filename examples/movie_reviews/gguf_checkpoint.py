@@ -1,4 +1,4 @@
-"""`python -m rlhf.data.gguf_checkpoint SOURCE.gguf TARGET`: GGUF to an ordinary bf16 checkpoint.
+"""`python examples/movie_reviews/gguf_checkpoint.py SOURCE.gguf TARGET`: GGUF to an ordinary bf16 checkpoint.
 
 A program of its own, because the conversion is slow and large and its caller may not want torch. Refuses a result
 without the chat template, or whose end of sequence is not the token that ends a turn: an engine would then never stop
