@@ -1,15 +1,16 @@
 """Verdicts remembered by content, for judges whose verdict on the same texts is always the same.
 
-Owns what makes two questions the same, and which verdict is forgotten first (the one not asked for the longest time).
+Owns what makes two questions the same. The verdict that was not asked for the longest time is forgotten first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache
 
 from rlhf.reward.scoring import Measured
 from rlhf.types import Failed, Prompt, TimedOut
@@ -29,8 +30,8 @@ class CachedJudge:
         Args:
             entries: most verdicts remembered.
         """
-        self._judge, self._entries = judge, entries
-        self._verdicts: OrderedDict[bytes, Any] = OrderedDict()
+        self._judge = judge
+        self._verdicts: LRUCache[bytes, Any] = LRUCache(entries)
         self._fingerprint = judge.fingerprint()
 
     async def judge(self, prompt: Prompt, items: Sequence[Texts], deadline_s: float) -> list[Any]:
@@ -39,12 +40,7 @@ class CachedJudge:
         new = {key: texts for key, texts in zip(keys, items, strict=True) if key not in found}
         answers = await self._judge.judge(prompt, list(new.values()), deadline_s) if new else []
         fresh = dict(zip(new, answers, strict=True))
-        for key, value in (found | fresh).items():
-            if not isinstance(value, Failed | TimedOut):
-                self._verdicts[key] = value
-                self._verdicts.move_to_end(key)
-        while len(self._verdicts) > self._entries:
-            self._verdicts.popitem(last=False)
+        self._verdicts.update({key: one for key, one in fresh.items() if not isinstance(one, Failed | TimedOut)})
         return [_noted(found[key], 1.0) if key in found else _noted(fresh[key], 0.0) for key in keys]
 
     def fingerprint(self) -> str | None:
