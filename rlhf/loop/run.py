@@ -30,7 +30,7 @@ from rlhf.loop.online import OnlineLoop
 from rlhf.loop.starting import reserved_runtime, started_roles
 from rlhf.reward.shaping import Shaping
 from rlhf.tracking.folder import check_run_folder
-from rlhf.tracking.record import Record, audience_of, recorded_dtype
+from rlhf.tracking.record import Record, recorded_dtype, sinks_of
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.resume import RUN, remembered, run_contents, starting_point
 from rlhf.types import Prompt
@@ -83,12 +83,12 @@ class Training:
     async def run(self) -> None:
         """Reserve the devices, start the roles, take the remaining steps, evaluate, export."""
         with (
-            closing(audience_of(self.settings)) as audience,
-            reserved_runtime(self.settings, self.debug, audience.phase) as (runtime, placement),
+            closing(sinks_of(self.settings)) as sinks,
+            reserved_runtime(self.settings, self.debug, sinks.phase) as (runtime, placement),
         ):
             before = recorded_dtype(self.settings.run.dir) if self.resume else None
             self.settings, choice = settle(self.settings, runtime, before)
-            with Record(self.settings, self.resume, resolve, audience) as self.record:
+            with Record(self.settings, self.resume, resolve, sinks) as self.record:
                 self.record.computes(choice.dtype, choice.why)
                 if placement is not None:
                     self.record.placed(placement.lines())

@@ -15,10 +15,10 @@ from rlhf.data.assets import resolve
 from rlhf.data.conversations import read_examples
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.model_folder import find_model
-from rlhf.tracking.audience import Audience
 from rlhf.tracking.console import SupervisedConsole
 from rlhf.tracking.folder import check_run_folder
 from rlhf.tracking.record import Record, recorded_dtype
+from rlhf.tracking.sinks import Sinks
 from rlhf.training.checkpoints import Checkpoints
 from rlhf.training.resume import remembered, sft_contents, starting_point
 from rlhf.training.sft import Conversations, NextToken
@@ -66,24 +66,24 @@ class Tuning:
     async def run(self) -> None:
         """Reserve the devices, start the ranks, take the remaining steps, export."""
         settings = self.settings
-        with closing(Audience(settings.run.dir)) as audience:
+        with closing(Sinks(settings.run.dir)) as sinks:
             if settings.tracking.console != "off":
-                audience.join("console", lambda: SupervisedConsole(self.course.updates))
-            audience.phase("reserving devices")
+                sinks.add("console", lambda: SupervisedConsole(self.course.updates))
+            sinks.phase("reserving devices")
             runtime: Runtime = LocalRuntime() if self.debug else RayRuntime(settings.cluster, settings.policy.ranks)
             try:
-                await self._run(runtime, audience)
+                await self._run(runtime, sinks)
             finally:
                 runtime.stop()
 
-    async def _run(self, runtime: Runtime, audience: Audience) -> None:
+    async def _run(self, runtime: Runtime, sinks: Sinks) -> None:
         placement = runtime.reserve(_resource_request(self.settings))
         before = recorded_dtype(self.settings.run.dir) if self.resume else None
         settings, choice = settle(self.settings, runtime, before)
         self.settings = settings
         if os.path.isdir(settings.policy.model):
             runtime.check_files({"policy": {"policy.model": os.path.abspath(settings.policy.model)}})
-        with Record(settings, self.resume, resolve, audience) as record:
+        with Record(settings, self.resume, resolve, sinks) as record:
             record.computes(choice.dtype, choice.why)
             if placement is not None:
                 record.placed(placement.lines())

@@ -1,7 +1,7 @@
 """The run folder: created once, appended to line by line, cut back on resume.
 
-Disk first: a line is in its file before anybody else hears of it. Whoever wants to show or send it (console, Weights &
-Biases) is a `Listener` and gets the line as it was written; a listener that fails is warned about once and dropped.
+Disk first: a line is in its file before it goes anywhere else. What shows or sends it (console, Weights & Biases) is a `Sink` and gets the
+line as it was written; a sink that fails is warned about once and dropped.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from rlhf.config import Settings, show, yamls
 from rlhf.config.loader import UserError
 from rlhf.config.sft import SftSettings
 from rlhf.tracking import manifest
-from rlhf.tracking.audience import Audience
 from rlhf.tracking.console import make_console
 from rlhf.tracking.folder import MANIFEST, REMEDY, check_run_folder
 from rlhf.tracking.jsonl import JsonLines
+from rlhf.tracking.sinks import Sinks
 from rlhf.tracking.wandb import Wandb
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,14 @@ class Record:
         settings: Settings | SftSettings,
         resume: bool,
         resolve: Callable[[str], str] = str,
-        audience: Audience | None = None,
+        sinks: Sinks | None = None,
     ):
         """Create the run folder, or open it again.
 
         Args:
             resume: continue the run that the folder holds; call `rewind` next.
             resolve: turns a data path of the settings into a file (for the data hashes of the manifest).
-            audience: who is told besides Weights & Biases; None: the online loop's console.
+            sinks: what gets the lines besides Weights & Biases; None: the online loop's console.
 
         Raises:
             UserError: the folder holds a run and `resume` is False, or holds none and it is True, or cannot be written.
@@ -72,35 +72,35 @@ class Record:
                 f"run.dir={self.folder}: the run folder cannot be written ({error.strerror or error}). {REMEDY}"
             ) from error
         self._failed_files: set[str] = set()
-        if audience is None:
+        if sinks is None:
             assert isinstance(settings, Settings), "fine-tuning brings its own"
-            audience = audience_of(settings)
-        self._audience = audience
-        self._audience.join(
+            sinks = sinks_of(settings)
+        self._sinks = sinks
+        self._sinks.add(
             "wandb", lambda: Wandb(settings, self.folder, self.run_id) if settings.tracking.wandb != "off" else None
         )
 
     def step(self, step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
-        """Record the metrics of a training step (1-based), and what a person should be told of it."""
+        """Record the metrics of a training step (1-based), and the warnings about it."""
         line = _line(step, metrics, warnings)
         self._append("metrics", line)
-        self._audience.tell(lambda listener: listener.step(line))
+        self._sinks.send(lambda sink: sink.step(line))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics on held-out prompts, measured after `step` steps (0: before training)."""
         line = _line(step, metrics)
         self._append("evaluations", line)
-        self._audience.tell(lambda listener: listener.evaluation(line))
+        self._sinks.send(lambda sink: sink.evaluation(line))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record what the policy wrote in a step: one line per row, with `step` put before the row's own fields."""
         for row in rows:
             self._append("samples", {"step": step} | dict(row))
-        self._audience.tell(lambda listener: listener.samples(step, rows))
+        self._sinks.send(lambda sink: sink.samples(step, rows))
 
     def phase(self, text: str) -> None:
-        """Tell what the run does from now on. It is not written down."""
-        self._audience.phase(text)
+        """Show what the run does from now on. It is not written to disk."""
+        self._sinks.phase(text)
 
     def placed(self, lines: Sequence[str]) -> None:
         """Note in manifest.json which actors run on which node in this start of the run, one line per node."""
@@ -137,7 +137,7 @@ class Record:
 
     def close(self) -> None:
         """Let the console and Weights & Biases finish. The files need no closing. Safe to call twice."""
-        self._audience.close()
+        self._sinks.close()
 
     def __enter__(self) -> Record:
         return self
@@ -172,11 +172,11 @@ class Record:
                 )
 
 
-def audience_of(settings: Settings) -> Audience:
+def sinks_of(settings: Settings) -> Sinks:
     """The online loop's console, as `tracking.console` asks for it."""
-    audience = Audience(settings.run.dir)
-    audience.join("console", lambda: make_console(settings))
-    return audience
+    sinks = Sinks(settings.run.dir)
+    sinks.add("console", lambda: make_console(settings))
+    return sinks
 
 
 def recorded_dtype(folder: str) -> Any:

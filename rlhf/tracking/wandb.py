@@ -1,4 +1,4 @@
-"""Weights & Biases, at arm's length.
+"""Weights & Biases, which can neither stop nor delay a run.
 
 Every call into its library is made by one background thread that works off a queue, because the library talks to
 another process and to the network: whatever it raises is warned about once and switches it off, and however long it
@@ -102,7 +102,7 @@ def start_run(settings: Settings | SftSettings, folder: Path, run_id: str) -> An
 
     reason: object
     try:
-        if wandb.login(prompt=False):  # asking for a key on the terminal would wait for somebody who may not be there
+        if wandb.login(prompt=False):  # no question for a key, which an unattended run would wait on
             return _init(settings, folder, run_id, "online")
         reason = "no API key is configured; set WANDB_API_KEY or run `wandb login`"
     except (wandb.Error, OSError) as error:

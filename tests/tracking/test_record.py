@@ -238,7 +238,7 @@ def test_a_raising_logger_is_warned_about_once_and_dropped(
 ) -> None:
     record = Record(settings(folder), resume=False)
     logger = Raises()
-    record._audience.join("a logger", lambda: logger)
+    record._sinks.add("a logger", lambda: logger)
     with caplog.at_level(logging.WARNING):
         record.step(1, {"reward/mean": 1.0})
         record.step(2, {"reward/mean": 2.0})

@@ -1,4 +1,4 @@
-"""Who is told of a run while it goes on: the console, Weights & Biases. Whatever they raise cannot stop it."""
+"""What shows or sends a run while it goes on: the console, Weights & Biases. Whatever they raise cannot stop the run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 Line = Mapping[str, Any]
 
 
-class Listener(Protocol):
-    """Somebody who is told."""
+class Sink(Protocol):
+    """Receives what the record has written."""
 
     def phase(self, text: str) -> None:
         """What the run does from now on, where it is no step: starting, evaluating, exporting."""
@@ -31,42 +31,42 @@ class Listener(Protocol):
         """The run has ended."""
 
 
-class Audience:
-    """All listeners. One that fails is warned about once and hears no more.
+class Sinks:
+    """All sinks. One that fails is warned about once and gets nothing more.
 
     Args:
-        folder: where the record goes on without them.
+        folder: where the record continues without them.
     """
 
     def __init__(self, folder: str):
         self._folder = folder
-        self._listeners: dict[str, Listener] = {}
+        self._sinks: dict[str, Sink] = {}
 
-    def join(self, name: str, make: Callable[[], Listener | None]) -> None:
-        """Add what `make` gives, if it gives anything."""
-        listener = self._guard(name, make)
-        if listener is not None:
-            self._listeners[name] = listener
+    def add(self, name: str, make: Callable[[], Sink | None]) -> None:
+        """Add what `make` returns, if anything."""
+        sink = self._guard(name, make)
+        if sink is not None:
+            self._sinks[name] = sink
 
-    def tell(self, event: Callable[[Listener], None]) -> None:
-        """Tell every listener, for example `lambda listener: listener.step(line)`."""
-        for name, listener in list(self._listeners.items()):
-            self._guard(name, partial(event, listener))
+    def send(self, event: Callable[[Sink], None]) -> None:
+        """Give every sink something, for example `lambda sink: sink.step(line)`."""
+        for name, sink in list(self._sinks.items()):
+            self._guard(name, partial(event, sink))
 
     def phase(self, text: str) -> None:
-        """Tell every listener what the run does from now on."""
-        self.tell(lambda listener: listener.phase(text))
+        """Tell every sink what the run does from now on."""
+        self.send(lambda sink: sink.phase(text))
 
     def close(self) -> None:
         """Let them finish. Safe to call twice."""
-        self.tell(lambda listener: listener.close())
-        self._listeners.clear()
+        self.send(lambda sink: sink.close())
+        self._sinks.clear()
 
     def _guard(self, name: str, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:  # noqa: BLE001 - whatever a logger's library raises, training must not stop for it
-            self._listeners.pop(name, None)
+            self._sinks.pop(name, None)
             log.warning(
                 "%s failed and is off for the rest of this run (the files in %s go on): %r", name, self._folder, error
             )
