@@ -96,7 +96,7 @@ def generate_best(
     n_rows, unjudged = asyncio.run(_choose(settings, question, sampling, selection, out))
     if unjudged == len(question.prompts):
         raise UserError(
-            f"none of the {unjudged} prompts has a response with a reward. Mend the `reward` of --reward-config"
+            f"none of the {unjudged} prompts has a response with a reward. Correct the `reward` of --reward-config"
         )
     sys.stderr.write(f"{n_rows} responses kept to {len(question.prompts)} prompts")
     sys.stderr.write(f"; {unjudged} prompts without any reward were left out\n" if unjudged else "\n")

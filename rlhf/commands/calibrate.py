@@ -34,7 +34,7 @@ from rlhf.rollout.pool import RolloutPool
 from rlhf.types import Feedback, Prompt, Rollout, Score
 
 CALIBRATION_SEED = 314_159
-AT_ONCE = 256  # prompts under way; what is done is on disk
+AT_ONCE = 256  # prompts in flight; what is done is on disk
 
 
 def calibrate(settings: Settings, samples: int, output: str | None) -> None:
@@ -114,7 +114,7 @@ def reference_of(rollout: Rollout, feedback: Feedback, members: Sequence[str]) -
     if not scored:
         raise UserError(
             f"the prompt {rollout.prompt.id} ({rollout.prompt.text!r:.60}) has no response with a score; the first: "
-            f"{feedback.outcomes[0]}. Mend the reward, or take the prompt out of `data.prompts`"
+            f"{feedback.outcomes[0]}. Correct the reward, or take the prompt out of `data.prompts`"
         )
     values, n_tokens, cut = zip(*scored, strict=True)
     scores = {REWARD: list(values)} | {name: list(feedback.measures[name]) for name in members}

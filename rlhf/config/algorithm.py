@@ -65,7 +65,7 @@ METHODS: dict[str, type[Section]] = {
 
 
 def tag(value: Any) -> str | None:
-    """Which method's fields a value (a mapping, or settings) is to have; None for a name nobody knows."""
+    """Which method's fields a value (a mapping, or settings) is to have; None for an unknown name."""
     name = value.get("name", "online_dpo") if isinstance(value, dict) else getattr(value, "name", None)
     if not isinstance(name, str):
         return None

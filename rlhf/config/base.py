@@ -39,7 +39,7 @@ PathText = Annotated[str, AfterValidator(path_text)]
 
 
 def is_host(name: str | None) -> bool:
-    """Whether a host can have this name: it is of parts of 1 to 63 characters between dots, 253 in all. Others are looked up in vain."""
+    """Whether a host can have this name: it is of parts of 1 to 63 characters between dots, 253 in all. No other name can be resolved."""
     return name is not None and len(name) <= 253 and all(0 < len(part) < 64 for part in name.rstrip(".").split("."))
 
 

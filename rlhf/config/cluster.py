@@ -1,4 +1,4 @@
-"""`cluster`: the Ray cluster and the patience of those who wait for others."""
+"""`cluster`: the Ray cluster and the timeouts of all remote waits."""
 
 from __future__ import annotations
 

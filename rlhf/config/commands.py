@@ -1,4 +1,4 @@
-"""Which settings the commands that train read, for whoever starts one of them elsewhere."""
+"""Which settings the commands that train read, for code that starts one of them elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOADERS: dict[str, Callable[[str | os.PathLike[str], Sequence[str]], Settings | 
 
 
 def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings | SftSettings:
-    """A configuration of either command; the fields that stand in it tell which.
+    """A configuration of either command; its fields tell which.
 
     Raises:
         ConfigError: with all mistakes found.

@@ -35,7 +35,7 @@ def _sharing(settings: Settings) -> Iterator[str]:
             "`cluster.colocated_engines`, or choose `cluster.placement` colocated (all share) or disaggregated (none does)"
         )
     if cluster.device == "cpu" and changed(rollout, "sleep_level"):
-        yield "`rollout.sleep_level` is unused with `cluster.device: cpu`, where nobody waits for an engine's memory. Remove it"
+        yield "`rollout.sleep_level` is unused with `cluster.device: cpu`, where engines keep their memory. Remove it"
     shared = {"colocated": rollout.engines, "mixed": cluster.colocated_engines or 0, "disaggregated": 0}[
         cluster.placement
     ]

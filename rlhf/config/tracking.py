@@ -1,4 +1,4 @@
-"""`tracking`: who is told about the run. The files in the run folder are always written."""
+"""`tracking`: where a run is shown and sent. The files in the run folder are always written."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Code of the user's own that a configuration names by import path: importing it, and telling what it raised.
+"""Code of the user's own that a configuration names by import path: importing it, and reporting what it raised.
 
-A traceback through this package says little to somebody who has misspelt a key in a reward function, so what the code raises is told by
+A traceback through this package says little to a user who has misspelt a key in a reward function, so what the code raises is reported by
 its class, its message and the lines that are the user's. Knows nothing of rewards and algorithms, which import and call such code.
 """
 

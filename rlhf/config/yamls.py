@@ -71,7 +71,7 @@ class _Loader(yaml.SafeLoader):
         self.composed += 1
         self.depth += 1
         if self.depth > DEEPEST:
-            raise _mistake(event, f"more than {DEEPEST} mappings and lists stand in each other", "Write it flatter")
+            raise _mistake(event, f"more than {DEEPEST} mappings and lists are nested", "Write it flatter")
         node = super().compose_node(parent, index)
         assert node is not None
         self.depth -= 1

@@ -82,7 +82,7 @@ def build_empty(
             built, info = model.from_pretrained(
                 None, state_dict=stored, device_map={"": "meta"}, config=config, **REPORTED, **options
             )
-    except Exception as error:  # a configuration that nobody can build a model from, or tensors that are to be fused and do not go together
+    except Exception as error:  # a configuration from which no model can be built, or tensors that are to be fused and do not go together
         refuse(_in_the_files_names(model, config, stored, where, folder), what)
         raise WeightsError(f"{what}: {in_a_line(error)}. {REMEDY}") from error
     found = difference(info, new)

@@ -183,9 +183,7 @@ def read_config(path: str | Path, where: str) -> Any:
         text = config.get_text_config()
         if not isinstance(text, PretrainedConfig):
             raise TypeError(f"`text_config: {text}` is no configuration")
-    except (
-        Exception
-    ) as error:  # transformers raises what it likes for a configuration that nobody can build a model from
+    except Exception as error:  # transformers raises what it likes for a configuration from which no model can be built
         raise FolderError(
             f"{where}: {file} does not describe a model: {in_a_line(error)}. Correct it, or copy the model again"
         ) from error
@@ -248,7 +246,7 @@ def check_stops(folder: Path, config: Any, where: str) -> None:
     """Whether the tokens that end a response, by the generation settings (else by the configuration), are tokens of the model.
 
     Raises:
-        FolderError: they are not, or the settings cannot be read; a response would then never end, and nobody would say why.
+        FolderError: they are not, or the settings cannot be read; a response would then never end, without any message.
     """
     file = folder / GENERATION
     if file.is_file():

@@ -1,4 +1,4 @@
-"""`rlhf doctor`: is this cluster sound, and can this run work on it? All checks, in the order in which they are told.
+"""`rlhf doctor`: is this cluster sound, and can this run work on it? All checks, in the order in which they are reported.
 
 Owns the order and the report; each check is in `checks_*`. A failure does not end the examination: what can be looked at is.
 """

@@ -129,7 +129,7 @@ def _algorithm(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iter
     written = [_source(source, "reference" if algorithm.partner is None else "partner") for source in algorithm.sources]
     written += ["the data set's chosen and rejected"] * algorithm.dataset_pairs
     yield f"responses to each prompt: {', '.join(written)}"
-    judge = inputs.reward if algorithm.judged else "nobody: the data set says which is the better one"
+    judge = inputs.reward if algorithm.judged else "none: the data set says which response is the better one"
     yield f"judged by {judge}; learned from: {choices.builder}"
     objective = algorithm.objective
     if isinstance(objective, PolicyGradient):

@@ -21,7 +21,7 @@ def check_run_folder(run_dir: str | os.PathLike[str], resume: bool) -> None:
 
     Raises:
         UserError: the folder holds a run and `resume` is False; it holds none and it is True, or one whose manifest is damaged; it has
-            files of somebody else's that the run would write over; or nothing can be written there.
+            other files that the run would write over; or nothing can be written there.
     """
     folder = Path(run_dir)
     try:

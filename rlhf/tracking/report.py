@@ -172,7 +172,7 @@ def before_after_table(comparison: Comparison, judge_name: str = "independent ju
 
 
 def sample_pairs(before: HeldOut, after: HeldOut, n: int = 3) -> Group:
-    """The first `n` held-out prompts (the first, so that nobody picked them) with both answers."""
+    """The first `n` held-out prompts (the first, not a selection) with both answers."""
     panels = []
     for index in range(min(n, len(before.prompts))):
         answers = Table.grid(padding=(0, 2))
