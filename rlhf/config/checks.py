@@ -1,4 +1,4 @@
-"""What fields demand of each other. Each finding names the fields, says what is wrong and how to put it right.
+"""Rules between fields. Each finding names the fields, says what is wrong and how to put it right.
 
 Two sorts of findings: plans that cannot work (the arithmetic of batches, a wire without a GPU), and choices that
 another choice would silently ignore: a value that would change nothing is rejected. What belongs to a switch that is

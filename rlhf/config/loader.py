@@ -1,6 +1,6 @@
 """From a YAML file and `section.key=value` overrides to `Settings`, or to an error that a person can act on.
 
-Owns reading and merging; the fields are declared in the section files, what they demand of each other in `checks.py`, and the words are
+Owns reading and merging; the fields are declared in the section files, the rules between them in `checks.py`, and the words are
 made in `explain.py`. Every mistake in a configuration is reported at once, each with its place, its field and what to do.
 """
 
@@ -57,7 +57,7 @@ def load_as(
 
     Args:
         tree: its sections.
-        problems: what its fields demand of each other, as `checks.problems`.
+        problems: the rules between its fields, as `checks.problems`.
         command: its name.
     """
     path = os.fspath(path)

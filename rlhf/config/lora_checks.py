@@ -1,4 +1,4 @@
-"""What the fields under `policy.lora` demand of each other and of the rest. The findings read like those of `checks.py`."""
+"""Rules between the fields under `policy.lora`, and with the others. The findings read like those of `checks.py`."""
 
 from __future__ import annotations
 

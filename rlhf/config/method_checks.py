@@ -1,4 +1,4 @@
-"""What a method's fields demand of each other and of the other sections. The findings read like those of `checks.py`.
+"""Rules between a method's fields, and with the other sections. The findings read like those of `checks.py`.
 
 A rule names fields, so it holds for every method that has them; nothing here lists the methods one by one, except where
 the mathematics of one asks for it. A user's own algorithm checks its options itself.

@@ -1,4 +1,4 @@
-"""What `cluster.placement` and its companions demand of the other fields. Part of `checks`."""
+"""Rules between `cluster.placement`, the fields that belong to it, and the others. Part of `checks`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fields of `policy` demand of each other, whatever the policy learns from. The findings read like those of `checks.py`."""
+"""Rules between the fields of `policy`, whatever the policy learns from. The findings read like those of `checks.py`."""
 
 from __future__ import annotations
 

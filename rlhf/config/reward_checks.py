@@ -1,4 +1,4 @@
-"""What the fields of `reward` demand of each other: who judges and how it is reached, the servers, the canaries.
+"""Rules between the fields of `reward`: who judges and how it is reached, the servers, the canaries.
 
 Transforms and ensembles have checks of their own (`shaping_checks`).
 """

@@ -1,4 +1,4 @@
-"""What the fields of `rlhf sft` demand of each other; the findings read like those of `checks.py`.
+"""Rules between the fields of `rlhf sft`; the findings read like those of `checks.py`.
 
 The sections come from `rlhf train`, so some fields speak of roles that a supervised run does not have. Setting one is refused.
 """

@@ -1,4 +1,4 @@
-"""What ensembles (`reward.members`) and transforms of scores demand of each other. The findings read like those of `checks.py`."""
+"""Rules between the fields of ensembles (`reward.members`) and transforms of scores. The findings read like those of `checks.py`."""
 
 from __future__ import annotations
 

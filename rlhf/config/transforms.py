@@ -1,6 +1,6 @@
 """`reward.transforms`: what is done to a score before it is learned from, one after the other.
 
-The mathematics is in rlhf/reward/transforms.py, what the choices demand of each other in `shaping_checks`.
+The mathematics is in rlhf/reward/transforms.py, the rules between the choices are in `shaping_checks`.
 """
 
 from __future__ import annotations

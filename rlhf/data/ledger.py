@@ -20,7 +20,7 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """Hands out prompts and keeps the books.
+    """Leases prompts and counts what became of each.
 
     Args:
         prompts: all training prompts, those of a mixture source by source; their order is the file order.

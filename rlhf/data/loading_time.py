@@ -2,7 +2,7 @@
 
     600 s + 10 s for each GB of the largest model's weight files, and 10 s more for each GB that must be fetched first
 
-that is 100 MB/s from a disk or a hub, either far below what is usual, and ten minutes for everything that does not grow with
+That is 100 MB/s from a disk or a hub, either far below what is usual, and ten minutes for everything that does not grow with
 the model: imports, compilation, the capture of graphs.
 """
 

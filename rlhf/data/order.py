@@ -18,7 +18,7 @@ class Share(NamedTuple):
 
 
 def turns(weights: Sequence[float]) -> Iterator[int]:
-    """Whose turn it is, endlessly: after each draw, every source has had its share of them but for a rounding.
+    """The source of each draw, without end: after every draw, each source has had its share of them, up to rounding.
 
     Webster's rule of apportionment: draw number j of a source is due at the time (j + 1/2) / weight.
     """

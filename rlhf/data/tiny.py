@@ -1,6 +1,6 @@
 """A language model of a few hundred kilobytes, made on the spot: random weights, one token per byte, a chat template.
 
-Owns: the recipe. It is deterministic, so every machine makes the same weights. It knows nothing: its use is to run the
+Owns: the recipe. It is deterministic, so every machine makes the same weights. The model knows nothing: it serves to run the
 whole system, with the real engines, in seconds. Used by `asset:tiny-llama` and by the tests.
 """
 

@@ -162,7 +162,7 @@ class Team:
 
 
 def check_address(address: str | None) -> Finding | None:
-    """A quick look at whether anything listens, before Ray tries for minutes; None if there is nothing to object."""
+    """A quick look at whether anything listens, before Ray tries for minutes; None if it looks right."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal() or "/" in host:
         return None

@@ -59,7 +59,7 @@ def check_rank_devices(settings: SftSettings, debug: bool) -> Iterator[str]:
 
 
 def check_tensor_parallel(config: Any, size: int, field: str, model: str) -> None:
-    """Whether vLLM can divide a model over so many devices: it refuses what does not come out even, minutes later.
+    """Whether vLLM can divide a model over so many devices: it refuses sizes that do not divide evenly, but only after minutes.
 
     Args:
         config: transformers' configuration of the model.

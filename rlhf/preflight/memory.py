@@ -270,7 +270,7 @@ def publishing(shape: ModelShape, settings: PolicySettings, gpu: bool = True) ->
 
 def arriving(shape: ModelShape, size: int, devices: int, gpu: bool) -> float:
     """Bytes that new weights take on a worker for a moment: two buckets, of which the larger may be one tensor by itself (parts of a layer
-    wait for the rest of it), and its share of the largest layer, which vLLM makes anew before it copies it into place.
+    wait for the rest of it), and its share of the largest layer, which vLLM recreates before it copies it into place.
 
     Args:
         size: of a weight on its way, in bytes.

@@ -81,7 +81,7 @@ def _n(count: int, noun: str) -> str:
 
 
 def with_table(page: str) -> str:
-    """The page with its table made anew."""
+    """The page with a new table."""
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     return "\n".join([before + START, "", *rows(), "", END + after])

@@ -147,7 +147,7 @@ class SupervisedConsole(_Lines):
 
 
 class LiveConsole:
-    """A panel that is drawn anew with each step and keeps its clock running in between."""
+    """A panel that is redrawn with each step and keeps its clock running in between."""
 
     def __init__(self, steps: int, title: str, console: Console | None = None):
         """

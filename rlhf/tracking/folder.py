@@ -1,4 +1,4 @@
-"""Whether a run may begin, or go on, in a folder. Looks only, in microseconds, so that the command line asks before anything is loaded."""
+"""Whether a run may start or resume in a folder. Only looks, in microseconds: the command line asks before anything is loaded."""
 
 from __future__ import annotations
 
