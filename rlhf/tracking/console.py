@@ -18,8 +18,13 @@ from rich.text import Text
 from rlhf.config import Settings
 from rlhf.tracking.catalogue import phrase, shown, signed
 
-# The phases of a step with the colours of their part of the bar.
-PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "sync": "green"}
+PHASES = {
+    "time/generate": ("generate", "cyan"),
+    "time/reward": ("reward", "yellow"),
+    "time/train": ("train", "magenta"),
+    "time/sync": ("sync", "green"),
+}
+"""The phases of a step: name and colour of their part of the bar."""
 ONLINE = ("reward/mean", "policy/kl", "policy/loss", "throughput/tokens_per_s")
 EVALUATED = ("reward/mean", "policy/kl", "rollout/length")
 SUPERVISED = ("train/loss", "train/grad_norm", "train/learning_rate", "throughput/tokens_per_s")
@@ -44,7 +49,7 @@ def make_console(settings: Settings) -> PlainConsole | LiveConsole | None:
 
 def time_split(line: Line) -> dict[str, float]:
     """Share of each phase in the step's time, plus `other`; empty if the line has no times. Sums to 1."""
-    seconds = {phase: line.get(f"time/{phase}") or 0.0 for phase in PHASES}
+    seconds = {phase: line.get(metric) or 0.0 for metric, (phase, _) in PHASES.items()}
     total = max(line.get("time/step") or 0.0, sum(seconds.values()))
     if total <= 0:
         return {}
@@ -223,9 +228,9 @@ class LiveConsole:
 
 def split_bar(line: Line) -> Text:
     """The time split as a coloured bar with its legend."""
-    bar, legend = Text(), Text()
+    bar, legend, colours = Text(), Text(), dict(PHASES.values())
     for phase, share in time_split(line).items():
-        colour = PHASES.get(phase, "grey50")
+        colour = colours.get(phase, "grey50")
         bar.append("█" * round(share * BAR_WIDTH), style=colour)
         legend.append(f"■ {phase} {share:.0%}  ", style=colour)
     return Text("\n").join([bar, legend])
