@@ -148,6 +148,25 @@ def test_what_is_imported_from_the_package_is_there() -> None:
                     assert found, f"{path}:{node.lineno}: {node.module} has no `{name}`"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_stay_in_their_module(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own: set[str] = set()  # modules of the package, by the names that this file gives them
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rlhf":
+            source = PACKAGE.parent.joinpath(*(node.module or "").split("."))
+            private = [alias.name for alias in node.names if is_private(alias.name)]
+            assert not private, f"{path}:{node.lineno}: `{private[0]}` is {node.module}'s own"
+            own |= {alias.asname or alias.name for alias in node.names if there(source / alias.name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in own:
+            assert not is_private(node.attr), f"{path}:{node.lineno}: {node.value.id}.{node.attr} is that module's own"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
 @functools.cache
 def bound_names(module: Path) -> set[str]:
     """What a module or package binds: functions, classes, variables and what it imports itself."""

@@ -68,7 +68,7 @@ def examine(settings: Settings | None, wanted: Wanted) -> Iterator[Finding]:
         settings: of the run; None: look at the environment only.
     """
     cluster = ClusterSettings() if settings is None else settings.cluster
-    yield from _environment(cluster, [] if settings is None else _paths(settings))
+    yield from check_surroundings(cluster, [] if settings is None else _paths(settings))
     if settings is None:
         return
     settings = settled(settings, choose_here(settings))
@@ -94,7 +94,7 @@ def examine(settings: Settings | None, wanted: Wanted) -> Iterator[Finding]:
         yield check_step(settings, tokenizer, wanted.train)
 
 
-def _environment(cluster: ClusterSettings, paths: Sequence[str]) -> Iterator[Finding]:
+def check_surroundings(cluster: ClusterSettings, paths: Sequence[str]) -> Iterator[Finding]:
     """The hosts and what connects them."""
     from ray.exceptions import RayError
 

@@ -2,7 +2,7 @@
 
 Designed, not yet run on a GPU. On a CPU, tests hold `flex` (uncompiled) and `branches` equal to the plain form, and `varlen`'s arguments
 to their meaning. Which form is taken is `attention.choose`'s decision. torch 2.11 and 2.13 differ in the arguments of `varlen_attn`
-only; `_varlen_arguments` knows.
+only; `varlen_arguments` knows.
 
 How `flex` avoids compiling for every ragged row: rows are padded to whole blocks; torch compiles for the first row's length, sees at the
 second that lengths differ, and compiles once more for all of them. Windows, whatever their sizes, are another kernel, and so are another
@@ -44,14 +44,14 @@ def varlen_serves(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether FlashAttention serves this type, head size and device, also with gradients."""
     from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-    if not _varlen_arguments() or query.shape[-1] != value.shape[-1] or query.shape[-1] % 8:
+    if not varlen_arguments() or query.shape[-1] != value.shape[-1] or query.shape[-1] % 8:
         return False
     learned = query.detach()[:, :, :1].requires_grad_()  # no copy; some devices refuse large heads to gradients only
     return can_use_flash_attention(SDPAParams(learned, learned, learned, None, 0.0, True, False))
 
 
 @functools.cache
-def _varlen_arguments() -> frozenset[str]:
+def varlen_arguments() -> frozenset[str]:
     """The names that this torch's `varlen_attn` knows; none if it has none that takes a scale and a window (torch before 2.11)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -69,7 +69,7 @@ def varlen(
 
     back = -1 if scores.window is None else scores.window - 1
     # Older versions leave grouped heads to the kernel, which has always known them.
-    grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_arguments() else {}
+    grouped = {"enable_gqa": True} if "enable_gqa" in varlen_arguments() else {}
     bounds = segments.bounds(query.device)
     output = varlen_attn(
         query[0].transpose(0, 1),

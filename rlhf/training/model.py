@@ -218,7 +218,7 @@ def check_forward(model: LogProbModel, vocabulary: int, device: torch.device, to
     Raises:
         ModelError: the gap exceeds `tolerance` (see `FORWARD_TOLERANCE`).
     """
-    experience, sequences = _probe(vocabulary, device)
+    experience, sequences = probe_rows(vocabulary, device)
     ours, _ = model(experience)
     expected = []
     for prompt, answer in sequences:
@@ -239,7 +239,7 @@ def check_forward(model: LogProbModel, vocabulary: int, device: torch.device, to
     return gap
 
 
-def _probe(vocabulary: int, device: torch.device) -> tuple[Experience, list[tuple[torch.Tensor, torch.Tensor]]]:
+def probe_rows(vocabulary: int, device: torch.device) -> tuple[Experience, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Two groups of random tokens, the first with two responses; and the same as (prompt, response) sequences."""
     generator = np.random.default_rng(0)
     assignments, completions, sequences = [], [], []

@@ -14,7 +14,7 @@ from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRu
 from rlhf.policy import InvariantBroken
 from rlhf.policy.rank import PolicyRank
 from rlhf.training.deepspeed_zero3 import local_shards
-from rlhf.training.model import _probe
+from rlhf.training.model import probe_rows
 from rlhf.training.packing import idle
 
 STAGES = (0, 1, 3)
@@ -121,7 +121,7 @@ def test_without_alpha_extrapolation_is_the_previous_iterate(rank: Callable) -> 
 def rounds(rank: Callable, rule: UpdateRule, **policy: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The policy's master weights, as one vector, before and after eight rounds of one optimizer step each."""
     one = rank(rule, **policy)
-    row, _ = _probe(100, one.device)
+    row, _ = probe_rows(100, one.device)
     start = torch.cat([master.detach().flatten().clone() for master in one.policy.masters()])
     for step in range(1, 9):
         one.policy.backward(one.policy.forward(row)[0].sum())

@@ -187,7 +187,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> dict[str, Fi
         "unreadable": [[], []],
     }
     monkeypatch.setattr(doctor, "team", lambda settings: nullcontext(FakeTeam(sound | answers)))
-    return {finding.name: finding for finding in doctor._environment(ClusterSettings(), ["/model"])}
+    return {finding.name: finding for finding in doctor.check_surroundings(ClusterSettings(), ["/model"])}
 
 
 def test_the_environment_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_a_cluster_that_cannot_be_joined(
 
 
 def test_inputs_that_cannot_be_read_end_the_examination(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_environment", lambda cluster, paths: iter(()))
+    monkeypatch.setattr(doctor, "check_surroundings", lambda cluster, paths: iter(()))
     findings = list(doctor.examine(load(TINY, ["data.prompts=none.jsonl"]), doctor.Wanted()))
     assert [finding.name for finding in findings] == ["inputs"] and "none.jsonl" in findings[0].seen
 

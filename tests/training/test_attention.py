@@ -229,10 +229,10 @@ def test_varlen_is_told_bounds_window_and_grouped_heads(monkeypatch: pytest.Monk
     segments = row(ROWS["texts"])
     given_ = inputs(segments.total, 4, 2, 8)
     monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(gpu_attention, "_varlen_arguments", lambda: frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(gpu_attention, "varlen_arguments", lambda: frozenset({"scale", "window_size", "enable_gqa"}))
     assert torch.equal(gpu_attention.varlen(*given_, segments, Scores(0.3)), given_[0])
     gpu_attention.varlen(*given_, segments, Scores(0.3, window=4))
-    monkeypatch.setattr(gpu_attention, "_varlen_arguments", lambda: frozenset({"scale", "window_size"}))
+    monkeypatch.setattr(gpu_attention, "varlen_arguments", lambda: frozenset({"scale", "window_size"}))
     gpu_attention.varlen(*given_, segments, Scores(0.3, causal=False))
     assert [call[:2] for call in calls] == [((15, 4, 8), (15, 2, 8))] * 3
     assert all(call[2] == [[0, 5, 6, 15], [0, 5, 6, 15], 9, 9] for call in calls)
@@ -244,7 +244,7 @@ def test_varlen_is_told_bounds_window_and_grouped_heads(monkeypatch: pytest.Monk
 
 
 def test_this_torchs_varlen_has_what_is_asked_of_it() -> None:
-    assert {"scale", "window_size", "enable_gqa"} <= gpu_attention._varlen_arguments()
+    assert {"scale", "window_size", "enable_gqa"} <= gpu_attention.varlen_arguments()
     assert not gpu_attention.varlen_serves(*inputs(3, 2, 2, 64)[:2]), "not on a CPU"
 
 
