@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,34 @@ def test_the_inner_rooms_of_reward_have_storeys_too() -> None:
         for name, line in imports(path):
             other = name[1] if len(name) > 1 and name[1] in floor else None
             assert name[0] != "reward" or other == own or floor[other] < floor[own], f"{path}:{line}: not `{other}`"
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """A circle of imports, also of those inside functions or for types only: none of its modules can be understood without the others."""
+    modules = {module_of(path): path for path in FILES}
+    waiting = {name: imported_modules(path, modules) - {name} for name, path in modules.items()}
+    while free := {name for name, needed in waiting.items() if not needed}:
+        waiting = {name: needed - free for name, needed in waiting.items() if name not in free}
+    while above := waiting.keys() - {name for needed in waiting.values() for name in needed}:
+        waiting = {name: needed for name, needed in waiting.items() if name not in above}
+    assert not waiting, "\n".join(f"{name} imports {', '.join(sorted(needed))}" for name, needed in waiting.items())
+
+
+def imported_modules(path: Path, modules: Mapping[str, Path]) -> set[str]:
+    """Of these modules, those that a file imports from anywhere in it. A package that merely holds a module is not imported for itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module or "" for name in inside}
+    return found & modules.keys()
 
 
 def test_what_is_imported_from_the_package_is_there() -> None:

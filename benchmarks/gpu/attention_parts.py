@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from common import DEVICE, FORMS, GROUPS, Table, attempt, flex_anywhere, once, pairs, peak, row_of, serves, timed
 
-from rlhf.training.attention import Scores
+from rlhf.training.attention_scores import Scores
 from rlhf.training.segments import Segments
 
 Inputs = list[torch.Tensor]

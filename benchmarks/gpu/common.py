@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from rlhf.training import attention, gpu_attention
-from rlhf.training.attention import Form, Scores
+from rlhf.training.attention import Form
+from rlhf.training.attention_scores import Scores
 from rlhf.training.segments import Segment, Segments
 
 GPU = torch.cuda.is_available()

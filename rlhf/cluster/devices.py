@@ -51,7 +51,7 @@ def shared_rewards(settings: Settings, debug: bool) -> bool:
 
 def loads_reward_model(settings: Settings) -> bool:
     """Whether reward servers load a model themselves, other than an LLM judge's engine."""
-    return any(source.model is not None and source.kind != "llm_judge" for _, source in settings.reward.sources())
+    return any(source.known.by == "model" for _, source in settings.reward.sources())
 
 
 def takes_turns(settings: Settings, debug: bool) -> bool:

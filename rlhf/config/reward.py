@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -12,21 +14,53 @@ from rlhf.config.transforms import ScoreTransform, Transform
 VERIFIERS = ("math", "instructions", "reasoning_gym", "regex", "code")
 """Names of the built-in verifiers (rlhf.reward.verifiers)."""
 
+Kind = Literal[
+    "model",
+    "function",
+    "verifier",
+    "remote",
+    "several",
+    "pairwise_model",
+    "pairwise_function",
+    "pairwise_remote",
+    "llm_judge",
+]
+
+
+@dataclass(frozen=True)
+class KindOfJudge:
+    """What is known of a kind of judge from its name. How one is made is in `rlhf.reward.judges.make`.
+
+    Attributes:
+        by: who judges.
+        reads: the fields of `SourceSettings` that it reads; the others would change nothing.
+        compares: two responses are compared; otherwise each is scored.
+        repeatable: its verdict on the same texts is always the same, so that it may be remembered (`reward.cache`).
+    """
+
+    by: Literal["model", "language model", "function", "verifier", "service", "members"]
+    reads: tuple[str, ...]
+    compares: bool = False
+    repeatable: bool = False
+
+
+KINDS: Mapping[Kind, KindOfJudge] = {
+    "model": KindOfJudge("model", ("path", "input"), repeatable=True),
+    "function": KindOfJudge("function", ("path",)),
+    "verifier": KindOfJudge("verifier", ("path",), repeatable=True),
+    "remote": KindOfJudge("service", ("url",)),
+    "several": KindOfJudge("members", ("members",)),
+    "pairwise_model": KindOfJudge("model", ("path",), compares=True, repeatable=True),
+    "pairwise_function": KindOfJudge("function", ("path",), compares=True),
+    "pairwise_remote": KindOfJudge("service", ("url",), compares=True),
+    "llm_judge": KindOfJudge("language model", ("path", "url", "judge_prompt"), compares=True),
+}
+
 
 class SourceSettings(Section):
     """Who judges, and what."""
 
-    kind: Literal[
-        "model",
-        "function",
-        "verifier",
-        "remote",
-        "several",
-        "pairwise_model",
-        "pairwise_function",
-        "pairwise_remote",
-        "llm_judge",
-    ] = Field(
+    kind: Kind = Field(
         "model",
         description="Who judges. `model`: a reward model; `function`: a Python function; `verifier`: one of "
         f"{', '.join(VERIFIERS)}, from what the prompt's line says is right; `remote`: a service that `rlhf "
@@ -57,14 +91,19 @@ class SourceSettings(Section):
     )
 
     @property
+    def known(self) -> KindOfJudge:
+        """What its kind says of it."""
+        return KINDS[self.kind]
+
+    @property
     def compares(self) -> bool:
         """Two responses are compared; otherwise each is scored."""
-        return self.kind.startswith("pairwise") or self.kind == "llm_judge"
+        return self.known.compares
 
     @property
     def is_function(self) -> bool:
         """`path` is the import path of a function."""
-        return self.kind in ("function", "pairwise_function")
+        return self.known.by == "function"
 
     @property
     def named(self) -> str:
@@ -75,7 +114,7 @@ class SourceSettings(Section):
     @property
     def model(self) -> str | None:
         """The folder or name of the model that a server loads; None if it loads none."""
-        own = self.kind in ("model", "pairwise_model") or (self.kind == "llm_judge" and self.url is None)
+        own = self.known.by == "model" or (self.known.by == "language model" and self.url is None)
         return self.path if own else None
 
 

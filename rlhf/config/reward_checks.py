@@ -6,16 +6,13 @@ Transforms and ensembles have checks of their own (`shaping_checks`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 from rlhf.config.base import is_host
 from rlhf.config.method_checks import changed
 from rlhf.config.reward import VERIFIERS, SourceSettings
 from rlhf.config.settings import Settings
-
-CACHED = ("model", "pairwise_model", "verifier")
-"""Kinds whose verdict on the same texts is always the same."""
 
 
 def reward_problems(settings: Settings) -> Iterator[str]:
@@ -31,35 +28,29 @@ def reward_problems(settings: Settings) -> Iterator[str]:
 
 
 def _source(place: str, source: SourceSettings) -> Iterator[str]:
-    if "remote" in source.kind:
-        yield from _remote(place, source)
-    elif source.is_function:
-        yield from _function(place, source)
-    elif source.kind == "verifier":
-        yield from _verifier(place, source)
-    elif source.kind == "llm_judge":
-        yield from _llm_judge(place, source)
-    elif source.model is not None or source.path is None:
-        yield from _model(place, source)
-    if source.kind in ("model", "function", "pairwise_model", "pairwise_function", "verifier"):
+    if source.known.by == "members":
+        return  # `shaping_checks` refuses an ensemble in an ensemble
+    yield from RULES[source.known.by](place, source)
+    if "path" not in source.known.reads:
+        yield from _unused(source, place, "path", instead="the service knows what it judges with")
+    if "url" not in source.known.reads:
         yield from _unused(source, place, "url", instead="it is where a service answers")
-    if source.kind != "llm_judge":
+    if "judge_prompt" not in source.known.reads:
         yield from _unused(source, place, "judge_prompt", instead="it is what an LLM judge is asked with")
-    if source.kind != "model" and changed(source, "input"):
+    if "input" not in source.known.reads and changed(source, "input"):
         yield (
             f"`{place}.input` is what a model that scores reads, but `{place}.kind` is {source.kind}, which is given both "
             f"prompt and responses. Remove it, or set `{place}.kind: model`"
         )
 
 
-def _remote(place: str, source: SourceSettings) -> Iterator[str]:
+def _service(place: str, source: SourceSettings) -> Iterator[str]:
     if source.url is None:
         yield (
             f"`{place}.url` is missing: where the service answers, such as `http://host:8000`. `rlhf reward serve` starts one"
         )
     else:
         yield from _url(place, source.url, "http://host:8000", "RLHF_REWARD_TOKEN")
-    yield from _unused(source, place, "path", instead="the service knows what it judges with")
 
 
 def _url(place: str, url: str, example: str, secret: str) -> Iterator[str]:
@@ -122,6 +113,16 @@ def _llm_judge(place: str, source: SourceSettings) -> Iterator[str]:
         yield from _url(place, source.url, "http://host:8000/v1", "OPENAI_API_KEY")
 
 
+RULES: Mapping[str, Callable[[str, SourceSettings], Iterator[str]]] = {
+    "model": _model,
+    "language model": _llm_judge,
+    "function": _function,
+    "verifier": _verifier,
+    "service": _service,
+}
+"""Who judges -> what its fields must be."""
+
+
 def _is_import_path(path: str) -> bool:
     return ":" in path and not path.startswith("asset:") and "/" not in path
 
@@ -152,7 +153,7 @@ def _servers(settings: Settings) -> Iterator[str]:
         )
     elif reward.kind == "llm_judge":
         yield from _unused(reward, "reward", "max_wait_ms", instead="vLLM takes questions into its batch as they come")
-    if changed(reward, "cache") and not set(kinds) & set(CACHED):
+    if changed(reward, "cache") and not any(source.known.repeatable for _, source in reward.sources()):
         yield (
             f"`reward.cache`: verdicts are remembered for models and verifiers, whose verdict on the same text is always the "
             f"same, and `reward.kind` is {reward.kind}. Remove it"

@@ -89,7 +89,7 @@ def read_inputs(settings: Settings) -> Inputs:
         _warn_of_control_tokens(tokenizer, [*prompts, *held_out])
     _check_critic(settings, config)
     for _, source in settings.reward.sources():
-        if source.kind == "verifier":
+        if source.known.by == "verifier":
             check_prompts(source.named, prompts, in_words(settings.data.prompts))
             check_prompts(source.named, held_out, in_words(settings.data.eval_prompts or ""))
     Shaping.start(settings, prompts, held_out[: settings.loop.eval_limit])
@@ -209,15 +209,16 @@ def _reward(settings: Settings, prompts: Sequence[Prompt]) -> str:
 
 def _source(place: str, source: SourceSettings, conversations: Sequence[Conversation]) -> str:
     """A judge in words, opened as far as that takes no time."""
-    if source.kind == "verifier":
-        return f"the verifier {source.path}"
-    if source.kind == "llm_judge":
-        check_llm_judge(source)
-        return f"the LLM judge {source.path}" + (f" at {source.url}" if source.url is not None else "")
-    if source.url is not None:
-        return f"the service at {source.url}"
-    if source.is_function:
-        return f"the {'pairwise ' if source.compares else ''}function {source.path}"
+    match source.known.by:
+        case "verifier":
+            return f"the verifier {source.path}"
+        case "language model":
+            check_llm_judge(source)
+            return f"the LLM judge {source.path}" + (f" at {source.url}" if source.url is not None else "")
+        case "service":
+            return f"the service at {source.url}"
+        case "function":
+            return f"the {'pairwise ' if source.compares else ''}function {source.path}"
     what = "pairwise model" if source.compares else "reward model"
     try:
         folder = find_model(source.named, f"`{place}.path`", weights=False)
@@ -229,13 +230,13 @@ def _source(place: str, source: SourceSettings, conversations: Sequence[Conversa
 
 def _said(place: str, source: SourceSettings, settings: Settings, prompts: Sequence[Prompt]) -> str:
     """What a judge says when it is asked before the run; empty for those that load a model."""
-    if source.is_function or source.kind == "verifier":
+    if source.known.by in ("function", "verifier"):
         return try_out(place, source, settings, prompts)
     if source.url is None:
         return ""
     if settings.cluster.address is not None:  # this host may not reach what the cluster's nodes reach
         return f"{source.url} is not asked from here, because the reward servers run in the cluster"
-    if source.kind == "llm_judge":
+    if source.known.by == "language model":
         asyncio.run(Endpoint.start(source))
     else:
         asyncio.run(RemoteJudge.start(source))

@@ -86,7 +86,8 @@ def _outcomes(task: Task, deadline_s: float) -> list[Told]:
 
 async def _judged(task: Task, deadline_s: float, tell: Callable[[Told | None], None]) -> None:
     """Tell None as soon as the judge is ready, and then each outcome."""
-    from rlhf.reward.judges.judge import Workplace, make_judge
+    from rlhf.reward.judges.make import make_judge
+    from rlhf.reward.judges.workplace import Workplace
     from rlhf.reward.scoring import outcome_of, probability_of
 
     source = task.settings.reward

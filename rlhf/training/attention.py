@@ -8,35 +8,17 @@ choice of how a row's attention is computed (`choose`, the only place), and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from rlhf.training.attention_scores import Scores
 from rlhf.training.segments import Segments
 
 NAME = "packed"
 UNSUPPORTED = ("s_aux", "position_bias")
 """What some architectures hand to attention beside queries, keys and values: sinks, biases by distance."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a layer does with the products of its queries and keys.
-
-    Attributes:
-        scale: they are multiplied with it.
-        causal: whether a query sees no later key; in an encoder it sees all of its text.
-        window: a query sees only keys fewer than this many tokens back; None: all.
-        softcap: scores s become softcap * tanh(s / softcap); None: they stay.
-    """
-
-    scale: float
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-
 
 Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, Scores], torch.Tensor]
 """(query [1, heads, row, size], key and value [1, key heads, row, size], ...) -> [1, heads, row, size]."""

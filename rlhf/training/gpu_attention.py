@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from rlhf.training.attention_scores import Scores
 from rlhf.training.segments import Run, Segments, blocks, padded
-
-if TYPE_CHECKING:
-    from rlhf.training.attention import Scores
 
 BLOCK = 128
 """Tokens of a side of FlexAttention's blocks: torch's default."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlhf.training import attention, gpu_attention
-from rlhf.training.attention import Scores, choose
+from rlhf.training.attention import choose
+from rlhf.training.attention_scores import Scores
 from rlhf.training.segments import Segments
 from tests.training.test_attention import row
 

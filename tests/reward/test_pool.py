@@ -18,7 +18,7 @@ from rlhf.cluster import LocalRuntime
 from rlhf.cluster.precision import Bf16
 from rlhf.config import UserError
 from rlhf.reward.errors import NoServerLeft, RewardError
-from rlhf.reward.judges.judge import _device
+from rlhf.reward.judges.model_judge import judging_device
 from rlhf.reward.models import load_model
 from rlhf.reward.reading import Example
 from rlhf.reward.serving.pool import RewardPool
@@ -134,10 +134,10 @@ def test_a_server_without_a_gpu_judges_on_the_cpu_only_where_none_was_left_for_i
     settings = tiny_settings(cluster={"device": "cuda"})
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the runtime sets it for an actor without a GPU
-    assert _device(settings, local=True) == "cpu"
+    assert judging_device(settings, local=True) == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(RewardError, match="sees no GPU"):
-        _device(settings, local=True)
+        judging_device(settings, local=True)
 
 
 def test_weights_stay_as_they_are_while_serving(run, tiny_settings, make_text_rollout, classifier):

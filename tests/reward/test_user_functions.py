@@ -16,7 +16,8 @@ from rlhf.algorithms.registry import AlgorithmError
 from rlhf.config import Settings, UserError
 from rlhf.reward.errors import RewardError
 from rlhf.reward.functions import load_function
-from rlhf.reward.judges.judge import FunctionJudge, Workplace
+from rlhf.reward.judges.function_judge import FunctionJudge
+from rlhf.reward.judges.workplace import Workplace
 from rlhf.reward.scoring import outcome_of
 from rlhf.types import Failed, Invalid, Prompt, Score, TimedOut
 from tests.reward import raising

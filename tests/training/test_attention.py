@@ -13,7 +13,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.training import attention, gpu_attention
-from rlhf.training.attention import Scores, choose, packed_attention
+from rlhf.training.attention import choose, packed_attention
+from rlhf.training.attention_scores import Scores
 from rlhf.training.segments import Segment, Segments, blocks, hidden_keys, padded
 
 CPU = torch.device("cpu")

@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 1024, 16384
+"""Most tokens of a batch, where the configuration says nothing."""
 WINDOW = 4
 """Among how many batches' worth of the oldest items those of like lengths are sought. More would hardly save padding, and
 overtaking takes longer to end."""

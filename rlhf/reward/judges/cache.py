@@ -8,15 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachetools import LRUCache
 
+from rlhf.reward.judges.judge import Judge, Texts
 from rlhf.reward.scoring import Measured
 from rlhf.types import Failed, Prompt, TimedOut
-
-if TYPE_CHECKING:
-    from rlhf.reward.judges.judge import Judge, Texts
 
 
 class CachedJudge:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -30,13 +30,11 @@ from rlhf.data.assets import resolve
 from rlhf.data.prompts import text_prompt
 from rlhf.data.rows import read_rows
 from rlhf.reward.errors import RewardError
+from rlhf.reward.judges.judge import Judge, Texts
 from rlhf.reward.reference_scores import ReferenceScores, members_need_references, read_reference_scores
 from rlhf.reward.scoring import Measured, outcome_of
 from rlhf.reward.transforms import Moments, Scored, before_reference, needs_references, stateless
 from rlhf.types import Failed, Invalid, Prompt, Score, TimedOut, content_id
-
-if TYPE_CHECKING:
-    from rlhf.reward.judges.judge import Judge, Texts
 
 
 def combine(scores: Sequence[float], weights: Sequence[float], reward: RewardSettings) -> float:

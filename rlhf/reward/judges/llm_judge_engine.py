@@ -24,7 +24,7 @@ from rlhf.engines.engine import Engine, EngineDied
 from rlhf.engines.environment import built_for_cpu, engine_environment, environment_set
 from rlhf.engines.start import start_engine
 from rlhf.reward.errors import RewardError
-from rlhf.reward.judges.judge import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
+from rlhf.reward.judges.batching import BATCH_TOKENS_CPU, BATCH_TOKENS_GPU
 from rlhf.types import Failed, TimedOut
 
 LETTERS = ("A", "B")

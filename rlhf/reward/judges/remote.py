@@ -16,14 +16,13 @@ import numpy as np
 from rlhf.config.reward import SourceSettings
 from rlhf.reward.errors import RewardError
 from rlhf.reward.judges.asking import Asker
+from rlhf.reward.judges.judge import Texts
 from rlhf.reward.judges.wire import TOKEN, feedback_from_json, prompt_to_json
 from rlhf.reward.scoring import Measured
 from rlhf.types import Failed, Feedback, Prompt, Score, TimedOut
 
 if TYPE_CHECKING:
     import httpx
-
-    from rlhf.reward.judges.judge import Texts
 
 START_S = 20.0
 """How long the service may take to answer at the start, in seconds."""

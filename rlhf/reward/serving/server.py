@@ -18,8 +18,10 @@ from typing import Any
 from rlhf.config import Settings
 from rlhf.data.model_folder import find_model, read_tokenizer
 from rlhf.reward import pairwise
-from rlhf.reward.judges.judge import Judge, Workplace, make_judge
+from rlhf.reward.judges.judge import Judge
+from rlhf.reward.judges.make import make_judge
 from rlhf.reward.judges.wire import TOKEN
+from rlhf.reward.judges.workplace import Workplace
 from rlhf.reward.scoring import Measured, outcome_of
 from rlhf.types import Completion, Failed, Feedback, Prompt, TimedOut, content_id
 
