@@ -108,9 +108,21 @@ def _algorithms(args: argparse.Namespace) -> None:
 
 
 def _reward_train(args: argparse.Namespace) -> None:
-    from rlhf.reward.training.train import main as train_reward
+    from rlhf.config.reward_training_checks import load_reward_training
+    from rlhf.config.reward_training_flags import given_flags
 
-    train_reward(args)
+    config, overrides = args.config, args.overrides
+    if config is not None and "=" in config and not Path(config).is_file():  # no file: it is the first override
+        config, overrides = None, [config, *overrides]
+    settings = load_reward_training(config, overrides, given_flags(args))
+    if args.dry_run:
+        from rlhf.preflight.reward_training import describe_reward_training
+
+        print(describe_reward_training(settings, resume=args.resume))
+        return
+    from rlhf.reward.training.train import train
+
+    train(settings, resume=args.resume)
 
 
 def _reward_serve(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from rlhf.config.arguments import (
 )
 from rlhf.config.base import MAX_TOKENS
 from rlhf.config.loader import UserError
+from rlhf.config.reward_training_flags import add_flags
 
 MOST_NODES = 256
 """Of `rlhf plan`: it tries every layout, so its time grows with the cluster."""
@@ -40,7 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     arguments = list(arguments)
     require_text(arguments)
-    parser = _parser(reward_training=arguments[:2] == ["reward", "train"])
+    parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     # argparse takes positionals in one run only; overrides that follow an option are left over.
     if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
@@ -53,8 +54,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _parser(reward_training: bool) -> Parser:
-    """`rlhf reward train` declares its options in its own module, imported only for that command."""
+def _parser() -> Parser:
     parser = Parser(prog="rlhf", description="Online alignment of language models, distributed.")
     parser.add_argument("--version", action="version", version=f"rlhf {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -74,7 +74,7 @@ def _parser(reward_training: bool) -> Parser:
     config = commands.add_parser("config", help="look at a configuration")
     config_commands = config.add_subparsers(metavar="COMMAND", required=True)
     _add_configuration(_add(config_commands, "show", "print the resolved settings with all defaults", "config show"))
-    _add_reward(commands, reward_training)
+    _add_reward(commands)
     algorithms = _add(commands, "algorithms", "the methods and their choices, or the fields of one")
     algorithms.add_argument(
         "name", nargs="?", metavar="NAME", help="such as ppo: print its fields instead of the table"
@@ -156,10 +156,13 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:
     submit.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in run.dir")
 
 
-def _add_reward(commands: argparse._SubParsersAction, training: bool) -> None:
+def _add_reward(commands: argparse._SubParsersAction) -> None:
     reward = commands.add_parser("reward", help="reward models")
     reward_commands = reward.add_subparsers(metavar="COMMAND", required=True)
     train = _add(reward_commands, "train", "fit a reward model on rated or paired text", "reward train")
+    _add_configuration(train, without="left out where options say everything")
+    _add_start(train)
+    add_flags(train)
     serve = _add(reward_commands, "serve", "answer over HTTP what the reward servers of a run would", "reward serve")
     _add_configuration(serve)
     serve.add_argument(
@@ -180,10 +183,6 @@ def _add_reward(commands: argparse._SubParsersAction, training: bool) -> None:
         metavar="FILE",
         help="where to write (default: reward.reference_scores)",
     )
-    if training:
-        from rlhf.reward.training.train import add_arguments
-
-        add_arguments(train)
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from rlhf.config import Settings, show
+from rlhf.config.reward_training import RewardTrainingSettings
 from rlhf.config.sft import SftSettings
 
 
-def print_settings(settings: Settings | SftSettings) -> None:
+def print_settings(settings: Settings | SftSettings | RewardTrainingSettings) -> None:
     """Every setting with its default, as YAML, and what `policy.dtype: auto` is on this machine."""
     print(show(settings), end="")
-    if settings.policy.dtype == "auto":
+    if not isinstance(settings, RewardTrainingSettings) and settings.policy.dtype == "auto":
         from rlhf.cluster.precision import choose_here
 
         choice = choose_here(settings)

@@ -115,7 +115,8 @@ def _missing(tree: type[Section], field: yamls.Path) -> str:
 
 def required(tree: type[Section]) -> str:
     fields = [f"`{'.'.join(field)}`" for field, info in _all_fields(tree) if info.is_required()]
-    return ", ".join(fields) + ", and who judges: `reward.path`, `reward.url` or `reward.members`"
+    judge = ", and who judges: `reward.path`, `reward.url` or `reward.members`" if "reward" in tree.model_fields else ""
+    return ", ".join(fields) + judge
 
 
 def fields_of(tree: type[Section], section: yamls.Path, method: str | None = None) -> dict[str, FieldInfo] | None:

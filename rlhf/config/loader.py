@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -32,6 +33,19 @@ class ConfigError(UserError):
     """The configuration cannot be used; the message names the file, the field and the remedy."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """An option of the command line that sets a field.
+
+    Attributes:
+        option: as it is written, such as `--margin`.
+    """
+
+    option: str
+    field: yamls.Path
+    value: Any
+
+
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
     """Read a configuration.
 
@@ -49,19 +63,27 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Setting
 def load_as(
     tree: type[Tree],
     problems: Callable[[Tree], Sequence[str]],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     overrides: Sequence[str],
     command: str,
+    given: Sequence[Given] = (),
 ) -> Tree:
     """The same for a command with settings of its own.
 
     Args:
         tree: its sections.
         problems: the rules between its fields, as `checks.problems`.
+        path: None: the overrides and options say everything.
         command: its name.
+        given: options that win over file and overrides.
     """
-    path = os.fspath(path)
-    raw, places = _read(path, tree)
+    raw: dict[str, Any] = {}
+    places: dict[yamls.Path, str] = {}
+    if path is None:
+        path = f"`rlhf {command}`"
+    else:
+        path = os.fspath(path)
+        raw, places = _read(path, tree)
     meant = command_of(raw)
     if meant not in (None, command):
         raise ConfigError(
@@ -69,6 +91,8 @@ def load_as(
         )
     for override in overrides:
         _apply(override, raw, places, tree)
+    for one in given:
+        _put(one.field, one.value, one.option, raw, places)
     try:
         settings = tree.model_validate(raw)
     except ValidationError as error:
@@ -86,13 +110,14 @@ def show(settings: Section) -> str:
 
 OF_A_COMMAND = {
     "train": {("rollout",), ("reward",), ("algorithm",), ("loop",), ("data", "prompts"), ("data", "eval_prompts")},
-    "sft": {("training",), ("data", "examples"), ("data", "eval_examples")},
+    "sft": {("data", "examples"), ("data", "eval_examples")},
+    "reward train": {("model",), ("objective",), ("data", "train"), ("data", "test")},
 }
 """Command -> sections and fields that no other has."""
 
 
 def command_of(raw: dict[str, Any]) -> str | None:
-    """Whose configuration a file is, by the fields that only one command has; None if it has of neither or of both."""
+    """Whose configuration a file is, by the fields that only one command has; None if it has of none or of several."""
     data = raw.get("data")
     given = {(name,) for name in raw} | {("data", name) for name in (data if isinstance(data, dict) else ())}
     meant = [command for command, own in OF_A_COMMAND.items() if own & given]
@@ -175,6 +200,15 @@ def _apply(override: str, raw: dict[str, Any], places: dict[yamls.Path, str], tr
         value = yamls.parse(text)
     except yamls.Mistake as error:
         raise ConfigError(f"{shown}: the value cannot be read: {error.problem}. {error.remedy}") from None
+    _put(field, value, shown, raw, places)
+
+
+def _put(field: yamls.Path, value: Any, shown: str, raw: dict[str, Any], places: dict[yamls.Path, str]) -> None:
+    """Set a field.
+
+    Args:
+        shown: what sets it, as messages name it.
+    """
     section = raw
     for depth, part in enumerate(field[:-1], start=1):
         section = section.setdefault(part, {})

@@ -22,6 +22,8 @@ from rlhf.config.base import Section, section_class
 from rlhf.config.data import DataSource
 from rlhf.config.methods.gradient import Gradient
 from rlhf.config.reward import MemberSettings, SourceSettings
+from rlhf.config.reward_training import RewardTrainingSettings
+from rlhf.config.reward_training_flags import flag_of
 from rlhf.config.settings import Settings
 from rlhf.config.sft import SftSettings
 from rlhf.config.transforms import TRANSFORMS
@@ -50,7 +52,7 @@ model or data path may be `asset:NAME`, which is built or fetched on first use.
 def page() -> str:
     """The whole page, in Markdown."""
     sections = (_algorithm() if name == "algorithm" else _section(name) for name in Settings.model_fields)
-    return "\n".join([INTRODUCTION, *sections, *_sft()])
+    return "\n".join([INTRODUCTION, *sections, *_sft(), *_reward_training()])
 
 
 def method_text(name: str, method: type[Section]) -> str:
@@ -77,6 +79,31 @@ def _sft() -> Iterator[str]:
         section = section_class(SftSettings, name)
         head = ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         yield "\n".join([f"### `{name}` of `rlhf sft`", "", *head, *_rows(section), ""])
+
+
+def _reward_training() -> Iterator[str]:
+    """The sections that only `rlhf reward train` has."""
+    yield "## Settings of `rlhf reward train`\n"
+    yield (
+        "`run.dir`, `data.train` and `model.path` have no default. `cluster` is the section above, but for fields about engines, which\n"
+        "are refused; the ranks have the role `policy`. An option of the command line sets the field beside it, without a file or over\n"
+        "one.\n"
+    )
+    for name in RewardTrainingSettings.model_fields:
+        if name == "cluster":
+            continue
+        section = section_class(RewardTrainingSettings, name)
+        head = ["| Field | Option | Type | Default | Meaning |", "| --- | --- | --- | --- | --- |"]
+        rows = (
+            row.replace(f"| `{field}` |", f"| `{field}` | {_flag(f'{name}.{field}')} |", 1)
+            for field, row in zip(section.model_fields, _rows(section), strict=True)
+        )
+        yield "\n".join([f"### `{name}` of `rlhf reward train`", "", *head, *rows, ""])
+
+
+def _flag(field: str) -> str:
+    flag = flag_of(field)
+    return f"`{flag}`" if flag is not None else ""
 
 
 def _section(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a reader needs to repeat a run: code, versions, data, host, command. Owns no file; `record.py` writes it."""
+"""What a reader needs to repeat a run: code, versions, data, host, command. Owns no file; `provenance` writes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from typing import Any
 
 from rlhf.config import Settings
 from rlhf.config.extras import DISTRIBUTION
+from rlhf.config.reward_training import RewardTrainingSettings
 from rlhf.config.sft import SftSettings
+
+Described = Settings | SftSettings | RewardTrainingSettings
+"""Settings of a run that leaves a folder."""
 
 # Where a package goes by several names, the first one that is installed counts.
 PACKAGES = {
@@ -28,7 +32,7 @@ PACKAGES = {
 }
 
 
-def describe(settings: Settings | SftSettings, resolve: Callable[[str], str]) -> dict[str, Any]:
+def describe(settings: Described, resolve: Callable[[str], str]) -> dict[str, Any]:
     """The facts of one start of a run.
 
     Args:

@@ -9,23 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlhf.config import Settings, show, yamls
+from rlhf.config import Settings, yamls
 from rlhf.config.loader import UserError
 from rlhf.config.sft import SftSettings
-from rlhf.tracking import manifest
 from rlhf.tracking.console import make_console
 from rlhf.tracking.folder import MANIFEST, REMEDY, check_run_folder
 from rlhf.tracking.jsonl import JsonLines
+from rlhf.tracking.provenance import write_provenance, write_whole
 from rlhf.tracking.sinks import Sinks
 from rlhf.tracking.wandb import Wandb
 
@@ -61,7 +58,7 @@ class Record:
         check_run_folder(settings.run.dir, resume)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.run_id = self._describe(settings, resume, resolve)
+            self.run_id = write_provenance(self.folder, settings, resume, resolve)
             self._files = {
                 name: JsonLines(self.folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "samples")
             }
@@ -116,7 +113,7 @@ class Record:
             described = json.loads(path.read_text())
             start = described["resumed"][-1] if described["resumed"] else described
             start[name] = value
-            _write_whole(path, json.dumps(described, indent=2) + "\n")
+            write_whole(path, json.dumps(described, indent=2) + "\n")
         except OSError as error:
             log.warning("%s: %s was not noted (%s); training goes on", path, name, error.strerror or error)
 
@@ -144,22 +141,6 @@ class Record:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _describe(self, settings: Settings | SftSettings, resume: bool, resolve: Callable[[str], str]) -> str:
-        """Write config.yaml, then manifest.json: last, because it marks the folder as holding a run."""
-        facts = manifest.describe(settings, resolve)
-        config, manifest_file = self.folder / "config.yaml", self.folder / MANIFEST
-        text = show(settings)
-        if resume:
-            described = json.loads(manifest_file.read_text())
-            described["resumed"].append(facts)
-            if config.exists() and config.read_text() != text:
-                shutil.copyfile(config, self.folder / f"config.before-resume-{len(described['resumed'])}.yaml")
-        else:
-            described = {"run_id": uuid.uuid4().hex[:8]} | facts | {"resumed": []}
-        _write_whole(config, text)
-        _write_whole(manifest_file, json.dumps(described, indent=2) + "\n")
-        return described["run_id"]
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         try:
@@ -210,13 +191,3 @@ def _line(step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ())
         if values[name] is None:
             warnings.append(f"{name} is {value}")
     return {"step": step, "time": round(time.time(), 3)} | values | ({"warnings": warnings} if warnings else {})
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a crash, sees the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.config import ConfigError, Settings, load
 from rlhf.config.method_checks import method_warnings
+from rlhf.config.reward_training import RewardTrainingSettings
 from rlhf.config.sft import SftSettings
 
 LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
@@ -28,7 +29,8 @@ def numbers(schema: dict[str, Any], place: str) -> Iterator[tuple[str, dict[str,
         yield from numbers(part, f"{place}.{name}")
 
 
-SECTIONS = Settings.model_json_schema()["$defs"] | SftSettings.model_json_schema()["$defs"]
+TREES = (Settings, SftSettings, RewardTrainingSettings)
+SECTIONS = {name: part for tree in TREES for name, part in tree.model_json_schema()["$defs"].items()}
 NUMBERS = {place: schema for name, part in SECTIONS.items() for place, schema in numbers(part, name)}
 
 

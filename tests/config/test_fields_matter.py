@@ -20,6 +20,7 @@ from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS, OwnAlgorithm
 from rlhf.config.data import DataSource
 from rlhf.config.reward import MemberSettings, SourceSettings
+from rlhf.config.reward_training import RewardTrainingSettings
 from rlhf.config.sft import SftDataSettings, TrainingSettings
 from rlhf.config.transforms import TRANSFORMS
 from rlhf.reward.transforms import Scored, stateless
@@ -34,6 +35,11 @@ SECTIONS |= {
     "data_source": DataSource,
     "training": TrainingSettings,
 }  # of `rlhf sft`, and of lists of sources; its others are those of `rlhf train`
+SECTIONS |= {
+    f"reward_training_{name}": info.annotation
+    for name, info in RewardTrainingSettings.model_fields.items()
+    if name != "cluster"
+}  # names that no variable has: its sections are called like others
 MEMBER = set(MemberSettings.model_fields) - set(SourceSettings.model_fields)  # the others are those of `reward`
 FIELDS = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields} | {
     f"members.{field}" for field in MEMBER

@@ -17,7 +17,7 @@ from rlhf.data.conversations import read_conversations
 from rlhf.data.prompts import load_prompts
 from rlhf.data.tiny import tiny_tokenizer
 from rlhf.reward.serving.canaries import load_canaries
-from rlhf.reward.training.dataset import read_data
+from rlhf.reward.training.reader import read_data
 
 TOKENIZER = tiny_tokenizer()
 FIELDS = (

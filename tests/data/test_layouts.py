@@ -18,7 +18,7 @@ from rlhf.data.errors import DataError
 from rlhf.data.prompts import load_prompts, text_prompt
 from rlhf.data.tiny import tiny_tokenizer
 from rlhf.reward.reading import as_text
-from rlhf.reward.training.dataset import read_data
+from rlhf.reward.training.reader import read_data
 from rlhf.types import Prompt, Turn, content_id
 
 TOKENIZER = tiny_tokenizer()

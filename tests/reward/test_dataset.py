@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rlhf.config.loader import UserError
 from rlhf.reward.reading import Comparison, Example, PromptOnly, as_text
-from rlhf.reward.training.dataset import Pairs, PreferenceData, read_data
+from rlhf.reward.training.dataset import Pairs, PreferenceData
+from rlhf.reward.training.reader import read_data
 from rlhf.types import Turn
 
 

@@ -14,19 +14,22 @@ import pytest
 import torch
 
 from rlhf.config import UserError
-from rlhf.config.arguments import Parser
+from rlhf.config.reward_training import RewardTrainingSettings
+from rlhf.config.reward_training_checks import load_reward_training
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import Description
 from rlhf.reward.models import EncoderWithHead, RewardModel, new_model
-from rlhf.reward.training import finetune, train
-from rlhf.reward.training.dataset import PreferenceData, read_data
-from rlhf.reward.training.finetune import FullSettings, Preferences, fine_tune
-from rlhf.reward.training.group import Group, read_group
+from rlhf.reward.training import finetune
+from rlhf.reward.training.dataset import PreferenceData
+from rlhf.reward.training.examples import Preferences
+from rlhf.reward.training.finetune import fine_tune
 from rlhf.reward.training.objectives import BradleyTerry, GeneralPreference, MultiObjective, Objective, Squared
+from rlhf.reward.training.reader import read_data
 from tests.reward.conftest import SIZES
-from tests.reward.training import fit, texts, write
+from tests.reward.training import fit, reward_train, texts, write
 
-CPU = {"device": "cpu", "threads": 1}
+PLACES = {"dtype": "model", "gradient_checkpointing": "model"}
+"""Sections of fields that are not in `training`."""
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +70,18 @@ OBJECTIVES: dict[str, tuple[Callable[[], Objective], Callable[[PreferenceData], 
 ALL = pytest.mark.parametrize("name", OBJECTIVES)
 
 
-def settings(epochs: int = 2, **group: Any) -> FullSettings:
-    return FullSettings(True, epochs, 1e-3, 16, 0, Group(**(CPU | group)))
+def settings(**fields: Any) -> RewardTrainingSettings:
+    made: dict[str, dict[str, Any]] = {
+        "run": {"dir": "unused"},
+        "data": {"train": "unused"},
+        "model": {"path": "unused"},
+        "training": {"method": "full", "epochs": 2, "learning_rate": 1e-3, "batch_size": 16},
+        "checkpoint": {"every": fields.pop("checkpoint_every", 0)},
+        "cluster": {"device": "cpu", "threads": 1},
+    }
+    for name, value in fields.items():
+        made[PLACES.get(name, "training")][name] = value
+    return RewardTrainingSettings.model_validate(made)
 
 
 def start(folder: Path, objective: Objective) -> RewardModel:
@@ -77,13 +90,19 @@ def start(folder: Path, objective: Objective) -> RewardModel:
 
 
 def learn(
-    base: Path, data: PreferenceData, name: str, folder: Path, model: RewardModel | None = None, **group: Any
+    base: Path,
+    data: PreferenceData,
+    name: str,
+    folder: Path,
+    model: RewardModel | None = None,
+    resume: bool = False,
+    **fields: Any,
 ) -> tuple[list[dict], np.ndarray, Objective]:
     """What was written down, what the model then says, and the objective with its state."""
     make, prepare = OBJECTIVES[name]
     objective = make()
     model = model or start(base, objective)
-    fine_tune(model, prepare(data), objective, settings(**group), folder)
+    fine_tune(model, prepare(data), objective, settings(**fields), folder, new_head=True, resume=resume)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, model.run(model.module, data.examples), objective
 
@@ -191,6 +210,9 @@ def test_the_command_keeps_the_metrics_with_the_model(encoder: Path, tmp_path: P
     rated = write(tmp_path / "rated.jsonl", [{"text": text, "rating": rating} for text, rating in texts(60)])
     fit(encoder, rated, tmp_path / "model", "--method", "full", "--checkpoint-every", "1", "--eval-every", "1")
     steps = [json.loads(line)["step"] for line in (tmp_path / "model" / "metrics.jsonl").read_text().splitlines()]
+    assert load_reward_training(tmp_path / "model" / "config.yaml").training.eval_every == 1
+    manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    assert manifest["data"]["data.train"]["sha256"] and manifest["resumed"] == []
     losses = [
         json.loads(line)["heldout/loss"] for line in (tmp_path / "model" / "evaluations.jsonl").read_text().splitlines()
     ]
@@ -220,22 +242,20 @@ def test_other_data_have_another_fingerprint(data: PreferenceData) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ranks", "2"], "--ranks is an option of --method full"),
-        (["--gradient-checkpointing"], "--gradient-checkpointing is an option of --method full"),
+        (["--ranks", "2"], r"\(--ranks\) is an option of `training.method: full`"),
+        (["--gradient-checkpointing"], r"\(--gradient-checkpointing\) is an option of `training.method: full`"),
         (["--method", "full", "--ranks", "0"], "--ranks: `0` is not a whole number of at least 1"),
         (
             ["--method", "full", "--checkpoint-every", "-1"],
             "--checkpoint-every: `-1` is not a whole number of at least 0",
         ),
-        (["--method", "full", "--address", "auto"], "--address: a single rank runs in this process"),
+        (["--method", "full", "--address", "auto"], r"\(--address\): a single rank runs in this process"),
         (["--method", "full", "--resume"], "--resume goes on from a checkpoint"),
     ],
 )
 def test_options_that_cannot_be_are_named(options: list[str], message: str) -> None:
-    parser = Parser()
-    train.add_arguments(parser)
     with pytest.raises(UserError, match=message):
-        read_group(parser.parse_args(["--model", "m", "--train", "t", "--output", "o", *options]))
+        reward_train("--model", "m", "--train", "t", "--output", "o", *options)
 
 
 def test_files_of_somebody_else_are_not_deleted(encoder: Path, data: PreferenceData, tmp_path: Path) -> None:

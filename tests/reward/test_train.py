@@ -11,8 +11,8 @@ import pytest
 from rlhf.reward.errors import RewardError
 from rlhf.reward.models import load_model
 from rlhf.reward.reading import Example
-from rlhf.reward.training import train
 from rlhf.reward.training.heads import fit_logistic, fit_ridge
+from rlhf.reward.training.saving import REPORT
 from tests.reward.training import cyclic_pairs, fit, texts, write
 
 pytestmark = pytest.mark.engine
@@ -98,7 +98,7 @@ def test_a_cycle_needs_a_general_preference_model(encoder, tmp_path):
 def test_an_older_model_is_replaced_but_no_other_folder(encoder, rated, tmp_path):
     fit(encoder, rated, tmp_path / "model")
     fit(encoder, rated, tmp_path / "model", "--seed", "1")
-    assert json.loads((tmp_path / "model" / train.REPORT).read_text())["seed"] == 1
+    assert json.loads((tmp_path / "model" / REPORT).read_text())["seed"] == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(RewardError, match="not a reward model"):

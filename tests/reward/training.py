@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.config.arguments import Parser
-from rlhf.reward.training import train
+from rlhf.cli import COMMANDS
+from rlhf.commands.grammar import parse
+from rlhf.reward.training.saving import REPORT
 
 
 def fit(model: Path, data: Path, output: Path, *options: str) -> dict:
     """Train, and return the report."""
-    parser = Parser()
-    train.add_arguments(parser)
-    arguments = ["--model", str(model), "--train", str(data), "--output", str(output), "--threads", "1", *options]
-    assert train.main(parser.parse_args(arguments)) == 0
-    return json.loads((output / train.REPORT).read_text())
+    reward_train("--model", str(model), "--train", str(data), "--output", str(output), "--threads", "1", *options)
+    return json.loads((output / REPORT).read_text())
+
+
+def reward_train(*arguments: str) -> None:
+    """The command, whose errors are raised."""
+    COMMANDS["reward train"](parse(["reward", "train", *arguments]))
 
 
 def write(path: Path, rows: list[dict]) -> Path:

@@ -1,24 +1,24 @@
-"""What `rlhf reward train` is asked to train: from options and data to an objective, a kind of model, and data prepared for it.
+"""What `rlhf reward train` is asked to train: from settings and data to an objective, a kind of model, and data prepared for it.
 
-Owns which objectives there are, which options and data each takes, and what is refused. Trains nothing.
+Owns which fields and data each objective takes, and what is refused. Trains nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rlhf.config.arguments import count, real, whole
+from rlhf.config.method_checks import changed
+from rlhf.config.reward_training import BaseModelSettings, FitSettings, ObjectiveSettings, RewardTrainingSettings
+from rlhf.config.reward_training_flags import both
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import NO_LIMIT, Description
 from rlhf.reward.training import objectives
 from rlhf.reward.training.dataset import PreferenceData
 from rlhf.reward.training.objectives import Objective
 
-NAMES = ("squared", "bradley-terry", "ordinal", "gpm", "cross-encoder", "more")
 NEEDS_RATINGS = ("squared", "ordinal", "more")
 GROUP = 8
 """Rated texts that are compared with one another in training; of 8 texts there are up to 28 pairs."""
@@ -32,7 +32,7 @@ OPTIONS = {
     "comparisons": ("cross-encoder",),
     "weights": ("more",),
 }
-"""Options that only these objectives read."""
+"""Fields of `objective` that only these objectives read."""
 
 
 @dataclass(frozen=True)
@@ -60,131 +60,96 @@ class Choice:
         return self.name in ("squared", "more")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that choose an objective."""
-    parser.add_argument(
-        "--objective",
-        choices=("auto", *NAMES),
-        default="auto",
-        help="loss of --method full; auto: squared error for ratings, more for several, Bradley-Terry for pairs and classifiers",
-    )
-    parser.add_argument(
-        "--centring",
-        type=real(0),
-        metavar="C",
-        help="of bradley-terry: adds C (r_w + r_l)^2, such as 0.01 (default: 0)",
-    )
-    parser.add_argument(
-        "--dimensions", type=whole(2), metavar="2K", help=f"of gpm: of the embedding (default: {DIMENSIONS})"
-    )
-    parser.add_argument(
-        "--gate", action="store_true", default=None, help="of gpm: the prompt weighs the parts of the embedding"
-    )
-    parser.add_argument(
-        "--comparisons",
-        type=count,
-        metavar="N",
-        help="of cross-encoder: pairs drawn, at most (default: two for each row)",
-    )
-    parser.add_argument(
-        "--weights", nargs="+", metavar="NAME=W", help="of several ratings in the reward (default: the mean)"
-    )
-
-
-def weighted(args: argparse.Namespace, data: PreferenceData) -> PreferenceData:
-    """The data with `--weights` for its ratings."""
-    if args.weights is None or data.ratings is None:
+def weighted(objective: ObjectiveSettings, data: PreferenceData) -> PreferenceData:
+    """The data with `objective.weights` for its ratings."""
+    given = objective.weights
+    if given is None or data.ratings is None:
         return data
-    given: dict[str, float] = {}
-    for item in args.weights:
-        name, _, number = item.partition("=")
-        try:
-            given[name] = real()(number)
-        except argparse.ArgumentTypeError as error:
-            raise RewardError(f"--weights {item}: {error}. Write NAME=NUMBER, such as helpfulness=0.7.") from None
     if set(given) != set(data.names):
         raise RewardError(
-            f"--weights names {', '.join(given)}, but the data rates {', '.join(data.names)}. Name each once."
+            f"{both('objective.weights')} names {', '.join(given)}, but the data rates {', '.join(data.names)}. Name each once."
         )
     return replace(data, weights=tuple(given[name] for name in data.names))
 
 
-def check(args: argparse.Namespace, data: PreferenceData, ready_made: bool) -> None:
-    """Refuse what cannot work or would be ignored.
+def check(settings: RewardTrainingSettings, data: PreferenceData, ready_made: bool) -> None:
+    """Refuse what cannot work with these data, or would be ignored.
 
     Raises:
-        RewardError: with the option and the remedy.
+        RewardError: with field, option and remedy.
     """
-    if data.ratings is None and args.method == "ridge":
+    fit: FitSettings = settings.training
+    objective, method, train = settings.objective, fit.method, settings.data.train
+    if data.ratings is None and method == "ridge":
         raise RewardError(
-            f"--method ridge fits ratings, but {args.train} has pairs. Use --method logistic or --method full."
+            f"{both('training.method')}: ridge fits ratings, but {train} has pairs. Use --method logistic or --method full."
         )
     if data.n_rows < LEAST_ROWS:
         raise RewardError(
-            f"{args.train} has {data.n_rows} rows; at least {LEAST_ROWS} are needed to train, validate and test."
+            f"{train} has {data.n_rows} rows; at least {LEAST_ROWS} are needed to train, validate and test."
         )
-    if data.ratings is not None and np.nanmax(data.overall) - np.nanmin(data.overall) <= args.margin:
+    margin = settings.data.margin
+    if data.ratings is not None and np.nanmax(data.overall) - np.nanmin(data.overall) <= margin:
         raise RewardError(
-            f"--margin {args.margin:g}: no two ratings of {args.train} are further apart, so no pair could be measured. Lower it."
+            f"{both('data.margin')}: no two ratings of {train} are further apart than {margin:g}, so no pair could be measured. Lower it."
         )
-    if args.method != "full" and args.objective != "auto":
-        raise RewardError(
-            f"--objective {args.objective} is for --method full; {args.method} has its own. Leave one of them out."
-        )
-    name = _name(args, data, ready_made)
-    for option, readers in OPTIONS.items():
-        if getattr(args, option) is not None and (args.method != "full" or name not in readers):
+    name = _name(objective, data, ready_made)
+    for field, readers in OPTIONS.items():
+        if changed(objective, field) and (method != "full" or name not in readers):
             raise RewardError(
-                f"--{option} is an option of --method full --objective {readers[0]}, and what is trained is "
-                f"{name if args.method == 'full' else args.method}. Leave it out."
+                f"{both(f'objective.{field}')} is an option of --method full --objective {readers[0]}, and what is trained is "
+                f"{name if method == 'full' else method}. Leave it out."
             )
-    if args.method == "full":
-        _check_objective(args, data, name)
+    if method == "full":
+        _check_objective(objective, data, name, train)
     elif data.ratings is not None and len(data.names) > 1:
         raise RewardError(
-            f"--method {args.method} fits one rating, but {args.train} has {len(data.names)}. Use --method full."
+            f"{both('training.method')}: {method} fits one rating, but {train} has {len(data.names)}. Use --method full."
         )
 
 
-def _check_objective(args: argparse.Namespace, data: PreferenceData, name: str) -> None:
+def _check_objective(objective: ObjectiveSettings, data: PreferenceData, name: str, train: str) -> None:
+    """
+    Args:
+        train: the file, for messages.
+    """
+    field = both("objective.name")
     if data.ratings is None and name in NEEDS_RATINGS:
-        raise RewardError(
-            f"--objective {name} fits ratings, but {args.train} has pairs. Use --objective bradley-terry."
-        )
+        raise RewardError(f"{field}: {name} fits ratings, but {train} has pairs. Use --objective bradley-terry.")
     several = data.ratings is not None and len(data.names) > 1
     if several and name in ("squared", "ordinal"):
-        raise RewardError(
-            f"--objective {name} fits one rating, but {args.train} has {len(data.names)}. Use --objective more."
-        )
+        raise RewardError(f"{field}: {name} fits one rating, but {train} has {len(data.names)}. Use --objective more.")
     if name == "more" and not several:
         raise RewardError(
-            f"--objective more needs several ratings, but {args.train} has one. Give `ratings`, or use --objective squared."
+            f"{field}: more needs several ratings, but {train} has one. Give `ratings`, or use --objective squared."
         )
-    if args.dimensions is not None and args.dimensions % 2:
-        raise RewardError(f"--dimensions must be even, not {args.dimensions}: a GPM's space is made of planes.")
-    if args.gate and (data.input != "conversation" or data.ratings is not None):
-        raise RewardError(f"--gate reads the prompt, so it needs pairs with the field `prompt`; {args.train} has none.")
+    if objective.gate and (data.input != "conversation" or data.ratings is not None):
+        raise RewardError(
+            f"{both('objective.gate')} reads the prompt, so it needs pairs with the field `prompt`; {train} has none."
+        )
     if name == "ordinal":
         levels = np.unique(data.rated)
         if (levels != np.round(levels)).any() or not 2 <= len(levels) <= MOST_LEVELS:
             raise RewardError(
-                f"--objective ordinal needs ratings that are whole numbers, 2 to {MOST_LEVELS} different ones; {args.train} has "
+                f"{field}: ordinal needs ratings that are whole numbers, 2 to {MOST_LEVELS} different ones; {train} has "
                 f"{len(levels)}, such as {levels[0]:g} and {levels[-1]:g}. Use --objective squared."
             )
 
 
-def choose(args: argparse.Namespace, fit: PreferenceData, ready_made: bool) -> Choice:
+def choose(settings: RewardTrainingSettings, fit: PreferenceData, ready_made: bool) -> Choice:
     """What `check` has let through.
 
     Args:
         fit: the rows to be learned from.
         ready_made: the base is a classifier already.
     """
-    name = _name(args, fit, ready_made)
-    plain = Description("classifier", fit.input, args.max_tokens or NO_LIMIT)
+    objective, margin = settings.objective, settings.data.margin
+    base: BaseModelSettings = settings.model
+    name = _name(objective, fit, ready_made)
+    plain = Description("classifier", fit.input, base.max_tokens or NO_LIMIT)
 
     def grouped(data: PreferenceData, rng: np.random.Generator) -> PreferenceData:
-        return data.grouped(GROUP, args.margin, args.seed)
+        return data.grouped(GROUP, margin, settings.run.seed)
 
     def as_it_is(data: PreferenceData, rng: np.random.Generator) -> PreferenceData:
         return data
@@ -192,31 +157,35 @@ def choose(args: argparse.Namespace, fit: PreferenceData, ready_made: bool) -> C
     if name == "squared":
         return Choice(name, objectives.Squared(), plain, 1, as_it_is, start=(float(fit.overall.mean()),))
     if name == "bradley-terry":
-        return Choice(name, objectives.BradleyTerry(args.centring or 0.0), plain, 1, grouped)
+        return Choice(name, objectives.BradleyTerry(objective.centring or 0.0), plain, 1, grouped)
     if name == "ordinal":
-        levels, counts = np.unique(fit.rated, return_counts=True)
-        above = 1 - np.cumsum(counts)[:-1] / counts.sum()
-        thresholds = tuple((-np.log(above / (1 - above))).tolist())
-        description = replace(plain, levels=tuple(levels.tolist()))
-        objective = objectives.Ordinal(description.levels)
-        return Choice(name, objective, description, 1, as_it_is, thresholds=thresholds)
+        return _ordinal(fit, plain, as_it_is)
     if name == "gpm":
-        return _gpm(args, plain, grouped)
+        return _gpm(objective, plain, grouped)
     if name == "cross-encoder":
 
         def compared(data: PreferenceData, rng: np.random.Generator) -> PreferenceData:
-            return data.as_comparisons(data.drawn_pairs(args.margin, args.comparisons or 2 * data.n_rows, rng))
+            return data.as_comparisons(data.drawn_pairs(margin, objective.comparisons or 2 * data.n_rows, rng))
 
         return Choice(name, objectives.CrossEncoder(), replace(plain, task="cross_encoder"), 1, compared)
     return _more(fit, plain, as_it_is)
 
 
-def _gpm(args: argparse.Namespace, plain: Description, grouped: Callable) -> Choice:
-    dimensions = args.dimensions or DIMENSIONS
-    objective = objectives.GeneralPreference(dimensions, bool(args.gate))
+def _ordinal(fit: PreferenceData, plain: Description, prepare: Callable) -> Choice:
+    levels, counts = np.unique(fit.rated, return_counts=True)
+    above = 1 - np.cumsum(counts)[:-1] / counts.sum()
+    thresholds = tuple((-np.log(above / (1 - above))).tolist())
+    description = replace(plain, levels=tuple(levels.tolist()))
+    objective = objectives.Ordinal(description.levels)
+    return Choice("ordinal", objective, description, 1, prepare, thresholds=thresholds)
+
+
+def _gpm(settings: ObjectiveSettings, plain: Description, grouped: Callable) -> Choice:
+    dimensions, gate = settings.dimensions or DIMENSIONS, settings.gate
+    objective = objectives.GeneralPreference(dimensions, gate)
 
     def prepare(data: PreferenceData, rng: np.random.Generator) -> PreferenceData:
-        return data.with_prompts() if args.gate else grouped(data, rng)
+        return data.with_prompts() if gate else grouped(data, rng)
 
     description = replace(plain, task="gpm", dimensions=dimensions, temperature=objectives.TEMPERATURE)
     return Choice("gpm", objective, description, objective.outputs, prepare)
@@ -229,9 +198,9 @@ def _more(fit: PreferenceData, plain: Description, prepare: Callable) -> Choice:
     return Choice("more", objective, description, len(fit.names), prepare, start=start)
 
 
-def _name(args: argparse.Namespace, data: PreferenceData, ready_made: bool) -> str:
-    if args.objective != "auto":
-        return args.objective
+def _name(objective: ObjectiveSettings, data: PreferenceData, ready_made: bool) -> str:
+    if objective.name != "auto":
+        return objective.name
     # The head of a ready classifier has its own scale, far from that of the ratings; pairs do not ask for theirs.
     if data.ratings is None or ready_made:
         return "bradley-terry"

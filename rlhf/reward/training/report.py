@@ -5,7 +5,6 @@ Owns how a trained model is asked about pairs (as the server would) and the figu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from rlhf.reward.models import RewardModel
 from rlhf.reward.pairwise import pair_probabilities
 from rlhf.reward.pairwise_model import GeneralPreferenceModel
-from rlhf.reward.reading import Example, PromptOnly, Tokens
+from rlhf.reward.reading import Example, PromptOnly
 from rlhf.reward.training.dataset import Pairs, PreferenceData, both_orders
 from rlhf.reward.training.reliability import (
     Bin,
@@ -23,7 +22,6 @@ from rlhf.reward.training.reliability import (
     rank_correlation,
     reliability_bins,
 )
-from rlhf.types import Failed
 
 
 def pair_logits(model: RewardModel, data: PreferenceData, pairs: np.ndarray) -> np.ndarray:
@@ -51,18 +49,6 @@ def pair_logits(model: RewardModel, data: PreferenceData, pairs: np.ndarray) -> 
         outputs = np.concatenate([outputs, model.run(model.module, [PromptOnly(prompt) for prompt in asked])])
         prompts = np.array([number[data.examples[i].prompt] for i in pairs[:, 0]])
     return gpm.scores(outputs, places.reshape(-1, 2), prompts)[:, None]
-
-
-def unreadable(read: Sequence[Tokens | Failed]) -> np.ndarray:
-    """Which texts the model cannot read, because their responses alone are too long, bool [n]."""
-    return np.array([isinstance(one, Failed) for one in read], dtype=bool)
-
-
-def readable(model: RewardModel, data: PreferenceData, pairs: Pairs) -> Pairs:
-    """The pairs that a cross-encoder can read. All pairs for other models, which read one text at a time."""
-    if model.description.task != "cross_encoder":
-        return pairs
-    return pairs.only(~unreadable(model.encode([both_orders(data, *pair)[0] for pair in pairs.index])))
 
 
 def probabilities_of(logits: np.ndarray, temperature: float) -> np.ndarray:
