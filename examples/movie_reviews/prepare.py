@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from rlhf.config.loader import UserError
+from rlhf.config.reward_training_checks import load_reward_training
 from rlhf.data.assets import resolve
 
 ASSETS = ("asset:smollm2-135m-instruct", "asset:minilm-l6-v2", "asset:movie-reviews/reward_train.jsonl")
@@ -46,20 +47,18 @@ def prepare(output: Path, method: str, threads: int | None) -> None:
         f"training the reward model ({method} on MiniLM, human ratings of film-review sentences); a few minutes",
         flush=True,
     )
-    from rlhf.reward.training import train
+    from rlhf.reward.training.train import train
 
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    arguments = ["--model", "asset:minilm-l6-v2", "--output", str(output), "--method", method]
-    arguments += [
-        "--train",
-        "asset:movie-reviews/reward_train.jsonl",
-        "--test",
-        "asset:movie-reviews/reward_test.jsonl",
-    ]
+    given = {
+        "run.dir": ("--output", str(output)),
+        "model.path": ("--model", "asset:minilm-l6-v2"),
+        "data.train": ("--train", "asset:movie-reviews/reward_train.jsonl"),
+        "data.test": ("--test", "asset:movie-reviews/reward_test.jsonl"),
+        "training.method": ("--method", method),
+    }
     if threads is not None:
-        arguments += ["--threads", str(threads)]
-    train.main(parser.parse_args(arguments))
+        given["cluster.threads"] = ("--threads", threads)
+    train(load_reward_training(None, flags=given))
     (output / STAMP).write_text(json.dumps(wanted) + "\n")
 
 

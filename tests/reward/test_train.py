@@ -13,7 +13,7 @@ from rlhf.reward.models import load_model
 from rlhf.reward.reading import Example
 from rlhf.reward.training.heads import fit_logistic, fit_ridge
 from rlhf.reward.training.saving import REPORT
-from tests.reward.training import cyclic_pairs, fit, texts, write
+from tests.reward.training import cyclic_pairs, fit, reward_train, texts, write
 
 pytestmark = pytest.mark.engine
 
@@ -103,6 +103,29 @@ def test_an_older_model_is_replaced_but_no_other_folder(encoder, rated, tmp_path
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(RewardError, match="not a reward model"):
         fit(encoder, rated, tmp_path / "mine")
+
+
+def test_a_file_with_overrides_trains_what_options_do(encoder, rated, tmp_path):
+    """Also from the configuration that a training leaves."""
+    file = tmp_path / "reward.yaml"
+    file.write_text(f"run: {{dir: {tmp_path / 'one'}}}\ndata: {{train: {rated}}}\nmodel: {{path: {encoder}}}\n")
+    reward_train(str(file), "cluster.threads=1", "data.margin=1")
+    one = json.loads((tmp_path / "one" / REPORT).read_text())
+    assert fit(encoder, rated, tmp_path / "two", "--margin", "1")["test"] == one["test"]
+    reward_train(str(tmp_path / "one" / "config.yaml"), f"run.dir={tmp_path / 'three'}")
+    assert json.loads((tmp_path / "three" / REPORT).read_text())["test"] == one["test"]
+    assert json.loads((tmp_path / "three" / "manifest.json").read_text())["seed"] == 0
+
+
+def test_the_dry_run_says_what_would_be_trained(encoder, paired, tmp_path, capsys):
+    options = ("--model", str(encoder), "--train", str(paired), "--output", str(tmp_path / "model"), "--dry-run")
+    reward_train(*options, "--method", "full", "--objective", "gpm", "--checkpoint-every", "5")
+    said = capsys.readouterr().out
+    assert "pairs of whole conversations" in said and "the objective gpm; the model compares two responses" in said
+    assert "bert, with a new head" in said and "every 5 optimizer steps" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"paired.jsonl"}
+    with pytest.raises(RewardError, match="--method logistic"):
+        reward_train(*options, "--method", "ridge")
 
 
 def test_ridge_refuses_pairs(encoder, paired, tmp_path):

@@ -106,12 +106,12 @@ class Ensemble:
         self._weights = [member.settings.weight for member in members if member.counts]
 
     @classmethod
-    async def start(cls, reward: RewardSettings, judges: Sequence[Judge], patience_s: float) -> Ensemble:
+    async def start(cls, reward: RewardSettings, judges: Sequence[Judge], timeout_s: float) -> Ensemble:
         """Let each member score the common set, if there is one.
 
         Args:
             judges: of `reward.members`, in order.
-            patience_s: how long a member may take for the common set.
+            timeout_s: how long a member may take for the common set.
 
         Raises:
             RewardError: the common set or the reference scores cannot be used, or a member fails on the common set or gives all of
@@ -129,7 +129,7 @@ class Ensemble:
             return cls(reward, members, None)
         path = resolve(reward.common_set)
         texts = read_common_set(path)
-        scaling = (_on_common_scale(member, texts, patience_s) for member in members)
+        scaling = (_on_common_scale(member, texts, timeout_s) for member in members)
         members = await asyncio.gather(*scaling)
         return cls(reward, members, Path(path).read_text(encoding="utf-8"))
 
@@ -159,7 +159,7 @@ class Ensemble:
         return content_id([members, reward.combine, reward.uncertainty_penalty, self._common_set])
 
     def close(self) -> None:
-        """Let the members go."""
+        """Close the members."""
         for member in self._members:
             member.judge.close()
 
@@ -186,12 +186,12 @@ class Ensemble:
         return Measured(combine(scores, self._weights, self._reward), measures)
 
 
-async def _on_common_scale(member: Member, texts: Sequence[tuple[Prompt, str]], patience_s: float) -> Member:
+async def _on_common_scale(member: Member, texts: Sequence[tuple[Prompt, str]], timeout_s: float) -> Member:
     """The member with the mean and the standard deviation of its scores on the common set; an observer as it is."""
     if not member.counts:
         return member
     name = member.settings.name
-    answers = await asyncio.gather(*(member.judge.judge(prompt, [(text,)], patience_s) for prompt, text in texts))
+    answers = await asyncio.gather(*(member.judge.judge(prompt, [(text,)], timeout_s) for prompt, text in texts))
     moments = Moments()
     for (answer,), (_, text) in zip(answers, texts, strict=True):
         outcome = outcome_of(answer.value if isinstance(answer, Measured) else answer)

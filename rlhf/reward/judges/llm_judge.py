@@ -1,7 +1,7 @@
 """The judge of `kind: llm_judge`: a language model is asked which of two responses is better, A or B.
 
 Owns the question and what its answer means: P(first beats second) = p(A) / (p(A) + p(B)), of the next token. That both orders are
-asked is the business of `pairwise`. The model is a folder (`llm_judge_engine`) or behind an endpoint (`llm_judge_endpoint`).
+asked is decided in `pairwise`. The model is a folder (`llm_judge_engine`) or behind an endpoint (`llm_judge_endpoint`).
 """
 
 from __future__ import annotations
