@@ -23,7 +23,7 @@ import rlhf
 from rlhf.config import UserError, extras
 from rlhf.data import assets
 from rlhf.data.rows import read_rows
-from rlhf.reward.training.reliability import draw_reliability
+from rlhf.reward.training.calibration import draw_reliability
 from rlhf.reward.verifiers.verifier import make_verifier
 from rlhf.tracking import report
 

@@ -28,9 +28,9 @@ import numpy as np
 
 from rlhf.data.assets import resolve
 from rlhf.reward.models import load_any_model
+from rlhf.reward.training.calibration import brier, expected_calibration_error
 from rlhf.reward.training.dataset import PreferenceData
 from rlhf.reward.training.reader import read_data
-from rlhf.reward.training.reliability import brier, expected_calibration_error
 from rlhf.reward.training.report import pair_logits, probabilities_of
 
 APART = 0.5

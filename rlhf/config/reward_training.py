@@ -1,4 +1,4 @@
-"""Settings of `rlhf reward train`: a reward or preference model, fitted to what people said of texts."""
+"""Settings of `rlhf reward train`: a reward or preference model, fitted to human preferences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OutputSettings(Section):
 
 class PreferenceDataSettings(Section):
     train: PathText = Field(
-        description="What people said of texts: JSON lines, a JSON array, a file that ends in `.parquet`, or `hf:NAME[@CONFIG][:SPLIT]`. "
+        description="Preference data: JSON lines, a JSON array, a file that ends in `.parquet`, or `hf:NAME[@CONFIG][:SPLIT]`. "
         "Each row has `text` and `rating` (or `ratings`: names and numbers), or `chosen` and `rejected`, or `responses`, best first; and "
         "perhaps `prompt`.",
     )

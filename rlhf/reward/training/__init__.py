@@ -1,7 +1,7 @@
-"""`rlhf reward train`: from people's judgements to a reward or preference model, and a report of how far it can be trusted.
+"""`rlhf reward train`: from human preferences to a reward or preference model, and a report of its accuracy and calibration.
 
 `train` is the order of it all. `rows`, `reader` and `dataset` read; `choices` turns settings and data into one of `objectives` (of
 `losses`); `preparing` is what is known before weights are loaded, `readable` what the model can read. `heads` fits linear heads on frozen
 encoders, `finetune` whole models on a DeepSpeed group, from `examples`; its files are `journal`'s. `report` measures on held-out pairs
-(`reliability`); `saving` puts the folder in place.
+(`calibration`); `saving` puts the folder in place.
 """

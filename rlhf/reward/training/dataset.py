@@ -42,7 +42,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """Texts, and what people said about them. Either `ratings` or `comparisons` is there.
+    """Preference data: texts with ratings, or pairs of texts. Either `ratings` or `comparisons` is there.
 
     Attributes:
         examples: all texts.

@@ -1,6 +1,6 @@
 """What `rlhf reward train` measures on held-out rows: a model that scores or compares, on pairs of texts.
 
-Owns how a trained model is asked about pairs (as the server would) and the figures of the report. The statistics are in `reliability`.
+Owns how a trained model is asked about pairs (as the server would) and the figures of the report. The statistics are in `calibration`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from rlhf.reward.models import RewardModel
 from rlhf.reward.pairwise import pair_probabilities
 from rlhf.reward.pairwise_model import GeneralPreferenceModel
 from rlhf.reward.reading import Example, PromptOnly
-from rlhf.reward.training.dataset import Pairs, PreferenceData, both_orders
-from rlhf.reward.training.reliability import (
+from rlhf.reward.training.calibration import (
     Bin,
     brier,
     expected_calibration_error,
@@ -22,6 +21,7 @@ from rlhf.reward.training.reliability import (
     rank_correlation,
     reliability_bins,
 )
+from rlhf.reward.training.dataset import Pairs, PreferenceData, both_orders
 
 
 def pair_logits(model: RewardModel, data: PreferenceData, pairs: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What people said of texts, row by row: each of its fields with the checks that any field needs, and its place for errors.
+"""Preference data, row by row: each of a row's fields with the checks that any field needs, and its place for errors.
 
 What a row must hold is checked by `dataset`.
 """

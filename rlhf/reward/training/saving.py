@@ -15,8 +15,8 @@ from rlhf.config import MissingPackageError
 from rlhf.config.reward_training import RewardTrainingSettings
 from rlhf.data.assets import resolve
 from rlhf.reward.models import RewardModel
+from rlhf.reward.training.calibration import Bin, draw_reliability
 from rlhf.reward.training.journal import keep_with, training_folder
-from rlhf.reward.training.reliability import Bin, draw_reliability
 from rlhf.tracking.provenance import write_provenance
 
 REPORT = "reward_report.json"

@@ -1,4 +1,4 @@
-"""`rlhf reward train`: fit a reward or preference model on what people said of texts, measure it on held-out texts, and save both.
+"""`rlhf reward train`: fit a reward or preference model to human preferences, measure it on held-out texts, and save both.
 
 Owns the order of things. What is trained on what is known from `preparing`; the training is in `heads` (frozen encoder) and `finetune` (all
 weights), the figures in `report`, the folder's files in `saving`.
@@ -18,13 +18,13 @@ from rlhf.config.reward_training import FitSettings, OutputSettings, PreferenceD
 from rlhf.reward.models import RewardModel, new_model
 from rlhf.reward.modules import CumulativeLogits
 from rlhf.reward.training import choices
+from rlhf.reward.training.calibration import fit_temperature
 from rlhf.reward.training.dataset import Pairs, PreferenceData
 from rlhf.reward.training.heads import LinearHead, fit_logistic, fit_ridge
 from rlhf.reward.training.journal import training_folder
 from rlhf.reward.training.objectives import MultiObjective
 from rlhf.reward.training.preparing import Prepared, prepare
 from rlhf.reward.training.readable import readable_pairs, readable_rows
-from rlhf.reward.training.reliability import fit_temperature
 from rlhf.reward.training.report import measure, pair_logits
 from rlhf.reward.training.saving import save
 

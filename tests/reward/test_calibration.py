@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.reward.pairwise import pair_probabilities
-from rlhf.reward.training.reliability import (
+from rlhf.reward.training.calibration import (
     brier,
     draw_reliability,
     expected_calibration_error,

@@ -1,4 +1,4 @@
-"""How good rewards and preference probabilities are on held-out pairs. Pure functions on arrays.
+"""Accuracy and calibration of rewards and preference probabilities on held-out pairs. Pure functions on arrays.
 
 Accuracy, calibration (ECE, Brier score, the bins of a reliability diagram), the temperature that makes probabilities of
 reward differences, and how much of a reward is only length.
