@@ -109,12 +109,9 @@ def _algorithms(args: argparse.Namespace) -> None:
 
 def _reward_train(args: argparse.Namespace) -> None:
     from rlhf.config.reward_training_checks import load_reward_training
-    from rlhf.config.reward_training_flags import given_flags
+    from rlhf.config.reward_training_flags import asked
 
-    config, overrides = args.config, args.overrides
-    if config is not None and "=" in config and not Path(config).is_file():  # no file: it is the first override
-        config, overrides = None, [config, *overrides]
-    settings = load_reward_training(config, overrides, given_flags(args))
+    settings = load_reward_training(*asked(args))
     if args.dry_run:
         from rlhf.preflight.reward_training import describe_reward_training
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -108,7 +108,7 @@ def show(settings: Section) -> str:
     return yamls.dump(settings.model_dump(mode="json"))
 
 
-OF_A_COMMAND = {
+OF_A_COMMAND: Mapping[str, set[yamls.Path]] = {
     "train": {("rollout",), ("reward",), ("algorithm",), ("loop",), ("data", "prompts"), ("data", "eval_prompts")},
     "sft": {("data", "examples"), ("data", "eval_examples")},
     "reward train": {("model",), ("objective",), ("data", "train"), ("data", "test")},

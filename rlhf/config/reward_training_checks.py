@@ -46,7 +46,7 @@ def load_reward_training(
 
     Args:
         path: a YAML file; None: overrides and options say everything.
-        flags: field -> option and value (`given_flags`); they win over the overrides.
+        flags: field -> option and value (`reward_training_flags.asked`); they win over the overrides.
 
     Raises:
         UserError: neither a file nor the options that there must be then.

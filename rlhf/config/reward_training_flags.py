@@ -6,6 +6,7 @@ Owns which option sets which field. What an option may be and what its help says
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -67,15 +68,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, default=argparse.SUPPRESS, **_option(flag, field))
 
 
-def given_flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
-    """Of the options that were given: field -> option and value."""
+def asked(args: argparse.Namespace) -> tuple[str | None, list[str], dict[str, tuple[str, Any]]]:
+    """The file, if there is one, the overrides, and of the options that were given: field -> option and value."""
+    config, overrides = args.config, args.overrides
+    if config is not None and "=" in config and not os.path.isfile(config):  # no file: it is the first override
+        config, overrides = None, [config, *overrides]
     found = {}
     for flag, field in FLAGS.items():
         name = flag.removeprefix("--").replace("-", "_")
         if name in args:
             value = getattr(args, name)
             found[field] = flag, dict(value) if flag in PAIRS else value
-    return found
+    return config, overrides, found
 
 
 def _option(flag: str, field: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rlhf.config.explain import fields_of
 from rlhf.config.loader import load
 from rlhf.config.reward_training import RewardTrainingSettings
 from rlhf.config.reward_training_checks import load_reward_training
-from rlhf.config.reward_training_flags import FLAGS, given_flags
+from rlhf.config.reward_training_flags import FLAGS, asked
 
 VALID = """\
 run: {dir: out}
@@ -33,8 +33,7 @@ def valid(tmp_path: Path) -> str:
 
 
 def by_options(line: str) -> RewardTrainingSettings:
-    args = parse(["reward", "train", *line.split()])
-    return load_reward_training(args.config, args.overrides, given_flags(args))
+    return load_reward_training(*asked(parse(["reward", "train", *line.split()])))
 
 
 def test_the_example_can_be_loaded_and_shown(tmp_path: Path) -> None:

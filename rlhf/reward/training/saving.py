@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ REPORT = "reward_report.json"
 DIAGRAM = "reliability.png"
 
 
-def save(model: RewardModel, report: dict[str, Any], bins: Sequence[Bin], settings: RewardTrainingSettings) -> None:
+def save(model: RewardModel, report: dict[str, Any], bins: list[Bin], settings: RewardTrainingSettings) -> None:
     """Write a temporary folder beside `run.dir`, then put it in place. What a training wrote down is kept, its checkpoints are deleted."""
     output = Path(settings.run.dir)
     output.parent.mkdir(parents=True, exist_ok=True)
