@@ -193,7 +193,9 @@ def test_what_does_not_fit_is_counted(encoder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "training texts do not fit into 60 tokens: left out" in said
     assert "training texts: the prompt loses its beginning to fit into 60 tokens" in said
-    with pytest.raises(RewardError, match=r"none of the .* training rows can be read: the response is .* \(--max-tokens\)"):
+    with pytest.raises(
+        RewardError, match=r"none of the .* training rows can be read: the response is .* \(--max-tokens\)"
+    ):
         fit(encoder, tmp_path / "d.jsonl", tmp_path / "other", *FULL, "--max-tokens", "2")
 
 
