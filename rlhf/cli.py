@@ -108,18 +108,12 @@ def _algorithms(args: argparse.Namespace) -> None:
 
 
 def _reward_train(args: argparse.Namespace) -> None:
+    from rlhf.commands import reward_train
     from rlhf.config.reward_training_checks import load_reward_training
     from rlhf.config.reward_training_flags import asked
 
-    settings = load_reward_training(*asked(args))
-    if args.dry_run:
-        from rlhf.preflight.reward_training import describe_reward_training
-
-        print(describe_reward_training(settings, resume=args.resume))
-        return
-    from rlhf.reward.training.train import train
-
-    train(settings, resume=args.resume)
+    start = reward_train.dry_run if args.dry_run else reward_train.train
+    start(load_reward_training(*asked(args)), resume=args.resume)
 
 
 def _reward_serve(args: argparse.Namespace) -> None:
