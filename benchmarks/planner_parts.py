@@ -68,7 +68,7 @@ def experience(tokens: int, vocabulary: int) -> Any:
     assignments, completions = [], []
     for number in range(max(1, tokens // (PROMPT + RESPONSES * RESPONSE))):
         made = [
-            Completion(
+            Completion.of_one_version(
                 str(number),
                 rng.integers(vocabulary, size=RESPONSE).astype(np.int32),
                 np.zeros(RESPONSE, np.float32),

@@ -21,7 +21,7 @@ ModelSlot = Literal["policy", "partner"]
 """Which of an engine's models is meant: the policy, or the second one that mixtures are made with."""
 
 DATASET_VERSION = -1
-"""The weight version of a response that no policy wrote."""
+"""The weight version of tokens that no policy wrote: a response of the data set, a tool's or a user's turn inside a dialogue."""
 
 
 class Turn(NamedTuple):
@@ -80,32 +80,94 @@ def content_id(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Who wrote a response's tokens `start` to `stop` (exclusive), and whether they are learned from.
+
+    Attributes:
+        version: of the policy's weights that wrote them; `DATASET_VERSION` if no policy did.
+        by_policy: sampled from the policy alone, so that the trainer with the weights of that version must agree with their log-probs.
+            Not so for a mixture's tokens, greedy ones, and those that no policy wrote.
+        learned: whether they have a loss. The others are only read: they count in no loss, mean or length.
+
+    Raises:
+        ValueError: the span is empty or begins before the response, or no weights have that version.
+    """
+
+    start: int
+    stop: int
+    version: int
+    by_policy: bool = True
+    learned: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a span of tokens {self.start} to {self.stop} has no tokens")
+        if self.version < DATASET_VERSION:
+            raise ValueError(f"a span has the weight version {self.version}; the first one is 0")
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
 class Completion:
     """One response, exactly as it was sampled. Its tokens are never decoded and tokenised again.
 
     Attributes:
         token_ids: int32 [n_tokens], including the end-of-sequence token if, and only if, it was generated.
         logprobs: float32 [n_tokens], log-probability (nats) under the distribution really sampled from (temperature and
-            mixture included); NaN for a response of the data set.
-        weight_version: the version of the policy's weights that wrote it; `DATASET_VERSION` for the data set's.
+            mixture included); NaN for tokens that no policy wrote.
+        spans: who wrote which tokens: one after the other without a gap, together all of them. An empty response has none.
         finish_reason: "stop" (end of sequence) or "length" (truncated at the token limit).
         source: which of the algorithm's sources wrote it; "chosen" and "rejected" are the data set's.
-        by_policy: sampled from the policy alone, so that the trainer must agree with `logprobs`.
+
+    Raises:
+        ValueError: the spans do not cover the tokens, each exactly once and in order.
     """
 
     prompt_id: str
     token_ids: np.ndarray
     logprobs: np.ndarray
-    weight_version: int
+    spans: tuple[Span, ...]
     finish_reason: FinishReason
     source: str = "policy"
-    by_policy: bool = True
+
+    def __post_init__(self) -> None:
+        borders = [0, *(span.stop for span in self.spans)]
+        if [span.start for span in self.spans] != borders[:-1] or borders[-1] != len(self.token_ids):
+            covered = ", ".join(f"{span.start} to {span.stop}" for span in self.spans)
+            raise ValueError(
+                f"a response to prompt {self.prompt_id} has {len(self.token_ids)} tokens, and its spans are {covered or 'none'}: "
+                "they must cover each token once, in order"
+            )
+
+    @classmethod
+    def of_one_version(
+        cls,
+        prompt_id: str,
+        token_ids: np.ndarray,
+        logprobs: np.ndarray,
+        version: int,
+        finish_reason: FinishReason,
+        *,
+        source: str = "policy",
+        by_policy: bool = True,
+    ) -> Completion:
+        """A response that the same weights wrote from its first to its last token, all of it learned from."""
+        spans = (Span(0, len(token_ids), version, by_policy),) if len(token_ids) else ()
+        return cls(prompt_id, token_ids, logprobs, spans, finish_reason, source)
 
     def info(self) -> CompletionInfo:
         """What the driver needs to know of this completion."""
         digest = hashlib.sha256(np.ascontiguousarray(self.token_ids, dtype=np.int32).tobytes()).hexdigest()[:16]
-        mean = float(self.logprobs.mean()) if len(self.logprobs) else 0.0
-        return CompletionInfo(len(self.token_ids), digest, mean, self.weight_version, self.finish_reason, self.source)
+        learned = self.logprobs[self.per_token([span.learned for span in self.spans]) == 1]
+        mean = float(learned.mean()) if len(learned) else 0.0
+        return CompletionInfo(self.spans, digest, mean, self.finish_reason, self.source)
+
+    def per_token(self, values: Sequence[int]) -> np.ndarray:
+        """One value for each span -> the same for each token, int64 [n_tokens]."""
+        return np.repeat(np.array(values, np.int64), np.array([len(span) for span in self.spans], np.int64))
 
 
 @dataclass(frozen=True)
@@ -113,18 +175,37 @@ class CompletionInfo:
     """The facts about a completion that the driver plans with; the tokens stay behind the rollout's reference.
 
     Attributes:
-        n_tokens: response length in tokens.
+        spans, source: see `Completion`.
         digest: equal for completions with equal token ids.
-        mean_logprob: mean behaviour log-prob per token (nats); NaN for a response of the data set.
-        source: see `Completion`.
+        mean_logprob: mean behaviour log-prob (nats) of the tokens that are learned from, 0 if there are none; NaN for a response of the
+            data set.
     """
 
-    n_tokens: int
+    spans: tuple[Span, ...]
     digest: str
     mean_logprob: float
-    weight_version: int
     finish_reason: FinishReason
     source: str = "policy"
+
+    @property
+    def n_tokens(self) -> int:
+        """Response length in tokens."""
+        return self.spans[-1].stop if self.spans else 0
+
+    @property
+    def n_learned(self) -> int:
+        """Tokens that have a loss."""
+        return sum(len(span) for span in self.spans if span.learned)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Of the policy's weights that wrote some of it, ascending; empty for a response of the data set."""
+        return tuple(sorted({span.version for span in self.spans} - {DATASET_VERSION}))
+
+    @property
+    def weight_version(self) -> int:
+        """The oldest of `versions`, which says how far behind the policy it is; `DATASET_VERSION` if there is none."""
+        return min(self.versions, default=DATASET_VERSION)
 
 
 @dataclass(frozen=True)
@@ -228,11 +309,16 @@ class Assignment:
         return tuple(sorted({m for item in self.items for m in item.members}))
 
     def learned(self) -> tuple[int, ...]:
-        """Completions whose tokens have a loss, ascending: what a mean over responses or tokens divides by."""
-        return tuple(sorted({m for item in self.items if item.weight for m in item.members}))
+        """Completions that have a loss, ascending: what a mean over responses divides by."""
+        weighed = {m for item in self.items if item.weight for m in item.members}
+        return tuple(sorted(m for m in weighed if self.rollout.infos[m].n_learned))
+
+    def learned_tokens(self) -> int:
+        """Tokens that have a loss: what a mean over tokens divides by."""
+        return sum(self.rollout.infos[m].n_learned for m in self.learned())
 
     def response_tokens(self) -> int:
-        """Tokens of the used responses."""
+        """Tokens of the used responses, learned or only read."""
         return sum(self.rollout.infos[m].n_tokens for m in self.members())
 
     def n_tokens(self) -> int:
@@ -247,7 +333,7 @@ class Counts:
     Attributes:
         n_groups: prompts with items.
         n_responses: the responses of theirs that have a loss.
-        n_tokens: those responses' tokens.
+        n_tokens: those responses' learned tokens.
     """
 
     n_groups: int = 0
@@ -257,9 +343,10 @@ class Counts:
     @classmethod
     def of(cls, assignments: Iterable[Assignment]) -> Counts:
         """Of these assignments together."""
-        learned = [[assignment.rollout.infos[m] for m in assignment.learned()] for assignment in assignments]
-        responses = [info for group in learned for info in group]
-        return cls(len(learned), len(responses), sum(info.n_tokens for info in responses))
+        counts = cls()
+        for assignment in assignments:
+            counts += cls(1, len(assignment.learned()), assignment.learned_tokens())
+        return counts
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(

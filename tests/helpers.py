@@ -19,7 +19,9 @@ def make_rollout(tokens: Sequence[Sequence[int]], prompt: Sequence[int] = (1, 2,
     """A rollout whose completions have these token ids (and log-probs of zero), held by value."""
     from rlhf.cluster import LocalRef
 
-    made = [Completion(name, np.array(t, np.int32), np.zeros(len(t), np.float32), 0, "stop") for t in tokens]
+    made = [
+        Completion.of_one_version(name, np.array(t, np.int32), np.zeros(len(t), np.float32), 0, "stop") for t in tokens
+    ]
     return Rollout(Prompt(name, tuple(prompt), name), tuple(c.info() for c in made), LocalRef(made))
 
 

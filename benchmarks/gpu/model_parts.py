@@ -62,7 +62,7 @@ def experience(groups: GROUPS, vocabulary: int) -> Experience:
     assignments, completions = [], []
     for number, (prompt, responses) in enumerate(groups):
         tokens = [luck.integers(vocabulary, size=n).astype(np.int32) for n in responses]
-        made = [Completion(str(number), t, np.zeros(len(t), np.float32), 0, "length") for t in tokens]
+        made = [Completion.of_one_version(str(number), t, np.zeros(len(t), np.float32), 0, "length") for t in tokens]
         text = Prompt(str(number), tuple(luck.integers(vocabulary, size=prompt).tolist()), "")
         rollout = Rollout(text, tuple(one.info() for one in made), None)
         assignments.append(Assignment(rollout, tuple(TrainingItem((i,), (1.0,)) for i in range(len(made)))))

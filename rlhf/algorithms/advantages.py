@@ -1,7 +1,8 @@
 """From rewards to advantages: token rewards, group baselines, returns, generalised advantage estimation, whitening.
 
-Tokens of all responses lie in one flat row [N]; `response` [N] gives each token's response 0..R-1, ascending, and `group` [R]
-each response's prompt. R is a response's scalar reward; lr = log pi - log ref of a token.
+Learned tokens of all responses lie in one flat row [N]; `response` [N] gives each token's response 0..R-1, ascending, and `group` [R]
+each response's prompt. R is a response's scalar reward; lr = log pi - log ref of a token. Time t counts learned tokens: what a tool or
+a user writes in between takes none, and the last learned token is the last one.
 
     R'  = clip(R)                     less kl_coef sum_t kl_t, if the KL is subtracted before the baseline
     A   = R' - baseline(group)
@@ -12,7 +13,7 @@ each response's prompt. R is a response's scalar reward; lr = log pi - log ref o
 
 Rewards are clipped before any baseline: after it the clip would act on differences. The value after the last token is 0, also of a
 response that was cut at the token limit: the judge has scored the text as it is, so the limit is the end of the episode. (Bootstrapping
-from a value there, as for a time limit in control, would answer for text that nobody judges.)
+from a value there, as for a time limit in control, would give credit for text that no judge has seen.)
 """
 
 from __future__ import annotations

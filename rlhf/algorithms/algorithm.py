@@ -25,7 +25,7 @@ class Source:
         n: responses per prompt.
         mixture: 0 is the policy, 1 its partner (the second model in the engines), between them the geometric mixture
             policy^(1 - mixture) partner^mixture, normalised token by token.
-        greedy: take the likeliest token each time, whatever `rollout.temperature` says.
+        greedy: take the likeliest token each time, regardless of `rollout.temperature`.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Algorithm:
         sources: who writes the responses; empty for a method that learns from the data set's pairs alone.
         build: judged completions -> items to learn from. It runs in the driver and sees facts and rewards, not tokens.
         objective: the loss on those items. It runs in the policy's ranks, so it must be picklable.
-        reference: how the anchor of the loss changes.
+        reference: how the reference of the loss changes.
         partner: how the engines' second model changes, where it is not the reference (None: it is).
         dataset_pairs: each prompt's `chosen` and `rejected` join the completions, with the sources "chosen" and "rejected".
         judged: whether the reward servers are asked.

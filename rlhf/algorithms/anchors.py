@@ -5,7 +5,7 @@
     ema           ref_t = decay ref_{t-1} + (1 - decay) pi_t, after every step
     extrapolated  at the end of a round: ref = pi = pihat + alpha (pihat - pihat of the round before)   (APO; He et al. 2024)
 
-The first round of `extrapolated` has nothing to move on from, so it equals `previous` there; alpha = 0 equals it always.
+The first round of `extrapolated` has no earlier iterate to extrapolate from, so it equals `previous`; with alpha = 0 every round does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Ema:
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """The iterate moved on by `alpha` times its last change, after every `every` steps; the policy moves with it."""
+    """The iterate extrapolated by `alpha` times its last change, after every `every` steps; the policy is set to it as well."""
 
     every: int
     alpha: float

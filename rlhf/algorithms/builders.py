@@ -1,6 +1,6 @@
 """Builders: from judged completions to training items. Pure; the only randomness is the generator passed in.
 
-A builder returns items, or `Dropped` with the reason why this prompt teaches nothing. What holds for every pair: its responses have
+A builder returns items, or `Dropped` with the reason why nothing is learned from this prompt. What holds for every pair: its responses have
 different token ids, both have a verdict, and under hard labels it is not a tie (a tie carries no preference). The loss is divided
 by the number of prompts with items, so a prompt's pairs together weigh 1, however many they are.
 

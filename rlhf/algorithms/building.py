@@ -1,12 +1,15 @@
-"""Calling an algorithm's builder, which may be the user's own: what it raises, or returns amiss, is told and drops the prompt.
+"""Calls an algorithm's builder, which may be the user's own: an exception, or a value that cannot be learned from, is reported and drops
+the prompt.
 
-Also knows which items teach nothing although they are there: a group of equal rewards, where nothing but the rewards counts.
+Also knows which items have no gradient: those on responses without a learned token, and a group of equal rewards where only the rewards
+matter.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 from rlhf.algorithms.algorithm import Algorithm, Objective
@@ -19,10 +22,10 @@ from rlhf.types import Feedback, Rollout, TrainingItem
 
 def build(algorithm: Algorithm, rollout: Rollout, feedback: Feedback, rng: random.Random) -> Items | Dropped:
     """What `algorithm.build` makes of a judged rollout. A builder that raises, or returns what cannot be learned from, drops the prompt as
-    `build_failed`, with the reason in `detail`."""
+    `build_failed`, with the reason in `detail`; one without a token to learn from is dropped as `nothing_learned`."""
     try:
         built = algorithm.build(rollout, feedback, rng)
-    except BaseException as error:  # code of the user: what it raises is told
+    except BaseException as error:  # the user's code: whatever it raises is reported
         if ends_the_run(error):
             raise
         return Dropped("build_failed", told(error, algorithm.build))
@@ -30,7 +33,9 @@ def build(algorithm: Algorithm, rollout: Rollout, feedback: Feedback, rng: rando
         return built
     n_terms = len(algorithm.objective.terms) if isinstance(algorithm.objective, Preference) else 1
     wrong = _objection(built, len(rollout.infos), n_terms)
-    return built if wrong is None else Dropped("build_failed", wrong)
+    if wrong is not None:
+        return Dropped("build_failed", wrong)
+    return _with_tokens(algorithm.objective, rollout, built)
 
 
 def teaches(objective: Objective, items: Items) -> bool:
@@ -40,6 +45,17 @@ def teaches(objective: Objective, items: Items) -> bool:
         return True
     bound = float("inf") if objective.reward_clip is None else objective.reward_clip
     return len({max(-bound, min(bound, item.target)) for item in items}) > 1
+
+
+def _with_tokens(objective: Objective, rollout: Rollout, items: Items) -> Items | Dropped:
+    """The items that have learned tokens (`Span.learned`). A reward for a response without any stays in its group's baseline."""
+    empty = {member for member, info in enumerate(rollout.infos) if not info.n_learned}
+    weights = [0.0 if empty.issuperset(item.members) else item.weight for item in items]
+    if not any(weights):
+        return Dropped("nothing_learned")
+    if isinstance(objective, PolicyGradient):
+        return tuple(replace(item, weight=weight) for item, weight in zip(items, weights, strict=True))
+    return tuple(item for item in items if not empty.issuperset(item.members))
 
 
 def _rewards_alone(objective: PolicyGradient) -> bool:

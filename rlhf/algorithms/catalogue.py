@@ -1,6 +1,6 @@
-"""The catalogue of methods: what each one chose at each plug point, read off the declaration that its default settings give.
+"""The catalogue of methods: what each one chooses at each plug point, derived from the declaration that its default settings give.
 
-Nothing here is written by hand per method, so the table cannot say something that the code does not do.
+Nothing here is written by hand per method, so the table cannot differ from the code.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def describe(algorithm: Algorithm) -> Row:
 
 
 def _defaults(name: str) -> Settings:
-    """Settings whose every field is at its default; the three required ones name things that nobody opens."""
+    """Settings whose every field is at its default; the three required ones are placeholders that are never opened."""
     nowhere: dict[str, Any] = {
         "data": {"prompts": "none"},
         "policy": {"model": "none"},

@@ -1,6 +1,6 @@
 """The contrast kernel: the loss that all direct preference methods share.
 
-    u_i  = reduce_t( log pi_t - log ref_t )          score of response i, a sum or mean over its tokens
+    u_i  = reduce_t( log pi_t - log ref_t )          score of response i, a sum or mean over its learned tokens
     h    = sum_i c_i u_i - offset                    linear contrast of the scores of one item
     loss = weight * link(h, p)                       p: the probability that h should be positive
 

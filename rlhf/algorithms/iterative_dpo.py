@@ -1,11 +1,11 @@
-"""Iterative DPO (Dong et al. 2024, RLHFlow): DPO in rounds, each against the policy that the round before arrived at.
+"""Iterative DPO (Dong et al. 2024, RLHFlow): DPO in rounds, each against the policy at the end of the previous round.
 
     L = -[ p log s(beta h) + (1-p) log s(-beta h) ],    h = U(y_w) - U(y_l),    U(y) = sum_t log pi_t - log pi_old_t
 
 pi_old is the policy at the start of the present round: it writes K responses to every prompt of the round, the best and the worst
 become the pair, and several epochs are trained on them. A round is `reference_every` steps of the loop; with one (the default)
 a round is a step, so make the step large: `loop.prompts_per_step`, `loop.updates_per_step` and `loop.epochs_per_step`. With soft
-labels p = s(r_w - r_l) a round learnt to its end multiplies the policy by exp(r / beta), so T rounds give pi_0 exp(T r / beta).
+labels p = s(r_w - r_l) a round trained to convergence multiplies the policy by exp(r / beta), so T rounds give pi_0 exp(T r / beta).
 
 `pairs: dataset` learns from the data set's chosen and rejected responses instead; nothing is sampled or judged then.
 

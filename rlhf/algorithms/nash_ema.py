@@ -4,7 +4,7 @@
     ascend  E[ sum_t grad log pi_t ( P(y beats y') - 1/2 - tau sum_{s >= t} (log pi_s - log ref_s) ) ]
 
 d is the field `opponent_decay`. The opponent is the engines' second model and its weights are published to them after every step; the
-reference of the KL stays the starting policy. Where policy and opponent have met, the policy is the Nash equilibrium
+reference of the KL stays the starting policy. Where policy and opponent agree, the policy is the Nash equilibrium
 of the regularised game, pi*(y) proportional to ref(y) exp( P(y beats pi*) / tau ).
 
 Deviations: as Nash-MD-PG. One text writes the opponent as (1 - beta) theta_t + beta theta_0; this is the running average.

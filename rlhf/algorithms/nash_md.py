@@ -3,8 +3,9 @@
     y ~ pi,    y' ~ pi_m,    pi_m(v | x, y_<t) proportional to pi(v | x, y_<t)^(1-m) ref(v | x, y_<t)^m
     ascend  E[ sum_t grad log pi_t ( P(y beats y') - 1/2 - tau sum_{s >= t} (log pi_s - log ref_s) ) ]
 
-m is the field `mixture` (the paper's beta). y' is not trained on. The KL is a reward-to-go: a token answers for its own and the
-later log-ratios. The stationary policy is pi*(y) proportional to ref(y) exp( P(y beats pi*_m) / tau ), the same as IPO-MD's.
+m is the field `mixture` (the paper's beta). y' is not trained on. The KL is a reward-to-go: the advantage of a token
+holds its own and the later log-ratios. The stationary policy is pi*(y) proportional to ref(y) exp( P(y beats pi*_m) / tau ), the same
+as IPO-MD's.
 
 In the policy-gradient kernel this is: reward P - 1/2, no baseline (1/2 is P's mean in self-play), k1 with factor tau in each token's
 reward, no clipping (so make one optimizer step per batch), a response's tokens summed, responses averaged.

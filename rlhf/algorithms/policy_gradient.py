@@ -1,6 +1,6 @@
 """The policy-gradient kernel: the clipped loss that PPO and its relatives share. Advantages come from `advantages.py`.
 
-On the tokens of all responses in one flat row [N], with A_t fixed and rho = exp(log pi - log pi_old) of a token (or the geometric
+On the learned tokens of all responses in one flat row [N], with A_t fixed and rho = exp(log pi - log pi_old) of a token (or the geometric
 mean over the response: GSPO), each token's loss is
 
     w_t max(-rho A_t, -clip(rho, 1 - clip_low, 1 + clip_high) A_t)          clipped surrogate (Schulman et al. 2017)
@@ -14,8 +14,8 @@ the plain policy gradient: at pi = pi_old its gradient is -A_t grad log pi. CISP
 
 whose gradient no bound makes zero: a token far from the old policy counts with the bound as its weight.
 
-w_t corrects for the engines computing slightly other log-probs than the trainer (`importance_correction`). All of pi, pi_old and ref are
-at the sampling temperature.
+w_t corrects for pi_old not being what sampled the token: the engines compute slightly other log-probs than the trainer, or older weights
+wrote it (`importance_correction`). All of pi, pi_old and ref are at the sampling temperature.
 
 A learner, and a test on a table, go through the same calls:
 
@@ -97,7 +97,7 @@ class PolicyGradient:
     surrogate: Literal["clipped", "cispo"] = "clipped"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a KL that would hold nothing (see kl.py)."""
+        """Raises ValueError for a KL estimator whose gradient is not that of a KL where it is placed (see kl.py)."""
         if self.kl_placement == "reward" and self.kl_estimator != "k1":
             raise ValueError(
                 f"kl_estimator: {self.kl_estimator} in the reward has not the gradient of the KL; use k1 there"
@@ -140,13 +140,15 @@ class TokenLoss:
 def importance_correction(
     objective: PolicyGradient, old: torch.Tensor, behaviour: torch.Tensor, response: torch.Tensor
 ) -> Correction:
-    """Weights for the gap between the trainer's and the engines' log-probs of the same tokens (Yao et al. 2025).
+    """Weights for the ratio of the policy at the step's start to what sampled the tokens: the gap between the trainer's and the engines'
+    log-probs (Yao et al. 2025), and for tokens of older weights also how far the policy has moved since.
 
     none: 1. tis: w clamped to [correction_low, correction_high]. icepop: w inside the bounds, 0 outside. sequence_mask: 1 for
     responses whose geometric mean of w is inside the bounds, 0 for the others.
 
     Args:
-        old, behaviour: log-probs under the policy that wrote the tokens, by the trainer and by the engines, [N].
+        old: log-probs under the policy as the step starts, by the trainer, [N].
+        behaviour: those recorded when the tokens were sampled, [N].
     """
     low, high = objective.correction_low, objective.correction_high
     gap = old - behaviour

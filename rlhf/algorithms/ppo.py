@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from rlhf.algorithms.algorithm import Algorithm
 from rlhf.algorithms.policy_gradient import Critic
-from rlhf.algorithms.rewarded import rewarded
+from rlhf.algorithms.policy_gradient_method import policy_gradient_method
 from rlhf.config import Settings
 
 
@@ -30,4 +30,4 @@ def ppo(settings: Settings) -> Algorithm:
         value_clip=chosen.value_clip,
         lam=chosen.lam,
     )
-    return rewarded(settings, critic=critic)
+    return policy_gradient_method(settings, critic=critic)

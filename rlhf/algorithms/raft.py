@@ -6,7 +6,7 @@ LP and RP sum the log-probs of a response's tokens under policy and reference. T
 reference (the estimator k2 on whole responses): since the y_k are the policy's own, its gradient is that of lambda KL(pi || ref).
 
 Deviations: the paper ranks either the K responses of each prompt or all of a batch; here it is each prompt's. It trains on many batches'
-best until the loss rests, here a step learns from its own. It puts the KL into the reward; here it is a term of the loss. Of equal
+best until the loss converges, here a step learns from its own. It puts the KL into the reward; here it is a term of the loss. Of equal
 rewards the first response counts as best.
 """
 
@@ -22,7 +22,7 @@ from rlhf.config.methods.contrast import Raft
 
 
 def raft(settings: Settings) -> Algorithm:
-    """The declaration: current policy, K responses, the best one's likelihood, and perhaps a pull to the fixed reference."""
+    """The declaration: current policy, K responses, the best one's likelihood, and optionally a KL to the fixed reference."""
     algorithm: Raft = settings.algorithm
     likelihood = Contrast(link="linear", scale=-1.0, reduce=algorithm.logp_reduce, anchored=False)
     pull = Contrast(link="square", reduce=algorithm.logp_reduce)  # with target 1/2 it is U^2

@@ -1,10 +1,10 @@
-"""R-DPO, length-regularised DPO (Park et al. 2024), online: DPO for the reward less a price for each token.
+"""R-DPO, length-regularised DPO (Park et al. 2024), online: DPO for the reward less a penalty per token.
 
     L = -[ p log s(z) + (1-p) log s(-z) ],    z = beta h + alpha (|y_w| - |y_l|)
     h = U(y_w) - U(y_l),    U(y) = sum_t log pi_t - log ref_t
 
 |y| is a response's number of tokens, alpha the field `length_coef`. The reward that pi and ref imply is then beta U(y) + alpha |y|, so
-with soft labels the stationary policy is proportional to ref(y) exp( (r(y) - alpha |y|) / beta ): a winner that is longer teaches less.
+with soft labels the stationary policy is proportional to ref(y) exp( (r(y) - alpha |y|) / beta ): a longer winner gets a smaller gradient.
 
 Deviations: the paper's pairs are a data set's; here they are the current policy's, as for online DPO.
 """

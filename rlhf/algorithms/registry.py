@@ -24,7 +24,7 @@ def make(settings: Settings) -> Algorithm:
     """The algorithm that `settings.algorithm` names: a built-in, or a function at the import path `module:function`.
 
     A built-in `NAME` is the function `NAME` of the module `rlhf.algorithms.NAME`; every such function is given all settings,
-    since an algorithm's own may lean on others (a temperature, a length).
+    since an algorithm's own may depend on others (a temperature, a length).
 
     Raises:
         AlgorithmError: a module or function that does not exist or raises something, or does not return an `Algorithm`.
@@ -51,7 +51,7 @@ def make(settings: Settings) -> Algorithm:
 
 
 def _impossible(algorithm: Algorithm) -> dict[str, bool]:
-    """What no algorithm is, and whether this one is it."""
+    """What makes an algorithm impossible -> whether it applies to this one."""
     return {
         "has a `name` that is no text": not isinstance(algorithm.name, str),
         "has a `build` that cannot be called": not callable(algorithm.build),

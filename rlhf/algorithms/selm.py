@@ -1,4 +1,4 @@
-"""SELM, self-exploring language models (Zhang et al. 2024): iterative DPO with a bonus for leaving what the reference writes.
+"""SELM, self-exploring language models (Zhang et al. 2024): iterative DPO with a bonus for exploring away from the reference.
 
     L = -log s(beta h) + alpha beta ( LP(y_gen) - RP(y_gen) ),    h = U(y_w) - U(y_l),    U(y) = LP(y) - RP(y)
 

@@ -2,8 +2,8 @@
 
     L = -[ p log s(z) + (1-p) log s(-z) ],    z = beta (LP(y_w) / |y_w| - LP(y_l) / |y_l|) - gamma,    LP(y) = sum_t log pi_t
 
-The mean per token is what sampling ranks responses by, and leaves length no advantage of its own. Nothing holds the policy to its start
-but the margin; KL is still measured against the starting policy.
+The mean log-prob per token is the quantity that generation maximises, and it does not favour either length. Only the margin limits how
+far the policy moves; its KL is still measured against the starting policy.
 
 Deviations: the paper's pairs are sampled once from the starting model, or a data set's; here they are the current policy's.
 """

@@ -1,8 +1,8 @@
-"""SLiC-HF (Zhao et al. 2023), online: a hinge on the log-probs themselves, and a likelihood term that holds the policy up.
+"""SLiC-HF (Zhao et al. 2023), online: a hinge on the log-probs themselves, and a likelihood term as regulariser.
 
     L = max(0, delta - LP(y_w) + LP(y_l)) - lambda LP(y_w),    LP(y) = sum_t log pi_t
 
-There is no reference in the loss; the likelihood term takes the place of its pull.
+There is no reference in the loss; the likelihood term regularises in its place.
 
 Deviations: the paper's pairs come from the supervised model (or are human), and the likelihood is that of the supervised targets; here
 pairs are the current policy's, best against worst of K, and the likelihood is that of the chosen response. KL is still measured

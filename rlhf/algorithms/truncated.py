@@ -1,6 +1,6 @@
-"""Learning nothing from responses that were cut at the token limit (`algorithm.mask_truncated`), around any method's builder.
+"""Masks responses that were cut at the token limit (`algorithm.mask_truncated`), around any method's builder.
 
-What such a response would have become nobody knows: its reward is that of a text without an end, and to lower its tokens' probability
+How such a response would have ended is unknown: its reward is that of an unfinished text, and lowering its tokens' probability
 punishes a beginning that may have been right (DAPO's overlong filtering; Yu et al. 2025).
 """
 

@@ -1,4 +1,4 @@
-"""XPO, exploratory preference optimisation (Xie et al. 2024): DPO on policy against reference, with a bonus for leaving the latter.
+"""XPO, exploratory preference optimisation (Xie et al. 2024): DPO on policy against reference, with a bonus for exploring away from it.
 
     y ~ pi,  y~ ~ ref,    L = -log s(beta h) + alpha LP(y~),    h = U(y_w) - U(y_l),    U(y) = LP(y) - RP(y)
 

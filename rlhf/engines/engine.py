@@ -19,7 +19,7 @@ import numpy as np
 from rlhf.engines.lora import adapter_request
 from rlhf.engines.sampling import MIXTURE_ARGUMENT, Sampling
 from rlhf.transfer import TransferSession
-from rlhf.types import ModelSlot, Prompt, WeightSpec
+from rlhf.types import ModelSlot, Prompt, Span, WeightSpec
 
 
 class EngineDied(RuntimeError):
@@ -28,12 +28,13 @@ class EngineDied(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampled:
-    """One response as vLLM returns it: token ids int32 [n], log-probs float32 [n], and where it stopped."""
+    """One response as vLLM returns it: token ids int32 [n], log-probs float32 [n], why it ended, and which weights wrote which tokens
+    (`Span.by_policy` and `Span.learned` are not vLLM's to know)."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str | None
-    weight_version: int
+    spans: tuple[Span, ...]
 
 
 class Engine(ABC):
@@ -55,7 +56,7 @@ class Engine(ABC):
             EngineDied: the engine is gone.
         """
         params = sampling_params(sampling, sampling.request_seed(prompt.id), self._stops)
-        return _read(await self._answer(list(prompt.token_ids), params))
+        return read_responses(await self._answer(list(prompt.token_ids), params))
 
     async def choose(self, token_ids: Sequence[int], choices: Sequence[int]) -> list[float]:
         """Log-probs of the next token's being each of `choices`, given that it is one of them.
@@ -188,22 +189,15 @@ def choice_params(choices: Sequence[int]) -> Any:
     )
 
 
-def _read(output: Any) -> list[Sampled]:
+def read_responses(output: Any) -> list[Sampled]:
+    """The responses in one of vLLM's `RequestOutput`s."""
     return [
         Sampled(
             token_ids=np.asarray(one.token_ids, dtype=np.int32),
             logprobs=np.asarray(one.logprobs.logprobs, dtype=np.float32),
             finish_reason=one.finish_reason,
-            weight_version=_version(one.weight_versions),
+            # None where vLLM has no version to tell; the spans are in order and cover all tokens otherwise.
+            spans=tuple(Span(span.start, span.end, int(span.version)) for span in one.weight_versions or ()),
         )
         for one in output.outputs
     ]
-
-
-def _version(spans: Any) -> int:
-    versions = {span.version for span in spans or ()}
-    if len(versions) != 1:
-        raise RuntimeError(
-            f"a response was written by the weight versions {sorted(versions)}, but exactly one is possible here"
-        )
-    return int(versions.pop())

@@ -53,7 +53,8 @@ def held_out(judged: Sequence[JudgedRollout], tokenizer: Any) -> HeldOut:
 
 
 def response_rows(judged: JudgedRollout, tokenizer: Any) -> list[dict[str, Any]]:
-    """One row per response for the record: prompt, response, reward or outcome, length, finish reason."""
+    """One row per response for the record: prompt, response, reward or outcome, length, finish reason, and the version of the weights
+    that wrote it (of several, the oldest)."""
     (completions,) = fetch([judged.rollout.completions])
     return [
         {
@@ -64,9 +65,9 @@ def response_rows(judged: JudgedRollout, tokenizer: Any) -> list[dict[str, Any]]
             "reason": getattr(outcome, "reason", None),
             "length": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
-            "weight_version": completion.weight_version,
+            "weight_version": info.weight_version,
         }
-        for completion, outcome in zip(completions, judged.feedback.outcomes, strict=True)
+        for info, completion, outcome in zip(judged.rollout.infos, completions, judged.feedback.outcomes, strict=True)
     ]
 
 

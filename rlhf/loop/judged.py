@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.algorithms.labels import scored
-from rlhf.types import DATASET_VERSION, Failed, Feedback, Invalid, Rollout, Score, TimedOut
+from rlhf.types import Failed, Feedback, Invalid, Rollout, Score, TimedOut
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def rollout_metrics(judged: Sequence[JudgedRollout]) -> dict[str, float]:
         (info, outcome)
         for one in judged
         for info, outcome in zip(one.rollout.infos, one.feedback.outcomes, strict=True)
-        if info.weight_version != DATASET_VERSION
+        if info.versions
     ]
     infos, outcomes = [info for info, _ in drawn], [outcome for _, outcome in drawn]
     by_source: dict[str, list[float]] = {}
@@ -47,8 +47,10 @@ def rollout_metrics(judged: Sequence[JudgedRollout]) -> dict[str, float]:
         metrics |= {
             "rollout/length": float(np.mean([info.n_tokens for info in infos])),
             "rollout/truncated": float(np.mean([info.finish_reason == "length" for info in infos])),
-            "rollout/logprob": float(np.mean([info.mean_logprob for info in infos])),
         }
+    logprobs = [info.mean_logprob for info in infos if info.n_learned]
+    if logprobs:
+        metrics["rollout/logprob"] = float(np.mean(logprobs))
     if len(rewards):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
     values = [{value for _, value in scored(one.feedback)} for one in judged if len(scored(one.feedback)) > 1]

@@ -152,15 +152,16 @@ class GradientLearner:
                 one.advantages = advantage
 
     def _compare(self, experience: Experience, targets: MicroBatchTargets, old: torch.Tensor) -> Meters:
-        """Take in the log-probs of the weights that wrote the responses: their distance to the reference and to the engines."""
+        """Take in the policy's log-probs as the step starts: their distance to the reference and to what the engines computed."""
         if self._step.equal and self.settings.run.invariants:
             require_equal(experience, old, targets.reference, self.settings.policy.dtype)
-        # What the policy did not write has no log-prob that could be compared; it counts as on-policy.
+        # What the policy did not write has no log-prob that could be compared; it counts as on-policy. What older weights of it wrote is
+        # off-policy by exactly this ratio, which the correction bounds.
         behaviour = torch.where(experience.by_policy, experience.behaviour, old)
         correction = importance_correction(self.objective, old, behaviour, experience.response)
         targets.old, targets.weights = old, correction.weights
         tokens = float(len(old))
-        meters = kl_meters(experience, old, targets.reference) | gap_meters(experience, old)
+        meters = kl_meters(experience, old, targets.reference) | gap_meters(experience, old, self._step.version)
         return meters | {
             "policy/mismatch_ratio": (correction.ratio.sum().item(), tokens),
             "policy/mismatch_corrected": (correction.altered.float().sum().item(), tokens),
@@ -287,7 +288,7 @@ def _is_idle(experience: Experience) -> bool:
 
 def _n_learned(experience: Experience) -> int:
     """Responses that have a loss."""
-    return int(torch.count_nonzero(experience.coefficients.T @ experience.weight))
+    return len(experience.response[_item_weights(experience) != 0].unique())
 
 
 def _item_weights(experience: Experience) -> torch.Tensor:

@@ -43,6 +43,11 @@ class StepContext:
     equal: bool
     kl_coef: float = 0.0
 
+    @property
+    def version(self) -> int:
+        """Of the weights that the step starts from: the model's own files are version 0, and step k makes version k."""
+        return self.step - 1
+
 
 class Lazily(Sequence[Experience]):
     """Micro-batches that are packed each time they are asked for and kept by nobody, so that a rank holds the tensors of the one it is
@@ -140,10 +145,11 @@ def _worst(experience: Experience, logprobs: torch.Tensor, reference: torch.Tens
     """The tokens of the micro-batch that differ most: which they are, and both log-probs."""
     found = []
     for place in gap.nan_to_num(nan=torch.inf).topk(min(WORST, len(gap))).indices.tolist():
-        response = experience.response[place]
-        token = place - int((experience.response < response).sum())
+        response = int(experience.response[place])
+        prompt = experience.segments[int(experience.group[response])].prompt
+        token = int(experience.position_ids[0, experience.source[place]]) + 1 - prompt
         found.append(
-            f"response {int(response)}, token {token} (id {int(experience.targets[place])}): {logprobs[place].item():.4f} and "
+            f"response {response}, token {token} (id {int(experience.targets[place])}): {logprobs[place].item():.4f} and "
             f"{reference[place].item():.4f}"
         )
     return "; ".join(found)
@@ -152,13 +158,14 @@ def _worst(experience: Experience, logprobs: torch.Tensor, reference: torch.Tens
 @torch.no_grad()
 def kl_meters(experience: Experience, logprobs: torch.Tensor, reference: torch.Tensor) -> Meters:
     """KL(pi_T || ref_T) of the distribution that was sampled from (nats), on the tokens that the policy itself wrote: elsewhere these are
-    no estimates of it.
+    no estimates of it. Tokens that older weights wrote count; they are estimates of it as far as the policy has not moved since, which
+    policy/mismatch_ratio shows.
 
     Names: policy/kl (mean of log pi - log ref per token), policy/kl_k3 (the same by an estimator that is never negative) and
     policy/kl_response (sum over a response's tokens).
 
     Args:
-        logprobs: of the weights that wrote the tokens, at the sampling temperature T, [N].
+        logprobs: of the policy as the step starts, at the sampling temperature T, [N].
         reference: of the reference, at T, [N].
     """
     mine = experience.by_policy
@@ -172,8 +179,14 @@ def kl_meters(experience: Experience, logprobs: torch.Tensor, reference: torch.T
 
 
 @torch.no_grad()
-def gap_meters(experience: Experience, tempered: torch.Tensor) -> Meters:
-    """policy/logprob_gap: mean absolute difference between the engines' and the trainer's log-probs of the tokens that the policy
-    itself wrote (not those of a mixture or of the data set), in nats."""
-    gap = (tempered - experience.behaviour).abs()[experience.by_policy]
+def gap_meters(experience: Experience, tempered: torch.Tensor, version: int) -> Meters:
+    """policy/logprob_gap: mean absolute difference between the engines' and the trainer's log-probs of the tokens that both computed with
+    the same weights, in nats: those that the policy itself wrote (not a mixture or the data set) with the weights of this version.
+
+    Args:
+        tempered: of the weights of `version`, at the sampling temperature, [N].
+        version: of the weights that the step starts from. Older tokens differ because the policy has moved, which is no fault: they
+            count in policy/mismatch_ratio alone.
+    """
+    gap = (tempered - experience.behaviour).abs()[experience.written_by(version)]
     return {"policy/logprob_gap": (gap.sum().item(), float(len(gap)))}

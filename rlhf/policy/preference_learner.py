@@ -30,7 +30,7 @@ class PreferenceLearner:
 
     def begin(self, step: StepContext) -> None:
         """Start a loop step."""
-        self._equal = step.equal and self.settings.run.invariants
+        self._version, self._equal = step.version, step.equal and self.settings.run.invariants
         self._updates: dict[int, PendingUpdate[torch.Tensor]] = {}
         self._meters: list[Meters] = []
 
@@ -62,7 +62,7 @@ class PreferenceLearner:
         """Forward and backward of one micro-batch.
 
         Args:
-            start: if the policy's weights are still those that wrote the completions: the anchor's log-probs at the sampling
+            start: if the policy's weights are still those that the step started from: the anchor's log-probs at the sampling
                 temperature. What is measured of the policy that sampled (its KL, the engines' gap) is measured then alone; once an
                 update has moved it, the completions are no samples of it.
             equal: the policy's weights are still those of the reference, which is checked.
@@ -76,5 +76,5 @@ class PreferenceLearner:
         if len(losses):
             meters["policy/loss"] = (losses.sum().item(), float(len(experience.segments)))
         if len(losses) and start is not None:
-            meters |= kl_meters(experience, tempered, start) | gap_meters(experience, tempered)
+            meters |= kl_meters(experience, tempered, start) | gap_meters(experience, tempered, self._version)
         return meters

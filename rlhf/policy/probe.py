@@ -43,7 +43,8 @@ def probe_gaps(
     """The gaps of engines that answered the same prompt.
 
     Args:
-        rollouts: one of each engine; the source of a completion is the slot that wrote it.
+        rollouts: one of each engine; the source of a completion is the slot that wrote it, all of it with the weights that the slot
+            was sent last (the pool refuses others).
         models: fp32 [N] log-probs by the weights that the slot was sent, for each slot that answered.
     """
     answers = fetch([rollout.completions for rollout in rollouts])

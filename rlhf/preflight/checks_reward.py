@@ -52,7 +52,7 @@ def judged(settings: Settings, tokenizer: Any, pair: Pair) -> Feedback:
     completions = []
     for text in (pair.good, pair.bad):
         ids = np.asarray(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
-        completions.append(Completion(prompt.id, ids, np.zeros(len(ids), np.float32), 0, "stop"))
+        completions.append(Completion.of_one_version(prompt.id, ids, np.zeros(len(ids), np.float32), 0, "stop"))
 
     async def ask() -> Feedback:
         server = RewardServer(settings, 0, local=True)

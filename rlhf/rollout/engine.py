@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -183,15 +183,12 @@ class RolloutEngine:
                 "engine's precision are broken: look for a loss or gradient norm that is not finite, or try "
                 "rollout.dtype=fp32"
             )
-        return Completion(
-            prompt.id,
-            answer.token_ids,
-            answer.logprobs,
-            answer.weight_version,
-            cast(FinishReason, answer.finish_reason),
-            source=sampling.source,
-            by_policy=sampling.mixture == 0 and sampling.temperature > 0,
-        )
+        if not answer.spans:
+            raise BadResponse(f"{where} does not say which version of the weights wrote it")
+        by_policy = sampling.mixture == 0 and sampling.temperature > 0
+        spans = tuple(replace(span, by_policy=by_policy) for span in answer.spans)
+        finish_reason = cast(FinishReason, answer.finish_reason)
+        return Completion(prompt.id, answer.token_ids, answer.logprobs, spans, finish_reason, sampling.source)
 
     async def join_transfer(self, session: TransferSession, rank_offset: int) -> None:
         """Join the session with ranks `rank_offset` and following; blocks until all ranks have joined.
@@ -313,7 +310,7 @@ def _pair(prompt: Prompt) -> list[Completion]:
             f"prompt {prompt.id} has no `chosen` and `rejected` response, but the algorithm learns from them"
         )
     return [
-        Completion(
+        Completion.of_one_version(
             prompt.id,
             np.asarray(ids, dtype=np.int32),
             np.full(len(ids), np.nan, dtype=np.float32),

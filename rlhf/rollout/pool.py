@@ -20,7 +20,7 @@ from rlhf.rollout.router import Router
 from rlhf.rollout.spec import rollout_environment
 from rlhf.transfer import Backend, TransferSession
 from rlhf.transfer.choice import backend_of
-from rlhf.types import DATASET_VERSION, ModelSlot, Prompt, Rollout, WeightSpec
+from rlhf.types import CompletionInfo, ModelSlot, Prompt, Rollout, WeightSpec
 
 
 class StaleWeights(RuntimeError):
@@ -144,9 +144,7 @@ class RolloutPool:
         except (ActorDied, EngineDied) as error:
             self._bury(index, error)
             return None
-        stale = {info.weight_version for info in infos} - {self._accepted, DATASET_VERSION}
-        if stale:
-            raise StaleWeights(f"engine {index} wrote with version {sorted(stale)}, the policy is at {self._accepted}")
+        require_fresh(index, infos, self._accepted)
         return Rollout(prompt, infos, completions)
 
     def _bury(self, index: int, error: Exception) -> None:
@@ -244,3 +242,22 @@ class RolloutPool:
         deadline = self._settings.cluster.publish_deadline_s
         handles = [handle for index, handle in self._handles.items() if engines is None or index in engines]
         await asyncio.gather(*(handle.ask(method, deadline=deadline)() for handle in handles))
+
+
+def require_fresh(engine: int, infos: Sequence[CompletionInfo], version: int) -> None:
+    """Make sure that responses are learned from with the weights that wrote them: the loop is synchronous.
+
+    Args:
+        version: of the policy's weights.
+
+    Raises:
+        StaleWeights: the engine wrote one of them with other weights, or with several.
+    """
+    for info in infos:
+        if len(info.versions) > 1:
+            raise StaleWeights(
+                f"engine {engine}: a response was written by the weight versions {list(info.versions)}, but exactly one is possible here"
+            )
+    stale = {written for info in infos for written in info.versions} - {version}
+    if stale:
+        raise StaleWeights(f"engine {engine} wrote with version {sorted(stale)}, the policy is at {version}")

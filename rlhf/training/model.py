@@ -246,7 +246,7 @@ def probe_rows(vocabulary: int, device: torch.device) -> tuple[Experience, list[
     for group, (n_prompt, lengths) in enumerate([(7, (5, 3)), (4, (6,))]):
         prompt = generator.integers(vocabulary, size=n_prompt)
         answers = [generator.integers(vocabulary, size=n).astype(np.int32) for n in lengths]
-        made = [Completion(str(group), a, np.zeros(len(a), np.float32), 0, "length") for a in answers]
+        made = [Completion.of_one_version(str(group), a, np.zeros(len(a), np.float32), 0, "length") for a in answers]
         rollout = Rollout(Prompt(str(group), tuple(prompt.tolist()), ""), tuple(c.info() for c in made), None)
         assignments.append(Assignment(rollout, tuple(TrainingItem((i,), (1.0,)) for i in range(len(made)))))
         completions.append(made)

@@ -2,6 +2,9 @@
 
 Layout of a group: prompt tokens, then each used response without its last token (nothing is predicted from it). Positions of every
 response continue the prompt's. The log-prob of a response's first token comes from the prompt's last position.
+
+Only learned tokens are predicted (`Span.learned`). The others are in the row, for what follows to see, and nowhere else: no loss, mean
+or length that is computed from these tensors can count them, and no method needs to know of them.
 """
 
 from __future__ import annotations
@@ -36,13 +39,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Experience(Row):
-    """What one rank forwards and learns from at once: a row whose targets are N response tokens; R responses, I items.
+    """What one rank forwards and learns from at once: a row whose targets are N learned tokens; R responses, I items.
 
     Attributes:
-        response: int64 [N], response index of each token, 0..R-1.
+        response: int64 [N], response index of each token, 0..R-1, ascending. A response without a learned token has no entry.
         group: int64 [R], index of the prompt each response belongs to.
         behaviour: fp32 [N], log-probs recorded when the tokens were sampled (nats); NaN for a data set's tokens.
         by_policy: bool [N], whether the policy alone sampled the token, so that its log-prob can be compared.
+        version: int64 [N], version of the policy's weights that wrote the token (`Span.version`).
         coefficients: fp32 [I, R]; target, weight: fp32 [I]; term: int64 [I] (see `TrainingItem`).
     """
 
@@ -50,6 +54,7 @@ class Experience(Row):
     group: torch.Tensor
     behaviour: torch.Tensor
     by_policy: torch.Tensor
+    version: torch.Tensor
     coefficients: torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor
@@ -60,12 +65,16 @@ class Experience(Row):
         """R."""
         return len(self.group)
 
+    def written_by(self, version: int) -> torch.Tensor:
+        """Whether the policy alone, with the weights of this version, wrote the token, bool [N]."""
+        return self.by_policy & (self.version == version)
+
 
 def pack(
     assignments: Sequence[Assignment], completions: Sequence[Sequence[Completion]], device: torch.device
 ) -> Experience:
     """Pack assignments with their completions (one list per assignment) into one row."""
-    ids, positions, source, targets, response, behaviour, by_policy, group = [], [], [], [], [], [], [], []
+    ids, positions, tokens, group = [], [], [], []
     segments, members, start, n_responses = [], [], 0, 0
     for number, (assignment, answers) in enumerate(zip(assignments, completions, strict=True)):
         prompt = np.asarray(assignment.rollout.prompt.token_ids, dtype=np.int64)
@@ -75,16 +84,13 @@ def pack(
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
         for member in used:
-            tokens = answers[member].token_ids.astype(np.int64)
-            body = len(tokens) - 1
-            ids.append(tokens[:-1])
+            answer = answers[member].token_ids.astype(np.int64)
+            body = max(len(answer) - 1, 0)
+            ids.append(answer[:body])
             positions.append(np.arange(len(prompt), len(prompt) + body))
-            source.append(np.concatenate(([start + len(prompt) - 1], np.arange(at, at + body))))
-            targets.append(tokens)
-            response.append(np.full(len(tokens), n_responses))
-            behaviour.append(answers[member].logprobs)
-            by_policy.append(np.full(len(tokens), answers[member].by_policy))
-            group.append(np.array([number]))
+            before = np.concatenate(([start + len(prompt) - 1], np.arange(at, at + body)))
+            tokens.append(_learned_tokens(answers[member], before[: len(answer)], n_responses))
+            group.append(number)
             bodies.append(body)
             at += body
             n_responses += 1
@@ -97,9 +103,10 @@ def pack(
         for member, coefficient in zip(item.members, item.coefficients, strict=True):
             coefficients[row, places[member]] += coefficient
 
-    def tensor(parts: list[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def tensor(parts: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts)).to(device=device, dtype=dtype)
 
+    source, targets, response, behaviour, by_policy, version = zip(*tokens, strict=True)
     return Experience(
         input_ids=tensor(ids)[None],
         position_ids=tensor(positions)[None],
@@ -107,14 +114,35 @@ def pack(
         source=tensor(source),
         targets=tensor(targets),
         response=tensor(response),
-        group=tensor(group),
+        group=torch.tensor(group, device=device),
         behaviour=tensor(behaviour, torch.float32),
         by_policy=tensor(by_policy, torch.bool),
+        version=tensor(version),
         coefficients=coefficients.to(device),
         target=torch.tensor([item.target for item, _ in items], dtype=torch.float32, device=device),
         weight=torch.tensor([item.weight for item, _ in items], dtype=torch.float32, device=device),
         term=torch.tensor([item.term for item, _ in items], dtype=torch.int64, device=device),
     )
+
+
+def _learned_tokens(answer: Completion, before: np.ndarray, response: int) -> tuple[np.ndarray, ...]:
+    """Source, target, response, behaviour log-prob, `by_policy` and version of each learned token of one response, [n_learned] each.
+
+    Args:
+        before: row position of what precedes each token, [n_tokens].
+        response: its index in the row.
+    """
+    spans = answer.spans
+    columns = (
+        before,
+        answer.token_ids,
+        np.full(len(before), response),
+        answer.logprobs,
+        answer.per_token([span.by_policy for span in spans]),
+        answer.per_token([span.version for span in spans]),
+    )
+    learned = np.flatnonzero(answer.per_token([span.learned for span in spans]))
+    return tuple(column[learned] for column in columns)
 
 
 def pack_sequences(token_ids: Sequence[np.ndarray], learned: Sequence[np.ndarray], device: torch.device) -> Row:
@@ -155,6 +183,7 @@ def idle(device: torch.device) -> Experience:
         group=zero,
         behaviour=torch.zeros(1, device=device),
         by_policy=torch.zeros(1, dtype=torch.bool, device=device),
+        version=zero,
         coefficients=torch.zeros(0, 1, device=device),
         target=torch.zeros(0, device=device),
         weight=torch.zeros(0, device=device),

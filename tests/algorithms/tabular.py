@@ -46,7 +46,9 @@ def declared(name: str = "online_dpo", **fields: Any) -> Algorithm:
 def answered(tokens: Sequence[Sequence[int]], sources: Sequence[str] | None = None) -> Rollout:
     """A rollout whose completions have these token ids, written by these sources ("policy" if None)."""
     made = [
-        Completion("p", np.array(ids, np.int32), np.zeros(len(ids), np.float32), 0, "stop", source=source)
+        Completion.of_one_version(
+            "p", np.array(ids, np.int32), np.zeros(len(ids), np.float32), 0, "stop", source=source
+        )
         for ids, source in zip(tokens, sources or ["policy"] * len(tokens), strict=True)
     ]
     return Rollout(Prompt("p", (0,), "p"), tuple(completion.info() for completion in made), made)

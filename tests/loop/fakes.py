@@ -33,7 +33,7 @@ class Rollouts:
         self.sampled.append(prompt.id)
         n = sum(sampling.n for sampling in samplings)
         tokens = [np.array([7 if self.alike else i], np.int32) for i in range(n)]
-        made = [Completion(prompt.id, one, np.zeros(1, np.float32), 0, "stop") for one in tokens]
+        made = [Completion.of_one_version(prompt.id, one, np.zeros(1, np.float32), 0, "stop") for one in tokens]
         return Rollout(prompt, tuple(one.info() for one in made), LocalRef(made))
 
     async def probe(self, *_: Any) -> dict[int, Rollout]:

@@ -64,7 +64,8 @@ def make_assignments(objective: Objective, remote: bool, count: int = 7) -> list
     for group in range(count):
         tokens = [[rng.randrange(5, 200) for _ in range(rng.randrange(1, 14))] for _ in range(4)]
         completions = [
-            Completion(str(group), np.array(t, np.int32), np.full(len(t), -5.0, np.float32), 0, "stop") for t in tokens
+            Completion.of_one_version(str(group), np.array(t, np.int32), np.full(len(t), -5.0, np.float32), 0, "stop")
+            for t in tokens
         ]
         prompt = Prompt(str(group), tuple(rng.randrange(5, 200) for _ in range(rng.randrange(2, 12))), "")
         held = ray.put(completions) if remote else LocalRef(completions)

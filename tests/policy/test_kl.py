@@ -25,7 +25,7 @@ N = 3000
 def assignment(tokens: torch.Tensor, behaviour: torch.Tensor, objective: Objective, first: int = 0) -> Assignment:
     """One-token responses to the prompt, in pairs or with rewards of their own."""
     completions = [
-        Completion(str(first), np.array([token], np.int32), np.array([value], np.float32), 0, "stop")
+        Completion.of_one_version(str(first), np.array([token], np.int32), np.array([value], np.float32), 0, "stop")
         for token, value in zip(tokens.tolist(), behaviour.tolist(), strict=True)
     ]
     prompt = Prompt(str(first), PROMPT.token_ids, "")

@@ -7,15 +7,16 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rlhf.cluster import LocalRuntime, fetch
 from rlhf.policy import InvariantBroken, PolicyGroup, StepContext
 from rlhf.policy import rank as rank_module
-from rlhf.policy.learner import EQUAL_TOLERANCE, Lazily, require_equal
+from rlhf.policy.learner import EQUAL_TOLERANCE, Lazily, gap_meters, kl_meters, require_equal
 from rlhf.training.packing import Experience, idle, pack
-from rlhf.types import Assignment, TrainingItem
+from rlhf.types import DATASET_VERSION, Assignment, Completion, Prompt, Rollout, Span, TrainingItem
 from tests.helpers import make_rollout, rank_inside
 from tests.policy.test_group import LOOPS, OBJECTIVES, declare, make_assignments
 
@@ -111,3 +112,36 @@ def test_the_error_names_the_tokens_that_differ_most() -> None:
     assert "Most of all at response 1, token 1 (id 11): 2.0000 and -2.0000; response 0, token 2 (id 9)" in str(
         error.value
     )
+
+
+def of_spans(*spans: Span) -> Experience:
+    """One response whose tokens were recorded with log-probs of -1, -2, ..."""
+    n = spans[-1].stop
+    answer = Completion("p", np.arange(n, dtype=np.int32), -np.arange(1, n + 1, dtype=np.float32), spans, "stop")
+    rollout = Rollout(Prompt("p", (1, 2), ""), (answer.info(),), None)
+    return pack([Assignment(rollout, (TrainingItem((0,), (1.0,)),))], [[answer]], CPU)
+
+
+def test_the_gap_is_that_of_tokens_of_the_steps_own_version() -> None:
+    """Of five learned tokens two are by older weights and one is a mixture's; what a tool wrote is in the row and in no mean."""
+    experience = of_spans(
+        Span(0, 2, 6), Span(2, 4, DATASET_VERSION, False, learned=False), Span(4, 6, 7), Span(6, 7, 7, by_policy=False)
+    )
+    trainer = torch.tensor([-11.0, -12.0, -5.25, -6.75, -100.0])
+    assert gap_meters(experience, trainer, StepContext(8, equal=False).version) == {"policy/logprob_gap": (1.0, 2.0)}
+    older = gap_meters(experience, trainer, 6)
+    assert older == {"policy/logprob_gap": (20.0, 2.0)}
+    assert gap_meters(experience, trainer, 9) == {"policy/logprob_gap": (0.0, 0.0)}
+
+
+def test_the_kl_is_that_of_tokens_that_the_policy_wrote_alone() -> None:
+    experience = of_spans(Span(0, 1, 6), Span(1, 2, 6, learned=False), Span(2, 3, 7), Span(3, 4, 7, by_policy=False))
+    meters = kl_meters(experience, torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.25, -9.0]))
+    assert meters["policy/kl"] == (0.75, 2.0)
+    assert meters["policy/kl_response"] == (0.75, 1.0)
+
+
+def test_the_error_counts_a_token_where_it_stands_in_its_response() -> None:
+    experience = of_spans(Span(0, 3, DATASET_VERSION, False, learned=False), Span(3, 5, 0))
+    with pytest.raises(InvariantBroken, match=r"response 0, token 4 \(id 4\): 3.0000 and -2.0000"):
+        require_equal(experience, torch.tensor([-2.0, 3.0]), torch.tensor([-2.0, -2.0]), "fp32")

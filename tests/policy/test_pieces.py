@@ -139,7 +139,8 @@ def make_assignments(objective: Objective, count: int) -> list[Assignment]:
     for group in range(count):
         tokens = [[rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 6))] for _ in range(3)]
         completions = [
-            Completion(str(group), np.array(t, np.int32), np.full(len(t), -2.5, np.float32), 0, "stop") for t in tokens
+            Completion.of_one_version(str(group), np.array(t, np.int32), np.full(len(t), -2.5, np.float32), 0, "stop")
+            for t in tokens
         ]
         prompt = Prompt(str(group), tuple(rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 4))), "")
         rollout = Rollout(prompt, tuple(c.info() for c in completions), LocalRef(completions))

@@ -64,7 +64,7 @@ def make_text_rollout(tiny_model: Path) -> Callable[..., Rollout]:
                 ids = [*ids, tokenizer.eos_token_id]
             ids = np.array(ids, np.int32)
             reason = "length" if index in cut else "stop"
-            completions.append(Completion("p", ids, np.zeros(len(ids), np.float32), 0, reason))
+            completions.append(Completion.of_one_version("p", ids, np.zeros(len(ids), np.float32), 0, reason))
         return Rollout(Prompt("p", (1,), prompt, {"n": 3}), tuple(c.info() for c in completions), keep(completions))
 
     return make

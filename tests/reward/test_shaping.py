@@ -21,7 +21,7 @@ from rlhf.reward.reference_scores import (
     unreferenced,
 )
 from rlhf.reward.shaping import Shaping
-from rlhf.types import CompletionInfo, Failed, Feedback, Outcome, Prompt, Rollout, Score
+from rlhf.types import CompletionInfo, Failed, Feedback, Outcome, Prompt, Rollout, Score, Span
 
 NORMALISE = {"name": "normalise"}
 CALIBRATE = {"name": "calibrate"}
@@ -34,7 +34,8 @@ def chain(*transforms: dict[str, Any]) -> list[Any]:
 def answered(prompt: str, *responses: tuple[int, bool]) -> Rollout:
     """A rollout of responses given by their length and whether they were cut."""
     infos = tuple(
-        CompletionInfo(n, str(i), 0.0, 0, "length" if cut else "stop") for i, (n, cut) in enumerate(responses)
+        CompletionInfo((Span(0, n, 0),), str(i), 0.0, "length" if cut else "stop")
+        for i, (n, cut) in enumerate(responses)
     )
     return Rollout(Prompt(prompt, (1,), prompt), infos, None)
 

@@ -113,8 +113,8 @@ def check_logprobs(engines: Engines) -> None:
         for position, answer in enumerate(answers):
             beta = drawn[position // 2].mixture
             assert answer.source == f"beta {beta}"
-            assert answer.by_policy == (beta == 0)
-            assert answer.weight_version == engines.publisher.version
+            assert answer.spans[0].by_policy == (beta == 0)
+            assert answer.info().weight_version == engines.publisher.version
             assert engines.gap(prompt, answer, beta) < GAP
             if len(answer.token_ids) > 8:
                 assert min(engines.gap(prompt, answer, other) for other in BETAS if other != beta) > 100 * GAP
@@ -296,7 +296,7 @@ def test_requests_in_flight_finish_under_the_weights_they_began_with(remote_engi
     new = dict(engines.models)
     for prompt, (_, answers) in zip(PROMPTS, engines.run(finish(tasks)), strict=True):
         for position, answer in enumerate(answers):
-            engines.models = old if answer.weight_version == version else new
+            engines.models = old if answer.info().weight_version == version else new
             assert engines.gap(prompt, answer, drawn[position // 2].mixture) < GAP
     engines.models = new
     engines.publish(1.1)

@@ -55,7 +55,7 @@ def test_logprobs_are_those_of_transformers(pool, run, tiny_model, temperature) 
     model = load_model(tiny_model)
     for prompt, answers in zip(PROMPTS, sample_all(pool, run, Sampling(4, 40, temperature)), strict=True):
         assert largest_gap(model, prompt, answers, temperature) < GAP
-        assert {answer.weight_version for answer in answers} == {0}
+        assert {answer.info().weight_version for answer in answers} == {0}
         for answer in answers:
             ended = answer.token_ids[-1] == model.config.eos_token_id
             assert answer.finish_reason == ("stop" if ended else "length")
@@ -120,7 +120,7 @@ def test_new_weights_reach_every_engine(which, request, run, tiny_model) -> None
     during = sample_all(publisher.pool, run, sampling)
     for prompt, answers in zip(PROMPTS, during, strict=True):
         assert largest_gap(changed, prompt, answers) < GAP
-        assert {answer.weight_version for answer in answers} == {publisher.version}
+        assert {answer.info().weight_version for answer in answers} == {publisher.version}
     assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(before[0], during[0], strict=True))
     publisher.publish(original)
     after = sample_all(publisher.pool, run, sampling)
@@ -142,8 +142,8 @@ def test_requests_in_flight_finish_under_one_version(publisher, run, tiny_model)
     publisher.publish(new)
     for prompt, (_, answers) in zip(PROMPTS, run(_all(tasks)), strict=True):
         for answer in answers:
-            assert answer.weight_version in (publisher.version - 1, publisher.version)
-            assert largest_gap(old if answer.weight_version < publisher.version else new, prompt, [answer]) < GAP
+            assert answer.info().weight_version in (publisher.version - 1, publisher.version)
+            assert largest_gap(old if answer.info().weight_version < publisher.version else new, prompt, [answer]) < GAP
     publisher.publish(old)
 
 

@@ -1,4 +1,4 @@
-"""What the methods that learn from rewards have in common: every scored response is an item, and how settings become an objective."""
+"""What the policy-gradient methods share: the builder, in which every scored response is an item, and how settings become an objective."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def every_response(
     return tuple(TrainingItem((index,), (1.0,), target=value) for index, value in rewards)
 
 
-def rewarded(
+def policy_gradient_method(
     settings: Settings,
     baseline: Literal["none", "mean", "leave_one_out", "mean_std"] = "none",
     critic: Critic | None = None,
