@@ -19,6 +19,7 @@ import numpy as np
 FinishReason = Literal["stop", "length"]
 ModelSlot = Literal["policy", "partner"]
 """Which of an engine's models is meant: the policy, or the second one that mixtures are made with."""
+IncidentKind = Literal["died", "froze", "lied"]
 
 DATASET_VERSION = -1
 """The weight version of tokens that no policy wrote: a response of the data set, a tool's or a user's turn inside a dialogue."""
@@ -385,3 +386,36 @@ class WeightSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """One set of weights on its way from the policy to the engines.
+
+    Attributes:
+        version: of the policy's weights in an engine that has received it. A shipment for the partner does not change it.
+        slot: the model that the weights are for.
+        specs: the tensors, in the order in which they are sent.
+    """
+
+    version: int
+    slot: ModelSlot
+    specs: tuple[WeightSpec, ...]
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A process died, froze (does not answer) or lied (is not what it should be).
+
+    Attributes:
+        who: the actor's name.
+        when: seconds since 1970, as the process that noticed it counts them.
+        holding: what it had been given and has not answered: prompt ids, of an engine.
+        words: what happened, where and why, as a sentence.
+    """
+
+    kind: IncidentKind
+    who: str
+    when: float
+    holding: tuple[str, ...]
+    words: str

@@ -1,8 +1,8 @@
 """Where actors live and how one waits for them.
 
 Owns: deciding which actor runs on which node with which GPUs (`place`), starting and stopping actors, in Ray (`RayRuntime`)
-or in this process (`LocalRuntime`, which is debug mode), the handles through which they are called, and references to
-results that the caller does not want to hold.
+or in this process (`LocalRuntime`, which is debug mode), who is alive (`lives`) and who has the least to do (`router`), the handles
+through which they are called, and references to results that the caller does not want to hold.
 Does not know: what any actor does. Rule: every remote wait has a deadline and says who waited for whom.
 """
 
