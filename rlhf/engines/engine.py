@@ -19,7 +19,7 @@ import numpy as np
 from rlhf.engines.lora import adapter_request
 from rlhf.engines.sampling import MIXTURE_ARGUMENT, Sampling
 from rlhf.transfer import TransferSession
-from rlhf.types import ModelSlot, Prompt, Span, WeightSpec
+from rlhf.types import ModelSlot, Prompt, Shipment, Span
 
 
 class EngineDied(RuntimeError):
@@ -85,14 +85,11 @@ class Engine(ABC):
         init = {"session": asdict(session), "rank_offset": rank_offset}
         await self.workers("init_weight_transfer_engine", init_info=init)
 
-    async def receive_weights(
-        self, specs: Sequence[WeightSpec], slot: ModelSlot, adapter: dict[str, Any] | None
-    ) -> set[str]:
+    async def receive_weights(self, shipment: Shipment, adapter: dict[str, Any] | None) -> set[str]:
         """Let the workers take the weights that the session's sender sends meanwhile. Between `pause` and `resume`.
 
         Args:
-            slot: the model that they are for.
-            adapter: they are a LoRA adapter with this configuration (`rlhf.engines.lora.peft_config`).
+            adapter: the weights are a LoRA adapter with this configuration (`rlhf.engines.lora.peft_config`).
 
         Returns:
             Fingerprints of what the workers received: one, if all is well.
@@ -101,14 +98,14 @@ class Engine(ABC):
             TransferFailed: the transfer broke off, or the weights do not fill the model.
         """
         announcement = {
-            "names": [spec.name for spec in specs],
-            "dtypes": [spec.dtype for spec in specs],
-            "shapes": [list(spec.shape) for spec in specs],
+            "names": [spec.name for spec in shipment.specs],
+            "dtypes": [spec.dtype for spec in shipment.specs],
+            "shapes": [list(spec.shape) for spec in shipment.specs],
         }
         if adapter is not None:
             await self.workers("receive_adapter", update_info=announcement, config=adapter)
         else:
-            await self.workers("aim", slot=slot)
+            await self.workers("aim", slot=shipment.slot)
             await self.workers("start_weight_update")
             await self.workers("update_weights", update_info=announcement)
             await self.workers("finish_weight_update")

@@ -29,7 +29,7 @@ from rlhf.loop.roles import Roles
 from rlhf.policy import StepContext
 from rlhf.reward.shaping import Shaping
 from rlhf.tracking.record import Record
-from rlhf.types import Assignment, Feedback, Invalid, ModelSlot, Prompt, Rollout
+from rlhf.types import Assignment, Feedback, Invalid, ModelSlot, Prompt, Rollout, Shipment
 
 
 class OnlineLoop:
@@ -78,7 +78,7 @@ class OnlineLoop:
             changed = await self.roles.policy.follow(step)
         clock.lap("time/train")
         await self.publish(version=step)
-        if self.algorithm.mixes and (changed["partner"] or self._weights_lost()):
+        if self.algorithm.mixes and (changed["partner"] or "partner" in self.roles.rollouts.missing):
             await self.publish(version=step, slot="partner")
         clock.lap("time/sync")
         self._settle(batch)
@@ -139,10 +139,10 @@ class OnlineLoop:
 
     async def publish(self, version: int, slot: ModelSlot = "policy") -> None:
         """Bring the weights of the policy, or of the engines' second model, into all engines, as `version`, attested by each."""
-        fingerprint, _ = await together(
-            self.roles.policy.send_weights(slot), self.roles.rollouts.receive(self.roles.policy.specs, version, slot)
-        )
-        self.roles.rollouts.accept(version, fingerprint, slot)
+        policy, rollouts = self.roles.policy, self.roles.rollouts
+        shipment = Shipment(version, slot, policy.specs)
+        fingerprint, _ = await together(policy.send_weights(shipment), rollouts.receive(shipment))
+        rollouts.accept(shipment, fingerprint)
         self._version = version
 
     @asynccontextmanager
@@ -153,19 +153,15 @@ class OnlineLoop:
             publish: give the engines back what they lost in sleep; the caller publishes something newer otherwise.
         """
         if self.roles.turns:
-            await together(self.roles.rollouts.sleep(), self.roles.rewards.offload())
+            await together(self.roles.rollouts.offload(), self.roles.rewards.offload())
             await self.roles.policy.reload()
         yield
         if self.roles.turns:
             await self.roles.policy.offload()
-            await together(self.roles.rollouts.wake(), self.roles.rewards.reload())
-        if publish and self._weights_lost():
-            await self.publish(self._version)
-            if self.algorithm.mixes:
-                await self.publish(self._version, slot="partner")
-
-    def _weights_lost(self) -> bool:
-        return self.roles.turns and self.settings.rollout.sleep_level == 2
+            await together(self.roles.rollouts.reload(), self.roles.rewards.reload())
+        if publish:
+            for slot in self.roles.rollouts.missing:
+                await self.publish(self._version, slot)
 
     def _samplings(self, step: int) -> list[Sampling]:
         rollout = self.settings.rollout

@@ -30,7 +30,6 @@ from rlhf.policy import PolicyGroup
 from rlhf.reward.reference_scores import members_need_references
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
-from rlhf.transfer import TransferSession
 
 FAREWELL_S = 10.0
 """How long a role gets to end by itself when the run ends for another reason, in seconds. A rank in a long step cannot, and whoever
@@ -92,13 +91,7 @@ async def started_roles(
             policy_ready, start("engines", RolloutPool.start(runtime, settings, algorithm.mixes)), rewards_ready
         )
         host, port = await policy.transfer_address()
-        session = TransferSession(
-            backend=rollouts.backend,
-            host=host,
-            port=port,
-            world_size=1 + rollouts.workers,
-            timeout_s=settings.cluster.publish_deadline_s,
-        )
+        session = rollouts.new_session(host, port)
         await asyncio.gather(policy.open_transfer(session), rollouts.connect(session))
         yield Roles(policy, rollouts, rewards, turns=turns)
         ended_well = True

@@ -17,7 +17,7 @@ from rlhf.policy.rank import PolicyBatch, PolicyRank
 from rlhf.training.balance import plan_updates
 from rlhf.training.rank_group import RankGroup, start_ranks
 from rlhf.transfer import TransferSession
-from rlhf.types import Assignment, Counts, ModelSlot, RankBatch, Rollout, WeightSpec
+from rlhf.types import Assignment, Counts, RankBatch, Rollout, Shipment, WeightSpec
 
 
 class PolicyGroup:
@@ -28,7 +28,7 @@ class PolicyGroup:
         self._kl: AdaptiveKl | None = None
         if isinstance(objective, PolicyGradient) and objective.kl_placement != "none":
             self._kl = AdaptiveKl(objective.kl_coef, objective.kl_target, objective.kl_horizon)
-        self.specs: list[WeightSpec] = []
+        self.specs: tuple[WeightSpec, ...] = ()
 
     @classmethod
     async def start(cls, runtime: Runtime, settings: Settings, algorithm: Algorithm, total_updates: int) -> PolicyGroup:
@@ -167,14 +167,10 @@ class PolicyGroup:
         """Host of the sender and a free port there."""
         return await self._ranks.first.ask(PolicyRank.address, deadline=self._settings.cluster.startup_s)()
 
-    async def send_weights(self, slot: ModelSlot = "policy") -> str:
-        """Send the weights to the engines, which must be receiving; returns their fingerprint.
-
-        Args:
-            slot: the policy's weights, or those of the engines' second model.
-        """
+    async def send_weights(self, shipment: Shipment) -> str:
+        """Send the weights of the shipment's slot to the engines, which must be receiving it; returns their fingerprint."""
         send = self._ranks.ask(PolicyRank.send_weights, deadline=self._settings.cluster.publish_deadline_s)
-        fingerprint, *_ = await send(slot)
+        fingerprint, *_ = await send(shipment)
         assert fingerprint is not None, "rank 0 always sends"
         return fingerprint
 

@@ -40,7 +40,7 @@ from rlhf.training.packing import Experience, idle, pack
 from rlhf.training.ranks import Member, join, leave, rendezvous
 from rlhf.training.weights import described_weights, in_host_memory, whole_weights
 from rlhf.transfer import TransferSession, WeightSender, sending_ranks
-from rlhf.types import Assignment, Completion, ModelSlot, RankBatch, Rollout, WeightSpec
+from rlhf.types import Assignment, Completion, ModelSlot, RankBatch, Rollout, Shipment, WeightSpec
 
 PolicyBatch = RankBatch[tuple[Assignment, ...]]
 """What a rank is given: its completions are not fetched yet."""
@@ -211,33 +211,35 @@ class PolicyRank:
 
     # Weights
 
-    def weight_specs(self) -> list[WeightSpec]:
+    def weight_specs(self) -> tuple[WeightSpec, ...]:
         """Names, types and whole shapes of the policy's weights, in the order in which `send_weights` sends them."""
         described = lora.described_adapter if self._sends_adapter() else described_weights
-        return [
+        return tuple(
             WeightSpec(name, str(dtype).removeprefix("torch."), shape)
             for name, dtype, shape in described(self._causal_lm)
-        ]
+        )
 
     def open_transfer(self, session: TransferSession) -> None:
-        """Rank 0, or with `ipc` every rank, joins the engines' transfer group as a sender."""
+        """Rank 0, or with `ipc` every rank, leaves the engines' transfer group of before, and joins this one as a sender."""
         senders = sending_ranks(session.backend, self.settings.policy.ranks)
+        if self._sender is not None:
+            self._sender.close()
         if self.rank in senders:
             self._sender = WeightSender.open(session, self.rank, len(senders), join_nccl)
 
-    def send_weights(self, slot: ModelSlot = "policy") -> str | None:
+    def send_weights(self, shipment: Shipment) -> str | None:
         """Send all weights of the policy or of the engines' second model; rank 0 returns their fingerprint. Collective."""
-        offloaded = slot == "partner" and self.partner.offloaded
+        offloaded = shipment.slot == "partner" and self.partner.offloaded
         if offloaded:
             self.partner.reload()
-        fingerprint = self._send(self._weights(slot), slot)
+        fingerprint = self._send(self._weights(shipment.slot), shipment)
         if offloaded:
             self.partner.offload(self.device)
         return fingerprint
 
-    def _send(self, weights: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot) -> str | None:
+    def _send(self, weights: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str | None:
         if self._sender is not None:
-            return self._sender.send(weights, slot)
+            return self._sender.send(weights, shipment)
         for _ in weights:  # to take part in gathering
             pass
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
 
@@ -24,7 +24,8 @@ from rlhf.engines.sampling import Sampling
 from rlhf.engines.start import start_engine
 from rlhf.rollout.spec import rollout_spec
 from rlhf.transfer import Backend, TransferFailed, TransferSession
-from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, FinishReason, ModelSlot, Prompt, WeightSpec
+from rlhf.transfer.versions import Attestation, Checksums
+from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, FinishReason, ModelSlot, Prompt, Shipment
 
 
 class BadResponse(RuntimeError):
@@ -39,7 +40,7 @@ class EngineInfo:
         workers: vLLM worker processes, each of which receives weights.
         pid: of the engine's process on `host`.
         log: file that the process writes to, on its own host; None when it is the driver's process.
-        held: see `Attestation`.
+        held: see `rlhf.transfer.versions.Attestation`.
     """
 
     index: int
@@ -47,24 +48,7 @@ class EngineInfo:
     host: str
     pid: int
     log: str | None
-    held: Mapping[ModelSlot, tuple[str, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Attestation:
-    """An engine's word for the weights it now holds.
-
-    Attributes:
-        version: of the policy's weights. A new partner does not change it.
-        fingerprint: of the bytes as its workers received them (`rlhf.transfer.fingerprint`).
-        held: checksum of each slot's weights as each worker holds them (`rlhf.engines.slots`), except of a slot whose last
-            transfer failed. Empty in an engine that does not mix, where there is no other slot to keep.
-    """
-
-    engine: int
-    version: int
-    fingerprint: str
-    held: Mapping[ModelSlot, tuple[str, ...]] = field(default_factory=dict)
+    held: Checksums = field(default_factory=dict)
 
 
 class RolloutEngine:
@@ -93,7 +77,7 @@ class RolloutEngine:
         self._broken: set[ModelSlot] = set()  # whose last transfer has not ended well
         self._session: TransferSession | None = None
         self._delivered = asyncio.Event()
-        self._delivery: tuple[ModelSlot, str] | None = None
+        self._delivery: tuple[Shipment, str] | None = None
 
     @property
     def _engine(self) -> Engine:
@@ -194,7 +178,7 @@ class RolloutEngine:
         """Join the session with ranks `rank_offset` and following; blocks until all ranks have joined.
 
         Raises:
-            ValueError: the session's back end is not the one this engine was started with.
+            ValueError: the session's back end is not the one this engine was started with, or its epoch is over.
         """
         from rlhf.transfer import local
 
@@ -202,38 +186,50 @@ class RolloutEngine:
             raise ValueError(
                 f"engine {self._index} was started for weights by {self._backend}, the session is {session.backend}"
             )
+        if self._session is not None and session.epoch <= self._session.epoch:
+            raise ValueError(
+                f"engine {self._index} joined the weight-transfer session of epoch {self._session.epoch}: that of epoch "
+                f"{session.epoch} is over"
+            )
+        self._leave()
+        self._session = session
         if session.backend == "local":
+            self._delivered.clear()  # what an earlier session may have left
             local.register(session, self._deliver)
-            self._session = session
             return
         await self._engine.join_transfer(session, rank_offset)
 
-    async def receive_weights(
-        self, specs: Sequence[WeightSpec], version: int, slot: ModelSlot = "policy"
-    ) -> Attestation:
+    def _leave(self) -> None:
+        """Forget the session of before; sockets and groups are closed by the workers as they join another."""
+        from rlhf.transfer import local
+
+        if self._session is not None and self._session.backend == "local":
+            local.unregister(self._session)
+
+    async def receive_weights(self, shipment: Shipment) -> Attestation:
         """Take the weights that the session's sender sends meanwhile. Running requests finish first.
 
         Cached prefixes are forgotten. If the transfer fails, the engine refuses to sample until one succeeds for this slot.
 
         Args:
-            version: of the policy's weights; what completions from now on are marked with, unless the partner is sent.
-            slot: the model that they are for; the other one keeps its weights.
+            shipment: a policy's version is what completions from now on are marked with. The other slot keeps its weights.
 
         Raises:
             TransferFailed: the transfer broke off, or the weights do not fill the model.
         """
+        slot = shipment.slot
         if slot == "partner" and not self._mixes:
             raise ValueError("weights were sent for the partner, but the engines hold none: start the pool with mixes")
         self._broken.add(slot)
         await self._engine.pause()
         try:
             if self._backend == "local":
-                fingerprint = await self._take_delivery(slot)
+                fingerprint = await self._take_delivery(shipment)
             else:
-                fingerprint = await self._receive_through_workers(specs, slot)
+                fingerprint = await self._receive_through_workers(shipment)
             if slot == "policy":
-                await self._engine.set_version(version)
-                self._version = version
+                await self._engine.set_version(shipment.version)
+                self._version = shipment.version
                 if self._adapter is not None:
                     self._engine.use_adapter()
         finally:
@@ -248,56 +244,53 @@ class RolloutEngine:
         slots = self._slots() if self._mixes else ()  # alone there is no other slot to keep
         return {slot: await self._engine.held(slot) for slot in slots if slot not in self._broken}
 
-    async def _take_delivery(self, slot: ModelSlot) -> str:
+    async def _take_delivery(self, shipment: Shipment) -> str:
         """What the sender has put into the engine itself (back end `local`)."""
         await self._delivered.wait()
         self._delivered.clear()
         if self._delivery is None:
             raise TransferFailed("the weights could not be loaded; the sender's own error says why")
-        sent_for, fingerprint = self._delivery
-        if sent_for != slot:
+        sent, fingerprint = self._delivery
+        if sent.slot != shipment.slot:
             raise TransferFailed(
-                f"the driver announced weights for the {slot}, but the sender sent them for the {sent_for}"
+                f"the driver announced weights for the {shipment.slot}, but the sender sent them for the {sent.slot}"
             )
         return fingerprint
 
-    async def _receive_through_workers(self, specs: Sequence[WeightSpec], slot: ModelSlot) -> str:
-        fingerprints = await self._engine.receive_weights(specs, slot, self._adapter)
+    async def _receive_through_workers(self, shipment: Shipment) -> str:
+        fingerprints = await self._engine.receive_weights(shipment, self._adapter)
         if len(fingerprints) != 1:
             raise TransferFailed(
                 f"the workers of engine {self._index} received different weights: {sorted(fingerprints)}"
             )
         return fingerprints.pop()
 
-    def _deliver(self, weights: Iterable[tuple[str, Any]], slot: ModelSlot) -> str:
+    def _deliver(self, weights: Iterable[tuple[str, Any]], shipment: Shipment) -> str:
         """Called by the sender, in its own stack (back end `local`)."""
         assert isinstance(self._engine, InProcessEngine)
-        self._broken.add(slot)
+        self._broken.add(shipment.slot)
         self._delivery = None
         try:
-            fingerprint = self._engine.load(weights, slot, self._adapter)
-            self._delivery = (slot, fingerprint)
+            fingerprint = self._engine.load(weights, shipment.slot, self._adapter)
+            self._delivery = (shipment, fingerprint)
         finally:
             self._delivered.set()  # also after an error: `receive_weights` must not wait for what will not come
         return fingerprint
 
-    async def sleep(self) -> None:
-        """Give the GPU's memory to others until `wake`. At `rollout.sleep_level` 2 the weights are lost."""
+    async def offload(self) -> None:
+        """Give the GPU's memory to others until `reload`. At `rollout.sleep_level` 2 the weights are lost."""
         level = self._settings.rollout.sleep_level
         if level == 2:
             self._broken |= set(self._slots())
         await self._engine.sleep(level)
 
-    async def wake(self) -> None:
-        """Take the memory back. The weights are as they were, unless sleep dropped them; cached prefixes are gone."""
+    async def reload(self) -> None:
+        """Take the memory back. The weights are as they were, unless they were dropped; cached prefixes are gone."""
         await self._engine.wake()
 
     def close(self) -> None:
         """End vLLM and its processes. Calling it again does nothing."""
-        from rlhf.transfer import local
-
-        if self._session is not None:
-            local.unregister(self._session)
+        self._leave()
         if self._started is not None:
             self._started.close()
             self._started = None

@@ -1,30 +1,31 @@
 """The rollout pool: all engines as one, from which the loop asks for responses.
 
-Owns the engines' handles, the routing, and the question whether they hold the weights they should. Does not know the
-policy: the loop tells it which version and fingerprint to expect. A request whose engine dies is asked once more of
-another one.
+Owns the engines' handles, and calls them. What happens is told to three pure parts, which decide: who is alive (`rlhf.cluster.lives`),
+who has the least to do (`rlhf.cluster.router`), who may sample with what it holds (`rlhf.transfer.versions`). Does not know the policy: the
+loop tells it which shipment comes and with which fingerprint it was sent. A request whose engine dies is asked once more of another one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Sequence
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rlhf.cluster import ActorDied, Handle, Runtime, actor_name, shared_engines, uses_gpu
+from rlhf.cluster.lives import Lives, Member, Whereabouts
+from rlhf.cluster.router import Router
 from rlhf.config.settings import Settings
 from rlhf.engines.engine import EngineDied
 from rlhf.engines.sampling import Sampling
-from rlhf.rollout.engine import Attestation, EngineInfo, RolloutEngine
-from rlhf.rollout.router import Router
+from rlhf.rollout.engine import EngineInfo, RolloutEngine
 from rlhf.rollout.spec import rollout_environment
 from rlhf.transfer import Backend, TransferSession
 from rlhf.transfer.choice import backend_of
-from rlhf.types import CompletionInfo, ModelSlot, Prompt, Rollout, WeightSpec
+from rlhf.transfer.versions import StaleWeights, Versions
+from rlhf.types import CompletionInfo, ModelSlot, Prompt, Rollout, Shipment
 
-
-class StaleWeights(RuntimeError):
-    """Some engine does not hold the weights that the policy published."""
+Answer = TypeVar("Answer")
 
 
 class NoEngines(RuntimeError):
@@ -39,17 +40,14 @@ class RolloutPool:
     ):
         self.backend = backend
         self._settings = settings
-        self._handles = dict(enumerate(handles))
-        self._infos = infos
+        self._handles, self._infos = handles, infos
         self._shared = shared_engines(settings, debug=backend == "local")
-        self._router = Router(len(handles))
-        self._joined: tuple[int, ...] = ()
-        self._attested: tuple[Attestation, ...] = ()
-        self._accepted = 0  # the model's own files
-        self._unconfirmed: set[ModelSlot] = set()
-        self._slots: set[ModelSlot] = {"policy", *(slot for info in infos for slot in info.held)}
-        self._held = {index: info.held for index, info in enumerate(infos)}
-        self._deaths: list[str] = []
+        self._router = Router()
+        self._lives = Lives([handle.name for handle in handles])
+        engines = dict(zip(self._lives.members(), infos, strict=True))
+        for member, info in engines.items():
+            self._lives.started(member, Whereabouts(info.host, info.pid, info.log))
+        self._versions = Versions({member: info.held for member, info in engines.items()})
 
     @classmethod
     async def start(cls, runtime: Runtime, settings: Settings, mixes: bool = False) -> RolloutPool:
@@ -79,12 +77,17 @@ class RolloutPool:
     @property
     def workers(self) -> int:
         """vLLM worker processes of all living engines: the receivers of a weight transfer."""
-        return sum(self._infos[index].workers for index in self._handles)
+        return sum(self._infos[member.place].workers for member in self._lives.alive())
 
     @property
     def engines(self) -> int:
         """Living engines."""
-        return len(self._handles)
+        return len(self._lives.alive())
+
+    @property
+    def missing(self) -> tuple[ModelSlot, ...]:
+        """The slots whose weights must be sent before all engines may sample, the policy's first."""
+        return self._versions.missing()
 
     async def sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False) -> Rollout:
         """Responses to one prompt, from the engine with the fewest outstanding tokens. Call it for many at once.
@@ -99,149 +102,151 @@ class RolloutPool:
             DeadlineExpired: no answer within `rollout.request_deadline_s`.
             ValueError: the prompt is too long.
         """
-        self._require_confirmed()
+        tokens = len(prompt.token_ids) + sum(sampling.n * sampling.max_tokens for sampling in samplings)
         for _ in range(2):
-            rollout = await self._try_sample(prompt, samplings, with_pair)
+            ticket = self._router.acquire(self._samplers(), tokens, prompt.id)
+            assert ticket is not None, "a router without a limit always finds one of several"
+            try:
+                rollout = await self._ask(ticket.member, prompt, samplings, with_pair)
+            finally:
+                self._router.release(ticket)
             if rollout is not None:
                 return rollout
-        raise NoEngines(f"prompt {prompt.id} lost two engines in a row. " + " ".join(self._deaths))
+        raise NoEngines(f"prompt {prompt.id} lost two engines in a row. {self._lives.account()}")
 
     async def probe(self, prompt: Prompt, samplings: Sequence[Sampling]) -> dict[int, Rollout]:
         """The answer of every living engine to the same prompt, by engine; one that dies meanwhile is left out.
 
         Raises:
-            StaleWeights, DeadlineExpired, ValueError: as `sample`.
+            StaleWeights, NoEngines, DeadlineExpired, ValueError: as `sample`.
         """
         if not samplings:
             return {}
-        self._require_confirmed()
-        engines = list(self._handles)
-        rollouts = await asyncio.gather(*(self._ask(index, prompt, samplings, False) for index in engines))
-        return {index: rollout for index, rollout in zip(engines, rollouts, strict=True) if rollout is not None}
+        engines = self._samplers()
+        rollouts = await asyncio.gather(*(self._ask(engine, prompt, samplings, False) for engine in engines))
+        answered = zip(engines, rollouts, strict=True)
+        return {engine.place: rollout for engine, rollout in answered if rollout is not None}
 
-    def _require_confirmed(self) -> None:
-        if self._unconfirmed:
+    def _samplers(self) -> list[Member]:
+        """Living engines that hold what was sent last; at least one."""
+        alive = self._lives.alive()
+        if not alive:
+            raise NoEngines(f"no rollout engine is left. {self._lives.account()}")
+        samplers = [engine for engine in alive if self._versions.may_sample(engine)]
+        if not samplers:
             raise StaleWeights(
                 "new weights were sent, and pool.accept has not yet confirmed that every engine holds them"
             )
+        return samplers
 
-    async def _try_sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool) -> Rollout | None:
-        if not self._handles:
-            raise NoEngines("no rollout engine is left. " + " ".join(self._deaths))
-        tokens = len(prompt.token_ids) + sum(sampling.n * sampling.max_tokens for sampling in samplings)
-        index = self._router.acquire(tokens)
-        try:
-            return await self._ask(index, prompt, samplings, with_pair)
-        finally:
-            self._router.release(index, tokens)
-
-    async def _ask(self, index: int, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool) -> Rollout | None:
+    async def _ask(
+        self, engine: Member, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool
+    ) -> Rollout | None:
         """The engine's answer; None if it dies."""
         deadline = self._settings.rollout.request_deadline_s
+        sample = self._handles[engine.place].keep(RolloutEngine.sample, deadline=deadline)
         try:
-            sample = self._handles[index].keep(RolloutEngine.sample, deadline=deadline)
-            infos, completions = await sample(prompt, list(samplings), with_pair)
-        except (ActorDied, EngineDied) as error:
-            self._bury(index, error)
+            infos, completions = await self._or_its_death(engine, sample(prompt, list(samplings), with_pair))
+        except (ActorDied, EngineDied):
             return None
-        require_fresh(index, infos, self._accepted)
+        require_fresh(engine.place, infos, self._versions.version)
         return Rollout(prompt, infos, completions)
 
-    def _bury(self, index: int, error: Exception) -> None:
-        self._router.remove(index)
-        handle = self._handles.pop(index, None)
-        if handle is not None:  # several requests may bring the same news
-            info = self._infos[index]
-            where = f"process {info.pid} on {info.host}"
-            self._deaths.append(f"{handle.name} ({where}) died: {error}; its log there is {info.log}.")
+    def new_session(self, host: str, port: int) -> TransferSession:
+        """A session for weights with all living engines, under a new epoch: then `connect`, while the sender opens it.
+
+        Args:
+            host, port: of the sender: its address, and a free port there.
+        """
+        workers = {engine: self._infos[engine.place].workers for engine in self._lives.alive()}
+        membership = self._versions.reopen(workers)
+        timeout = self._settings.cluster.publish_deadline_s
+        return TransferSession(self.backend, host, port, membership.world_size, timeout, membership.epoch)
 
     async def connect(self, session: TransferSession) -> None:
         """Let every living engine join the session; must run while the sender opens it.
 
         Raises:
+            StaleWeights: there is a newer session.
             DeadlineExpired: not all had joined within `cluster.publish_deadline_s`.
         """
-        offset, calls = 1, []  # rank 0 is the sender
+        offsets = self._versions.membership(session.epoch).offsets
         deadline = self._settings.cluster.publish_deadline_s
-        for index, handle in self._handles.items():
-            calls.append(handle.ask(RolloutEngine.join_transfer, deadline=deadline)(session, offset))
-            offset += self._infos[index].workers
-        await asyncio.gather(*calls)
-        self._joined = tuple(self._handles)
+        join = RolloutEngine.join_transfer
+        await self._each(
+            {
+                engine: self._handles[engine.place].ask(join, deadline=deadline)(session, offset)
+                for engine, offset in offsets.items()
+            }
+        )
+        self._versions.joined(session.epoch)
 
-    async def receive(self, specs: Sequence[WeightSpec], version: int, slot: ModelSlot = "policy") -> None:
+    async def receive(self, shipment: Shipment) -> None:
         """Let every engine take the weights that the session's sender sends meanwhile. Then call `accept`.
 
         Args:
-            version: of the policy's weights, which completions are marked with; sending the partner does not change it.
-            slot: which of the engines' models the weights are for.
+            shipment: completions are marked with the version of the policy's last one; sending the partner does not change it.
 
         Raises:
             StaleWeights: an engine has died, or a transfer has failed, since `connect`: connect anew.
             DeadlineExpired: an engine had not received all within `cluster.publish_deadline_s`.
             TransferFailed: the transfer failed at an engine.
         """
-        self._unconfirmed.add(slot)
-        self._attested = ()
-        joined, self._joined = self._joined, ()  # a transfer that fails costs the session
-        if joined != tuple(self._handles):
-            raise StaleWeights(
-                f"the weight-transfer session joins engines {list(joined)}, but {list(self._handles)} are alive: "
-                "open a new session and call pool.connect (also after a failed transfer). " + " ".join(self._deaths)
-            )
-        deadline = self._settings.cluster.publish_deadline_s
-        calls = (
-            handle.ask(RolloutEngine.receive_weights, deadline=deadline)(list(specs), version, slot)
-            for handle in self._handles.values()
+        try:
+            self._versions.shipping(shipment)
+        except StaleWeights as error:
+            raise StaleWeights(f"{error} {self._lives.account()}".rstrip()) from None
+        deadline, receive = self._settings.cluster.publish_deadline_s, RolloutEngine.receive_weights
+        attestations = await self._each(
+            {
+                engine: self._handles[engine.place].ask(receive, deadline=deadline)(shipment)
+                for engine in self._lives.alive()
+            }
         )
-        self._attested = tuple(await asyncio.gather(*calls))
-        self._joined = joined
+        self._versions.attested(attestations)
 
-    def accept(self, version: int, fingerprint: str, slot: ModelSlot = "policy") -> None:
+    def accept(self, shipment: Shipment, fingerprint: str) -> None:
         """Compare what the engines attested with what the sender sent; only then does the pool sample again.
-
-        Args:
-            version: of the policy's weights that the engines must hold now, whichever slot was sent.
 
         Raises:
             StaleWeights: an engine holds other weights, or has not attested, or the slot that was not sent has changed.
         """
-        wrong = [a for a in self._attested if (a.version, a.fingerprint) != (version, fingerprint)]
-        if wrong or {a.engine for a in self._attested} != set(self._handles):
-            seen = ", ".join(f"engine {a.engine}: version {a.version}, {a.fingerprint}" for a in self._attested)
-            raise StaleWeights(
-                f"the weights of the {slot} were sent with fingerprint {fingerprint} at version {version}, "
-                f"but the engines attest {seen or 'nothing'}"
-            )
-        for attested in self._attested:
-            for other, before in self._held[attested.engine].items():
-                if other not in self._unconfirmed and attested.held.get(other) != before:
-                    raise StaleWeights(
-                        f"weights were sent for the {slot}, but in engine {attested.engine} those of the {other} changed too"
-                    )
-        self._held |= {attested.engine: attested.held for attested in self._attested}
-        self._accepted = version
-        self._unconfirmed.discard(slot)
+        self._versions.accept(shipment, fingerprint)
 
-    async def sleep(self) -> None:
-        """Let the engines that share GPUs with the policy give back their memory. At `rollout.sleep_level` 2 all weights must be
-        sent again after `wake`."""
+    async def offload(self) -> None:
+        """Let the engines that share GPUs with the policy give back their memory. At `rollout.sleep_level` 2 all their weights must be
+        sent again after `reload`."""
         if self._settings.rollout.sleep_level == 2:
-            self._unconfirmed |= self._slots
-        await self._all(RolloutEngine.sleep, self._shared)
+            self._versions.lost([engine for engine in self._lives.alive() if engine.place in self._shared])
+        await self._all(RolloutEngine.offload, self._shared)
 
-    async def wake(self) -> None:
-        """Undo `sleep`; needed before sampling and before receiving weights."""
-        await self._all(RolloutEngine.wake, self._shared)
+    async def reload(self) -> None:
+        """Undo `offload`; needed before sampling and before receiving weights."""
+        await self._all(RolloutEngine.reload, self._shared)
 
     async def close(self) -> None:
         """End all engines and their processes."""
         await self._all(RolloutEngine.close)
 
-    async def _all(self, method: Callable[[RolloutEngine], Any], engines: Container[int] | None = None) -> None:
+    async def _all(self, method: Callable[[RolloutEngine], Any], places: Container[int] | None = None) -> None:
         deadline = self._settings.cluster.publish_deadline_s
-        handles = [handle for index, handle in self._handles.items() if engines is None or index in engines]
-        await asyncio.gather(*(handle.ask(method, deadline=deadline)() for handle in handles))
+        engines = [engine for engine in self._lives.alive() if places is None or engine.place in places]
+        await self._each({engine: self._handles[engine.place].ask(method, deadline=deadline)() for engine in engines})
+
+    async def _each(self, calls: Mapping[Member, Awaitable[Answer]]) -> dict[Member, Answer]:
+        """What each of these engines answers. A death is noted, also one that another engine's error preceded."""
+        answers = await asyncio.gather(*(self._or_its_death(engine, call) for engine, call in calls.items()))
+        return dict(zip(calls, answers, strict=True))
+
+    async def _or_its_death(self, engine: Member, call: Awaitable[Answer]) -> Answer:
+        """What the engine answers; a death is noted before it is raised."""
+        try:
+            return await call
+        except (ActorDied, EngineDied) as error:
+            holding = self._router.holding(engine)
+            self._lives.died(engine, str(error), when=time.time(), holding=holding)
+            self._versions.died(engine)
+            raise
 
 
 def require_fresh(engine: int, infos: Sequence[CompletionInfo], version: int) -> None:

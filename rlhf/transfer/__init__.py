@@ -1,8 +1,8 @@
 """How new weights get from the policy to the rollout engines, and how one knows that they did.
 
 Owns: the back ends (`gloo`, `nccl`, `ipc`, `local`) and the choice between them (`choice`), the session in which one sender serves all
-workers, and fingerprints. Does not know: what a policy, a pool or vLLM is. The sender (`WeightSender`) lives in policy rank 0, or in every
-rank; the receivers live inside vLLM's workers (`rlhf.engines.receivers`).
+workers, fingerprints, and who holds which weights (`versions`). Does not know: what a policy, a pool or vLLM is. The sender
+(`WeightSender`) lives in policy rank 0, or in every rank; the receivers live inside vLLM's workers (`rlhf.engines.receivers`).
 """
 
 from typing import Any

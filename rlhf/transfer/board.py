@@ -39,7 +39,7 @@ class Board:
                 f"rank {rank} of {session.world_size} could not join the weight transfer at {session.host}:{session.port} "
                 f"within {session.timeout_s:g} s: {error}"
             ) from error
-        self._store = dist.PrefixStore("rlhf-weights", store)
+        self._store = dist.PrefixStore(session.prefix, store)
 
     def post(self, key: str, message: Any) -> None:
         """Leave a message (any JSON value) for others."""

@@ -18,7 +18,7 @@ from rlhf.cluster.network import open_store
 from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.session import TransferFailed, TransferSession, local_address_towards
-from rlhf.types import ModelSlot, WeightSpec
+from rlhf.types import Shipment, WeightSpec
 
 _END = 0  # in place of a bucket's length
 
@@ -39,7 +39,7 @@ def join(session: TransferSession, rank: int) -> dist.ProcessGroup:
         address = local_address_towards(session.host, session.port)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = timeout
-        prefix = dist.PrefixStore("rlhf-weights", store)
+        prefix = dist.PrefixStore(session.prefix, store)
         return dist.ProcessGroupGloo(prefix, rank, session.world_size, options)
     except RuntimeError as error:  # torch.distributed's own errors derive from it
         raise TransferFailed(
@@ -55,7 +55,7 @@ class GlooSender:
         self._group = join(session, rank=0)
         self._capacity = capacity
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str:
         """Broadcast the tensors; each is copied before the next one is asked for. Returns their fingerprint.
 
         Raises:
@@ -63,7 +63,7 @@ class GlooSender:
             timeout.
         """
         with _others_told(self._group):
-            total = Fingerprint(slot)
+            total = Fingerprint(shipment.slot)
             self._send_buckets(total.watch(named_tensors))
         _agree(self._group, _END, "the end")
         return total.hexdigest()

@@ -18,7 +18,7 @@ from rlhf.transfer.board import Board
 from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.session import TransferFailed, TransferSession
-from rlhf.types import ModelSlot, WeightSpec
+from rlhf.types import Shipment, WeightSpec
 
 _END = 0  # in place of a piece's length
 
@@ -111,7 +111,7 @@ class IpcSender:
     def send(
         self,
         named_tensors: Iterable[tuple[str, torch.Tensor]],
-        slot: ModelSlot = "policy",
+        shipment: Shipment,
         capacity: int = BUCKET_BYTES,
     ) -> str:
         """Hand over the tensors; returns their fingerprint when the last one was read.
@@ -119,7 +119,7 @@ class IpcSender:
         Raises:
             TransferFailed: a worker failed, expected something else, or was too slow for the session's timeout.
         """
-        total = Fingerprint(slot)
+        total = Fingerprint(shipment.slot)
         with self._board.others_told():
             self._send(total.watch(named_tensors), capacity)
         self._round += 1

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from rlhf.transfer.session import TransferFailed, TransferSession
-from rlhf.types import ModelSlot
+from rlhf.types import Shipment
 
-Loader = Callable[[Iterable[tuple[str, torch.Tensor]], ModelSlot], str]
+Loader = Callable[[Iterable[tuple[str, torch.Tensor]], Shipment], str]
 
 _loaders: dict[int, Loader] = {}
 
@@ -33,15 +33,15 @@ class LocalSender:
     def __init__(self, session: TransferSession):
         self._session = session
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
-        """Load the tensors into this slot of the engine, now, in the caller's thread. Returns their fingerprint."""
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str:
+        """Load the tensors into the shipment's slot of the engine, now, in the caller's thread. Returns their fingerprint."""
         loader = _loaders.get(self._session.port)
         if loader is None:
             raise TransferFailed(
                 f"no engine in this process has joined the local session {self._session.port}: "
                 "call pool.connect(session) before sending"
             )
-        return loader(named_tensors, slot)
+        return loader(named_tensors, shipment)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -18,7 +18,7 @@ from rlhf.transfer.board import Board
 from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.session import TransferFailed, TransferSession
-from rlhf.types import ModelSlot, WeightSpec
+from rlhf.types import Shipment, WeightSpec
 
 _END = 0  # in place of a bucket's length
 _POLL_S = 0.0005
@@ -67,9 +67,9 @@ class NcclGroup:
         self._round = 0
         self._read: list[str] = []
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot) -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str:
         """Broadcast the tensors, on the current stream, after what it still has to do. Returns their fingerprint."""
-        total = Fingerprint(slot)
+        total = Fingerprint(shipment.slot)
         with self._whole_round():
             buffer, number = torch.empty(self._capacity, dtype=torch.uint8, device=self._device), 0
             for first, bucket in filled(total.watch(named_tensors), buffer):
@@ -139,13 +139,13 @@ class NcclSender:
     def __init__(self, session: TransferSession, join: Join):
         self._group = NcclGroup(session, 0, torch.device("cuda", torch.cuda.current_device()), join)
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str:
         """Broadcast the tensors from the current device. Returns their fingerprint when the last one has left.
 
         Raises:
             TransferFailed: a worker was lost, failed, expected something else, or was too slow for the session's timeout.
         """
-        return self._group.send(named_tensors, slot)
+        return self._group.send(named_tensors, shipment)
 
     def close(self) -> None:
         """Leave the group."""

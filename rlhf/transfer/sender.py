@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from rlhf.transfer.session import TransferSession
-from rlhf.types import ModelSlot
+from rlhf.types import Shipment
 
 if TYPE_CHECKING:
     from rlhf.transfer.nccl import Join
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class WeightSender:
     """Sends whole tensors, under Hugging Face names, to every worker of a session. Policy rank 0 holds one; with `ipc`, every rank does.
 
-    The receivers must be told to receive at the same time (`RolloutPool.receive`), with specs that name the same
-    tensors in the same order. Under ZeRO-3 the other policy ranks only iterate the gathered parameters.
+    The receivers must be told to receive the same shipment at the same time (`RolloutPool.receive`); its specs name these
+    tensors in this order. Under ZeRO-3 the other policy ranks only iterate the gathered parameters.
     """
 
     def __init__(self, end: _End):
@@ -39,16 +39,16 @@ class WeightSender:
         """
         return cls(_open(session, rank, ranks, join_nccl))
 
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot = "policy") -> str:
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str:
         """Send one version of the weights; blocks until the last byte has left. Returns its fingerprint.
 
         Args:
-            slot: which of the engines' models they are for; the receivers are told the same (`RolloutPool.receive`).
+            shipment: what is sent; the receivers are told the same (`RolloutPool.receive`).
 
         Raises:
             TransferFailed: the transfer broke off. The engines then hold a mixture and the pool refuses to sample.
         """
-        return self._end.send(named_tensors, slot)
+        return self._end.send(named_tensors, shipment)
 
     def close(self) -> None:
         """Leave the session."""
@@ -56,7 +56,7 @@ class WeightSender:
 
 
 class _End(Protocol):
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], slot: ModelSlot) -> str: ...
+    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str: ...
 
     def close(self) -> None: ...
 

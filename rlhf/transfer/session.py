@@ -20,7 +20,8 @@ def sending_ranks(backend: Backend, ranks: int) -> range:
 
 @dataclass(frozen=True)
 class TransferSession:
-    """One group of the policy (rank 0) and all vLLM workers (ranks 1 and up). It lives until an end is lost.
+    """One group of the policy (rank 0) and all vLLM workers (ranks 1 and up). It lives until an end is lost; the next one, without the lost
+    end, has a larger epoch. Ends of different epochs never meet, even at the same place.
 
     Attributes:
         backend: `gloo` (CPU), `nccl` (GPU to GPU), `ipc` (within each GPU) or `local` (same process).
@@ -28,6 +29,7 @@ class TransferSession:
         port: a free port there; with `local`, any number that no other open session uses.
         world_size: one for the policy, and all workers.
         timeout_s: longest wait for the other end, at joining and in each exchange, in seconds.
+        epoch: number of the session (`rlhf.transfer.versions` counts them).
     """
 
     backend: Backend
@@ -35,6 +37,12 @@ class TransferSession:
     port: int
     world_size: int
     timeout_s: float = 600.0
+    epoch: int = 1
+
+    @property
+    def prefix(self) -> str:
+        """Of this session's keys in a store."""
+        return f"rlhf-weights/{self.epoch}"
 
 
 def local_address_towards(host: str, port: int) -> str:

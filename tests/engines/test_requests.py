@@ -14,7 +14,7 @@ from rlhf.engines.arguments import EngineSpec, engine_arguments
 from rlhf.engines.engine import Engine, sampling_params
 from rlhf.engines.environment import environment_set
 from rlhf.engines.sampling import Sampling
-from rlhf.types import WeightSpec
+from rlhf.types import Shipment, WeightSpec
 
 SPEC = EngineSpec(
     model="model",
@@ -77,8 +77,8 @@ def test_a_choice_is_between_the_named_tokens_only_and_in_their_order() -> None:
     ],
 )
 def test_workers_are_told_of_weights_in_vllms_order(adapter: dict[str, Any] | None, steps: list[str]) -> None:
-    engine = Recorded(attest=["mark", "mark"])
-    assert asyncio.run(engine.receive_weights([WeightSpec("w", "float32", (2,))], "policy", adapter)) == {"mark"}
+    engine, shipment = Recorded(attest=["mark", "mark"]), Shipment(1, "policy", (WeightSpec("w", "float32", (2,)),))
+    assert asyncio.run(engine.receive_weights(shipment, adapter)) == {"mark"}
     assert engine.asked == steps
 
 

@@ -13,7 +13,7 @@ from rlhf.transfer import TransferSession
 from rlhf.transfer.buckets import BUCKET_BYTES
 from rlhf.transfer.fingerprint import fingerprint
 from rlhf.transfer.ipc import IpcReader, IpcSender
-from tests.transfer.test_gloo import spec_of
+from tests.transfer.test_gloo import POLICY, spec_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROUNDS = 3
@@ -47,7 +47,7 @@ def test_weights_cross_within_a_gpu_through_one_bucket() -> None:
         held = torch.cuda.memory_allocated()
         for _ in range(ROUNDS):
             torch.cuda.reset_peak_memory_stats()
-            marks.append(sender.send(weights))
+            marks.append(sender.send(weights, POLICY))
             assert torch.cuda.max_memory_allocated() - held < 2 * BUCKET_BYTES
             torch.cuda.ipc_collect()
             assert torch.cuda.memory_allocated() - held < BUCKET_BYTES, "the buffer comes back"

@@ -16,7 +16,7 @@ from rlhf.loop.online import OnlineLoop
 from rlhf.loop.roles import Roles
 from rlhf.policy import StepContext
 from rlhf.reward.shaping import Shaping
-from rlhf.types import Assignment, Completion, Feedback, Outcome, Prompt, Rollout
+from rlhf.types import Assignment, Completion, Feedback, Outcome, Prompt, Rollout, Shipment
 
 Judge = Callable[[Rollout], Sequence[Outcome]]
 
@@ -25,6 +25,7 @@ class Rollouts:
     """Every response is its own number, unless `alike`: then all responses of a prompt are the same token."""
 
     engines = 1
+    missing: tuple = ()
 
     def __init__(self, alike: bool = False):
         self.alike, self.sampled = alike, []
@@ -77,7 +78,7 @@ class Policy:
     async def check_engines(self, probes: Any) -> dict[str, float]:
         return {}
 
-    async def send_weights(self, slot: str) -> str:
+    async def send_weights(self, shipment: Shipment) -> str:
         return "fingerprint"
 
 

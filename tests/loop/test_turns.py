@@ -31,7 +31,7 @@ def test_a_run_in_turns_equals_one_without(method: str, tmp_path: Path, monkeypa
     calls: list[str] = []
     for cls, names in (
         (PolicyGroup, ("offload", "reload")),
-        (RolloutPool, ("sleep", "wake")),
+        (RolloutPool, ("offload", "reload")),
         (RewardPool, ("offload", "reload")),
     ):
         for name in names:
@@ -50,8 +50,8 @@ def test_a_run_in_turns_equals_one_without(method: str, tmp_path: Path, monkeypa
                 assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), (one["step"], name)
         started = ["PolicyGroup.offload", "RewardPool.start", "RolloutPool.start"]
         assert calls[:3] == started, "an engine starts when policy and reward models take what they will have beside it"
-        turn = ["RolloutPool.sleep", "RewardPool.offload", "PolicyGroup.reload"]
-        turn += ["PolicyGroup.offload", "RolloutPool.wake", "RewardPool.reload"]
+        turn = ["RolloutPool.offload", "RewardPool.offload", "PolicyGroup.reload"]
+        turn += ["PolicyGroup.offload", "RolloutPool.reload", "RewardPool.reload"]
         assert len(calls) > 6 * len(steps)
         assert calls[3:] == turn * (len(calls) // 6), "only the policy has the devices while it is loaded"
 

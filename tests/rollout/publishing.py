@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from rlhf.cluster import fetch
 from rlhf.cluster.network import free_port
 from rlhf.rollout import RolloutPool, Sampling
-from rlhf.transfer import TransferSession, WeightSender
-from rlhf.types import Completion, ModelSlot, Prompt, WeightSpec, content_id
+from rlhf.transfer import WeightSender
+from rlhf.types import Completion, ModelSlot, Prompt, Shipment, content_id
+from tests.transfer.test_gloo import spec_of
 
 GAP = 1e-4  # nats; engine and transformers round differently
 
@@ -63,9 +64,12 @@ class Publisher:
     run: Callable[..., Any]
     sender: WeightSender | None = None
     version: int = 0
+    shipment: Shipment = Shipment(0, "policy", ())
 
     def connect(self) -> None:
-        session = TransferSession(self.pool.backend, "127.0.0.1", free_port(), self.pool.workers + 1, timeout_s=60)
+        session = self.pool.new_session("127.0.0.1", free_port())
+        if self.sender is not None:
+            self.sender.close()
 
         async def both() -> WeightSender:
             sender, _ = await asyncio.gather(asyncio.to_thread(WeightSender.open, session), self.pool.connect(session))
@@ -80,20 +84,20 @@ class Publisher:
             self.connect()
         self.version += slot == "policy"
         named = list(weights.named_parameters()) if isinstance(weights, torch.nn.Module) else weights
-        specs = [WeightSpec(name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in named]
+        self.shipment = Shipment(self.version, slot, tuple(spec_of(*item) for item in named))
         tensors = named if really_sent is None else really_sent
 
         async def send() -> str:
             if self.pool.backend == "local":
-                return self.sender.send(tensors, slot)
-            return await asyncio.to_thread(self.sender.send, tensors, slot)
+                return self.sender.send(tensors, self.shipment)
+            return await asyncio.to_thread(self.sender.send, tensors, self.shipment)
 
         async def both() -> str:
-            _, mark = await asyncio.gather(self.pool.receive(specs, self.version, slot), send())
+            _, mark = await asyncio.gather(self.pool.receive(self.shipment), send())
             return mark
 
         mark = self.run(both())
-        self.pool.accept(self.version, mark, slot)
+        self.pool.accept(self.shipment, mark)
         return mark
 
 

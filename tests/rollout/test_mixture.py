@@ -17,10 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from rlhf.cluster import LocalRuntime
+from rlhf.cluster.lives import Member
 from rlhf.rollout import RolloutPool, Sampling, StaleWeights
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.transfer import TransferFailed
-from rlhf.types import Completion, ModelSlot, Prompt
+from rlhf.types import Completion, ModelSlot, Prompt, Shipment
 from tests.rollout.publishing import GAP, PROMPTS, Publisher, load_model, sample_all
 
 pytestmark = pytest.mark.engine
@@ -60,7 +61,7 @@ class Engines:
         self.publisher.publish(self.models[slot], slot=slot)
 
     def held(self) -> dict[ModelSlot, tuple[str, ...]]:
-        return dict(self.pool._held[0])
+        return dict(self.pool._versions.checksums(Member(0)))
 
     def logits(self, prompt: Prompt, answer: Completion) -> tuple[torch.Tensor, torch.Tensor]:
         """Policy's and partner's by transformers, each [n_tokens, vocabulary]."""
@@ -270,11 +271,11 @@ def test_weights_for_one_slot_are_not_taken_for_the_other(engines) -> None:
     """The last test of an engine: afterwards both slots are in doubt."""
     pool, publisher = engines.pool, engines.publisher
     named = list(engines.models["partner"].named_parameters())
-    publisher.sender.send(named, "partner")
+    publisher.sender.send(named, Shipment(publisher.version, "partner", ()))
     with pytest.raises(
         TransferFailed, match="announced weights for the policy, but the sender sent them for the partner"
     ):
-        engines.run(pool.receive([], publisher.version, "policy"))
+        engines.run(pool.receive(Shipment(publisher.version, "policy", ())))
 
 
 def test_requests_in_flight_finish_under_the_weights_they_began_with(remote_engines) -> None:
@@ -307,7 +308,7 @@ def test_an_engine_without_a_partner_refuses_mixtures(tiny_settings, run) -> Non
     with pytest.raises(ValueError, match="start the pool with mixes"):
         run(engine.sample(PROMPTS[0], samplings()))
     with pytest.raises(ValueError, match="start the pool with mixes"):
-        run(engine.receive_weights([], 1, "partner"))
+        run(engine.receive_weights(Shipment(1, "partner", ())))
 
 
 def test_the_checkpoint_is_read_once_for_both(engines) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 from rlhf.cluster import LocalRuntime, fetch
+from rlhf.cluster.network import free_port
 from rlhf.rollout import RolloutPool, Sampling, StaleWeights
 from rlhf.rollout.engine import RolloutEngine
-from rlhf.transfer import TransferFailed
+from rlhf.transfer import TransferFailed, TransferSession
+from rlhf.types import Shipment
 from tests.rollout.publishing import GAP, PROMPTS, Publisher, largest_gap, load_model, make_prompt, sample_all
 
 pytestmark = pytest.mark.engine
@@ -154,23 +157,27 @@ async def _all(tasks: list[asyncio.Task]) -> list[Any]:
 def test_the_pool_refuses_weights_that_differ_from_what_was_sent(publisher, run, tiny_model) -> None:
     pool, model = publisher.pool, load_model(tiny_model)
     mark = publisher.publish(model)
-    for version, fingerprint in ((publisher.version, "0" * 16), (publisher.version + 1, mark)):
+    sent = publisher.shipment
+    for shipment, fingerprint in ((sent, "0" * 16), (replace(sent, version=sent.version + 1), mark)):
         with pytest.raises(StaleWeights, match="engines attest"):
-            pool.accept(version, fingerprint)
-    pool.accept(publisher.version, mark)
+            pool.accept(shipment, fingerprint)
+        with pytest.raises(StaleWeights, match="not yet confirmed"):
+            run(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
+    pool.accept(sent, mark)
+    run(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
 
 
 def test_nothing_is_sampled_between_sending_and_accepting(publisher, run, tiny_model) -> None:
     pool, model = publisher.pool, load_model(tiny_model)
     publisher.publish(model)
-    accept, pool.accept = pool.accept, lambda version, fingerprint, slot: None
+    accept, pool.accept = pool.accept, lambda shipment, fingerprint: None
     try:
         mark = publisher.publish(model)
         with pytest.raises(StaleWeights, match="not yet confirmed"):
             run(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
     finally:
         pool.accept = accept
-    pool.accept(publisher.version, mark)
+    pool.accept(publisher.shipment, mark)
     run(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
 
 
@@ -185,7 +192,7 @@ def test_a_missing_tensor_is_an_error_and_the_next_update_heals(which, request, 
     with pytest.raises(StaleWeights):
         run(publisher.pool.sample(PROMPTS[0], [Sampling(1, 4)]))
     with pytest.raises(StaleWeights, match="also after a failed transfer"):
-        run(publisher.pool.receive([], 99))
+        run(publisher.pool.receive(Shipment(99, "policy", ())))
     publisher.connect()
     publisher.publish(model)
     for prompt, answers in zip(PROMPTS, sample_all(publisher.pool, run, Sampling(2, 24)), strict=True):
@@ -204,8 +211,18 @@ def test_a_transfer_that_breaks_off_half_way_leaves_no_trace(publisher, run, tin
         assert largest_gap(model, prompt, answers) < GAP
 
 
-def test_requests_of_a_killed_engine_go_to_the_other_one(pool, run) -> None:
-    """The last test of this module: it costs an engine."""
+def test_an_engine_does_not_join_a_session_that_is_over(pool, publisher, run, tiny_model) -> None:
+    publisher.connect()
+    over = TransferSession(pool.backend, "127.0.0.1", free_port(), 2, timeout_s=5, epoch=1)
+    with pytest.raises(StaleWeights, match="session of epoch 1 is over"):
+        run(pool.connect(over))
+    with pytest.raises(ValueError, match="that of epoch 1 is over"):
+        run(pool._handles[0].ask(RolloutEngine.join_transfer, deadline=30)(over, 1))
+    publisher.publish(load_model(tiny_model))
+
+
+def test_requests_of_a_killed_engine_go_to_the_other_one(pool, publisher, run, tiny_model) -> None:
+    """The last test of this module: it costs an engine. Afterwards weights reach the other one in a session without the dead."""
     victim = pool._infos[0]
     children = psutil.Process(victim.pid).children(recursive=True)
     assert children, "vLLM's core and worker are processes of their own"
@@ -221,4 +238,10 @@ def test_requests_of_a_killed_engine_go_to_the_other_one(pool, run) -> None:
     assert pool.workers == 1
     assert not psutil.wait_procs(children, timeout=60)[1]
     with pytest.raises(StaleWeights, match=f"rollout-0 \\(process {victim.pid}"):
-        run(pool.receive([], 99))
+        run(pool.receive(Shipment(99, "policy", ())))
+    model = load_model(tiny_model, 1.07)
+    publisher.connect()
+    publisher.publish(model)
+    for prompt, answers in zip(PROMPTS, sample_all(pool, run, Sampling(2, 24)), strict=True):
+        assert largest_gap(model, prompt, answers) < GAP
+        assert {answer.weight_version for answer in answers} == {publisher.version}

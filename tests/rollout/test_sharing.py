@@ -32,11 +32,11 @@ class Sleeper:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def sleep(self) -> None:
-        self.calls.append("sleep")
+    def offload(self) -> None:
+        self.calls.append("offload")
 
-    def wake(self) -> None:
-        self.calls.append("wake")
+    def reload(self) -> None:
+        self.calls.append("reload")
 
     def close(self) -> None:
         self.calls.append("close")
@@ -54,7 +54,7 @@ def test_only_engines_that_share_sleep(settings: Settings, sleeping: list[int], 
     engines = [Sleeper() for _ in range(settings.rollout.engines)]
     infos = [EngineInfo(i, 1, "host", 1, None) for i in range(len(engines))]
     pool = RolloutPool(settings, "gloo", [LocalHandle(f"rollout-{i}", e) for i, e in enumerate(engines)], infos)
-    for call in (pool.sleep, pool.wake, pool.close):
+    for call in (pool.offload, pool.reload, pool.close):
         run(call())
     for index, engine in enumerate(engines):
-        assert engine.calls == (["sleep", "wake", "close"] if index in sleeping else ["close"])
+        assert engine.calls == (["offload", "reload", "close"] if index in sleeping else ["close"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from rlhf.transfer import TransferFailed, TransferSession
 from rlhf.transfer.buckets import Placement, filled, plan, spec_bytes
 from rlhf.transfer.fingerprint import fingerprint
 from rlhf.transfer.gloo import GlooSender, join, receive
-from rlhf.types import WeightSpec
+from rlhf.types import Shipment, WeightSpec
 
 CAPACITY = 1000
+POLICY = Shipment(1, "policy", ())
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> WeightSpec:
@@ -59,7 +61,7 @@ def start_receivers(pool: ThreadPoolExecutor, session: TransferSession, specs: l
 def test_two_receivers_get_every_tensor(session: TransferSession, threads: ThreadPoolExecutor) -> None:
     sent = weights()
     receivers = start_receivers(threads, session, [spec_of(*item) for item in sent])
-    mark = GlooSender(session, CAPACITY).send(sent)
+    mark = GlooSender(session, CAPACITY).send(sent, POLICY)
     for receiver in receivers:
         received = receiver.result(timeout=30)
         assert fingerprint(received) == mark == fingerprint(sent)
@@ -80,7 +82,7 @@ def test_each_tensor_may_be_freed_after_it_was_handed_over(
             yield name, whole
             whole.zero_()  # what ZeRO-3 does to a gathered parameter
 
-    mark = GlooSender(session, CAPACITY).send(gathered())
+    mark = GlooSender(session, CAPACITY).send(gathered(), POLICY)
     assert (
         [fingerprint(receiver.result(timeout=30)) for receiver in receivers] == [mark, mark] == [fingerprint(sent)] * 2
     )
@@ -92,7 +94,7 @@ def test_specs_that_do_not_fit_what_is_sent(session: TransferSession, threads: T
     specs[2] = WeightSpec("w2", "float16", (6,))
     receivers = start_receivers(threads, session, specs)
     with pytest.raises(TransferFailed, match="differ in number, shape or dtype"):
-        GlooSender(session, CAPACITY).send(sent)
+        GlooSender(session, CAPACITY).send(sent, POLICY)
     for receiver in receivers:
         with pytest.raises(TransferFailed, match="differ in number, shape or dtype"):
             receiver.result(timeout=30)
@@ -107,7 +109,7 @@ def test_more_or_fewer_tensors_than_announced(
     specs, sent = (specs[:-1], sent) if missing_end == "specs" else (specs, sent[:-1])
     receivers = start_receivers(threads, session, specs)
     with pytest.raises(TransferFailed, match="differ in number"):
-        GlooSender(session, CAPACITY).send(sent)
+        GlooSender(session, CAPACITY).send(sent, POLICY)
     for receiver in receivers:
         with pytest.raises(TransferFailed, match="differ in number"):
             receiver.result(timeout=30)
@@ -124,7 +126,7 @@ def test_a_sender_that_cannot_make_its_tensors_tells_the_receivers(
         raise ValueError("the gather failed")
 
     with pytest.raises(ValueError, match="the gather failed"):
-        GlooSender(session, CAPACITY).send(broken())
+        GlooSender(session, CAPACITY).send(broken(), POLICY)
     for receiver in receivers:
         with pytest.raises(TransferFailed, match="gave up"):
             receiver.result(timeout=30)
@@ -140,14 +142,16 @@ def test_a_receiver_that_cannot_load_tells_the_others(session: TransferSession, 
     broken = threads.submit(lambda: receive(join(session, 1), specs, fail_to_load, CAPACITY))
     other = threads.submit(take, session, 2, specs)
     with pytest.raises(TransferFailed, match="gave up"):
-        GlooSender(session, CAPACITY).send(sent)
+        GlooSender(session, CAPACITY).send(sent, POLICY)
     with pytest.raises(ValueError, match="out of memory"):
         broken.result(timeout=30)
     with pytest.raises(TransferFailed, match="gave up"):
         other.result(timeout=30)
 
 
-def test_a_lost_receiver_ends_the_transfer(session: TransferSession, threads: ThreadPoolExecutor) -> None:
+def test_a_lost_receiver_ends_the_transfer_and_the_next_session_is_without_it(
+    session: TransferSession, threads: ThreadPoolExecutor
+) -> None:
     sent = weights() * 50
     specs = [spec_of(*item) for item in sent]
 
@@ -163,16 +167,24 @@ def test_a_lost_receiver_ends_the_transfer(session: TransferSession, threads: Th
     sender = GlooSender(session, CAPACITY)
     everybody_is_there.set()
     with pytest.raises(TransferFailed, match="broke off"):
-        sender.send(sent)
+        sender.send(sent, POLICY)
     left.result(timeout=30)
     with pytest.raises(TransferFailed):
         stayed.result(timeout=60)
+    sender.close()
+    anew = replace(session, port=free_port(), world_size=2, epoch=2)
+    (receiver,) = start_receivers(threads, anew, specs)
+    mark = GlooSender(anew, CAPACITY).send(sent, POLICY)
+    assert fingerprint(receiver.result(timeout=30)) == mark
 
 
-def test_joining_alone_times_out() -> None:
-    session = TransferSession("gloo", "127.0.0.1", free_port(), world_size=2, timeout_s=1)
+def test_joining_alone_times_out_and_an_end_of_another_epoch_is_nobody(threads: ThreadPoolExecutor) -> None:
+    session = TransferSession("gloo", "127.0.0.1", free_port(), world_size=2, timeout_s=1, epoch=2)
+    stale = threads.submit(join, replace(session, epoch=1), 1)
     with pytest.raises(TransferFailed, match="could not join"):
         GlooSender(session)
+    with pytest.raises(TransferFailed, match="could not join"):
+        stale.result(timeout=30)
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=60))

@@ -21,7 +21,7 @@ from rlhf.transfer.fingerprint import fingerprint
 from rlhf.transfer.ipc import IpcReader, IpcSender
 from rlhf.transfer.nccl import NcclGroup
 from rlhf.types import WeightSpec
-from tests.transfer.test_gloo import CAPACITY, spec_of, weights
+from tests.transfer.test_gloo import CAPACITY, POLICY, spec_of, weights
 
 CPU = torch.device("cpu")
 Named = list[tuple[str, torch.Tensor]]
@@ -92,7 +92,7 @@ def test_nccl_brings_every_tensor_in_each_round(threads: ThreadPoolExecutor) -> 
     session, wire, sent = session_of("nccl", 2), Wire(3), weights()
     ends = [threads.submit(receive_by_nccl, session, wire, rank, specs_of(sent), 2) for rank in (1, 2)]
     group = NcclGroup(session, 0, CPU, wire.join, CAPACITY)
-    marks = [group.send(named, "policy") for named in (sent, [(n, t * 2) for n, t in sent])]
+    marks = [group.send(named, POLICY) for named in (sent, [(n, t * 2) for n, t in sent])]
     for end in ends:
         assert [fingerprint(taken) for taken in end.result(timeout=30)] == marks
     assert marks[0] == fingerprint(sent) != marks[1]
@@ -103,7 +103,7 @@ def test_nccl_ends_that_differ_say_so(threads: ThreadPoolExecutor) -> None:
     session, wire, sent = session_of("nccl", 1), Wire(2), weights()
     end = threads.submit(receive_by_nccl, session, wire, 1, specs_of(sent)[:-1], 1)
     with pytest.raises(TransferFailed, match="another end of the weight transfer gave up"):
-        NcclGroup(session, 0, CPU, wire.join, CAPACITY).send(sent, "policy")
+        NcclGroup(session, 0, CPU, wire.join, CAPACITY).send(sent, POLICY)
     with pytest.raises(TransferFailed, match="differ in number, shape or dtype"):
         end.result(timeout=30)
     assert sorted(wire.aborted) == [0, 1]
@@ -120,7 +120,7 @@ def test_nccl_does_not_wait_for_a_worker_that_could_not_load(threads: ThreadPool
 
     end = threads.submit(receive)
     with pytest.raises(TransferFailed, match="gave up"):
-        NcclGroup(session, 0, CPU, wire.join, CAPACITY).send(sent, "policy")
+        NcclGroup(session, 0, CPU, wire.join, CAPACITY).send(sent, POLICY)
     with pytest.raises(ValueError, match="out of memory"):
         end.result(timeout=30)
 
@@ -129,7 +129,7 @@ def test_nccl_aborts_a_broadcast_that_does_not_end() -> None:
     session, wire = session_of("nccl", 1, timeout_s=1), Wire(2)
     group = NcclGroup(session, 0, CPU, wire.join, CAPACITY)  # nobody else comes
     with pytest.raises(TransferFailed, match="broadcast did not end within 1 s"):
-        group.send(weights(), "policy")
+        group.send(weights(), POLICY)
     assert wire.aborted == [0]
 
 
@@ -169,7 +169,7 @@ def send_by_ipc(
     session: TransferSession, memory: SharedMemory, rank: int, ranks: int, rounds: list[Named]
 ) -> list[str]:
     sender = IpcSender(session, rank, ranks, memory)
-    return [sender.send(named, capacity=CAPACITY) for named in rounds]
+    return [sender.send(named, POLICY, capacity=CAPACITY) for named in rounds]
 
 
 def test_each_rank_sends_to_the_workers_on_its_own_gpu(threads: ThreadPoolExecutor) -> None:

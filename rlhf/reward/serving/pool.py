@@ -1,19 +1,22 @@
 """All reward servers as one object: spreads questions over them, turns what goes wrong on the way into typed outcomes.
 
-Owns how much a server is given (`reward.max_waiting`), what happens when one dies (its questions fail, it is started again up to
-`reward.restarts` times), and when the canaries are judged. Does not know how a server judges. Talks to: the runtime (to start
-servers), the servers through their handles.
+Owns what happens when a server dies (its questions fail, and it is started again where the budget allows), who waits while all have enough
+to do, and when the canaries are judged. Who is alive is `rlhf.cluster.lives`' to say, who has the least to do `rlhf.cluster.router`'s. Does
+not know how a server judges. Talks to: the runtime (to start servers), the servers through their handles.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime, actor_name, shared_rewards
 from rlhf.cluster.devices import threads_env
+from rlhf.cluster.lives import Lives, Member, Whereabouts
+from rlhf.cluster.router import Router, Ticket
 from rlhf.config import Settings
 from rlhf.config.loader import UserError
 from rlhf.data.assets import resolve
@@ -33,19 +36,14 @@ CANARIES_AT_ONCE = 16
 
 @dataclass
 class _Server:
-    """A server as the pool sees it.
+    """A place in the pool: the server that stands there, or stood there last.
 
     Attributes:
-        outstanding: responses that it has got and not answered.
-        starting: the task that starts it again.
+        starting: the task that starts another one.
     """
 
-    index: int
     handle: Handle[RewardServer]
     info: ServerInfo
-    live: bool = True
-    outstanding: int = 0
-    restarts: int = 0
     starting: asyncio.Task[None] | None = None
 
 
@@ -55,9 +53,12 @@ class RewardPool:
     def __init__(self, runtime: Runtime, settings: Settings, service: bool, servers: list[_Server]):
         self._runtime, self._settings, self._service = runtime, settings, service
         self._servers = servers
+        self._router = Router(most=settings.reward.max_waiting)
+        self._lives = Lives([server.handle.name for server in servers], settings.reward.restarts)
+        for member, server in zip(self._lives.members(), servers, strict=True):
+            self._lives.started(member, _whereabouts(server.info))
         self._errors = _remote_errors(runtime)
         self._start_errors: tuple[type[Exception], ...] = (UserError, ActorDied, DeadlineExpired, *self._errors)
-        self._deaths: list[str] = []
         self._next = asyncio.Lock()  # first come, first served
         self._changed = asyncio.Event()
         self._watch: Watch | None = None
@@ -79,7 +80,7 @@ class RewardPool:
             infos = await asyncio.gather(*(_ready(handle, settings) for handle in handles))
         except UserError as error:
             raise RewardError(_cause(error)) from None
-        servers = [_Server(index, *pair) for index, pair in enumerate(zip(handles, infos, strict=True))]
+        servers = [_Server(handle, info) for handle, info in zip(handles, infos, strict=True)]
         pool = cls(runtime, settings, service, servers)
         if canaries is not None:
             pool._watch = Watch(settings.reward, canaries)
@@ -100,8 +101,8 @@ class RewardPool:
             NoServerLeft: all servers have died.
         """
         n = len(rollout.infos)
-        server = await self._seat(n)
-        return await self._ask(server, RewardServer.judge, rollout.prompt, rollout.completions, n)
+        ticket = await self._seat(n)
+        return await self._ask(ticket, RewardServer.judge, rollout.prompt, rollout.completions)
 
     async def judge_texts(self, prompt: Prompt, responses: Sequence[str]) -> Feedback:
         """The same for responses as text, without waiting.
@@ -117,11 +118,10 @@ class RewardPool:
                 f"the request has {len(responses):,} responses, and a server holds at most {most:,} (`reward.max_waiting` of the service); "
                 "ask about fewer at once"
             )
-        server = None if self._next.locked() else self._room(len(responses))
-        if server is None:
+        ticket = None if self._next.locked() else self._acquire(len(responses))
+        if ticket is None:
             raise Busy("all reward servers have enough to do")
-        server.outstanding += len(responses)
-        return await self._ask(server, RewardServer.judge_texts, prompt, list(responses), len(responses))
+        return await self._ask(ticket, RewardServer.judge_texts, prompt, list(responses))
 
     async def check(self, step: int) -> dict[str, float]:
         """What the canaries say, for the record, every `reward.canaries_every` steps; nothing in between.
@@ -136,22 +136,24 @@ class RewardPool:
     async def health(self) -> dict[str, Health | None]:
         """Server -> what it has done; None for one that does not answer."""
 
-        async def ask(server: _Server) -> Health | None:
+        async def ask(member: Member) -> Health | None:
+            if self._lives.state(member) != "ready":
+                return None
             try:
-                return await server.handle.ask(RewardServer.health, deadline=HEALTH_S)() if server.live else None
+                return await self._handle(member).ask(RewardServer.health, deadline=HEALTH_S)()
             except DeadlineExpired:
                 return None
             except ActorDied as error:
-                self._bury(server, server.handle, error)
+                self._died(member, error)
                 return None
 
-        answers = await asyncio.gather(*(ask(server) for server in self._servers))
+        answers = await asyncio.gather(*(ask(member) for member in self._lives.members()))
         return {server.handle.name: answer for server, answer in zip(self._servers, answers, strict=True)}
 
     async def fingerprints(self) -> dict[str, str | None]:
         """Server name -> hash of its weights now. They must always equal those in `infos`."""
         patience = self._settings.cluster.startup_s
-        live = [server.handle for server in self._servers if server.live]
+        live = [self._handle(member) for member in self._lives.alive()]
         prints = await asyncio.gather(*(handle.ask(RewardServer.fingerprint, deadline=patience)() for handle in live))
         return {handle.name: value for handle, value in zip(live, prints, strict=True)}
 
@@ -171,28 +173,27 @@ class RewardPool:
     async def _turn(self, method: Callable[[RewardServer], Coroutine[Any, Any, None]]) -> None:
         if not shared_rewards(self._settings, self._runtime.local):
             return
-        turned: list[Handle[RewardServer]] = []
+        turned: set[Member] = set()
         while True:
             await asyncio.gather(*(server.starting for server in self._servers if server.starting is not None))
-            left = [server for server in self._servers if server.live and server.handle not in turned]
+            left = set(self._lives.alive()) - turned
             if not left:
                 return
-            await asyncio.gather(*(self._turn_one(server, method) for server in left))
-            turned += [server.handle for server in left]
+            await asyncio.gather(*(self._turn_one(member, method) for member in sorted(left)))
+            turned |= left
 
-    async def _turn_one(self, server: _Server, method: Callable[[RewardServer], Coroutine[Any, Any, None]]) -> None:
-        handle = server.handle
+    async def _turn_one(self, member: Member, method: Callable[[RewardServer], Coroutine[Any, Any, None]]) -> None:
         try:
-            await handle.ask(method, deadline=self._settings.cluster.startup_s)()
+            await self._handle(member).ask(method, deadline=self._settings.cluster.startup_s)()
         except ActorDied as error:
-            self._bury(server, handle, error)
+            self._died(member, error)
 
     async def close(self) -> None:
         """Let the servers finish. Their processes end with the runtime."""
         for server in self._servers:
             if server.starting is not None:
                 server.starting.cancel()
-        live = [server.handle for server in self._servers if server.live]
+        live = [self._handle(member) for member in self._lives.alive()]
         calls = (handle.ask(RewardServer.close, deadline=CLOSE_S)() for handle in live)
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, (ActorDied, DeadlineExpired)):
@@ -200,73 +201,68 @@ class RewardPool:
 
     async def _ask(
         self,
-        server: _Server,
+        ticket: Ticket,
         method: Callable[[RewardServer, Prompt, Any], Coroutine[Any, Any, Feedback]],
         prompt: Prompt,
         responses: Any,
-        n: int,
     ) -> Feedback:
-        """The answer of a server that has been given `n` more responses."""
-        handle, deadline = server.handle, self._settings.reward.deadline_s
+        """The answer of the server that has been given these responses, as many as the ticket's load."""
+        handle, deadline, n = self._handle(ticket.member), self._settings.reward.deadline_s, ticket.load
         try:
             return await handle.ask(method, deadline=deadline + GRACE_S)(prompt, responses)
         except DeadlineExpired:
             return _all(prompt, n, TimedOut(deadline))
         except ActorDied as error:
-            self._bury(server, handle, error)
+            self._died(ticket.member, error)
             return _all(prompt, n, failure(error))
         except self._errors as error:  # the completions were lost with their owner, or the server has a bug
             return _all(prompt, n, Failed(f"{handle.name}: {_cause(error)}"))
         finally:
-            if server.handle is handle:
-                server.outstanding -= n
+            self._router.release(ticket)
             self._changed.set()
 
-    async def _seat(self, n: int) -> _Server:
-        """A server that takes `n` more responses, as soon as there is one."""
+    async def _seat(self, n: int) -> Ticket:
+        """A server takes `n` more responses, as soon as there is one that may."""
         async with self._next:
-            while (server := self._room(n)) is None:
+            while (ticket := self._acquire(n)) is None:
                 self._changed.clear()
                 await self._changed.wait()
-            server.outstanding += n
-            return server
+            return ticket
 
-    def _room(self, n: int) -> _Server | None:
-        """The live server with the fewest outstanding responses, the first of equals, if it takes `n` more."""
-        live = [server for server in self._servers if server.live]
-        if not live and not any(server.starting for server in self._servers):
+    def _acquire(self, n: int) -> Ticket | None:
+        """The least loaded server takes `n` more responses, if it may."""
+        alive = self._lives.alive()
+        if not alive and not self._lives.starting():
             raise NoServerLeft(
-                f"all {len(self._servers)} reward servers have died: {'; '.join(self._deaths)}. Look for a crash or "
+                f"all {len(self._servers)} reward servers have died: {self._lives.account()} Look for a crash or "
                 "for memory in their logs (ray logs), then continue the run with --resume."
             )
-        server = min(live, key=lambda server: (server.outstanding, server.index), default=None)
-        if server is None or (server.outstanding and server.outstanding + n > self._settings.reward.max_waiting):
-            return None
-        return server
+        return self._router.acquire(alive, n)
 
-    def _bury(self, server: _Server, handle: Handle[RewardServer], error: ActorDied) -> None:
-        """Note a death, which several of its callers may report, and start the server again if it may be."""
-        if not server.live or server.handle is not handle:
-            return
-        server.live = False
-        self._deaths.append(str(error).splitlines()[0])
-        if server.restarts < self._settings.reward.restarts:
-            server.restarts += 1
-            server.starting = asyncio.ensure_future(self._restart(server))
+    def _handle(self, member: Member) -> Handle[RewardServer]:
+        return self._servers[member.place].handle
 
-    async def _restart(self, server: _Server) -> None:
+    def _died(self, member: Member, error: ActorDied) -> None:
+        """Note a death, which several callers may report, and start another server in its place if that may be."""
+        news = self._lives.died(member, _first_line(str(error)), when=time.time())
+        if news is not None and self._lives.may_restart(member):
+            starting = self._restart(self._lives.restarting(member))
+            self._servers[member.place].starting = asyncio.ensure_future(starting)
+
+    async def _restart(self, member: Member) -> None:
+        server = self._servers[member.place]
         try:
-            handle = _launch(self._runtime, self._settings, server.index, self._service)
+            handle = _launch(self._runtime, self._settings, member.place, self._service)
             info = await _ready(handle, self._settings)
-        except self._start_errors as error:
-            self._deaths.append(f"{server.handle.name} could not be started again: {_cause(error)}".splitlines()[0])
+        except self._start_errors as error:  # another try would most likely end alike
+            self._lives.died(member, _first_line(_cause(error)), when=time.time())
         else:
             if info.fingerprint == server.info.fingerprint:
-                server.handle, server.info, server.live, server.outstanding = handle, info, True, 0
+                server.handle, server.info = handle, info
+                self._lives.started(member, _whereabouts(info))
             else:
-                self._deaths.append(
-                    f"{handle.name} was started again and judges with {info.fingerprint} instead of {server.info.fingerprint}"
-                )
+                reason = f"was started again and judges with {info.fingerprint} instead of {server.info.fingerprint}"
+                self._lives.lied(member, reason, when=time.time())
         finally:
             server.starting = None
             self._changed.set()
@@ -274,20 +270,27 @@ class RewardPool:
     async def _judge_canaries(self, watch: Watch) -> dict[str, list[Feedback]]:
         """Every live server's feedback on each canary. A server that dies over it is left out."""
 
-        async def ask(server: _Server) -> list[Feedback]:
+        async def ask(member: Member) -> list[Feedback]:
             found: list[Feedback] = []
             for start in range(0, len(watch.canaries), CANARIES_AT_ONCE):
+                if self._lives.state(member) == "dead":
+                    break
                 some = watch.canaries[start : start + CANARIES_AT_ONCE]
-                server.outstanding += 2 * len(some)
+                tickets = [self._router.assign(member, 2) for _ in some]
                 asked = (
-                    self._ask(server, RewardServer.judge_texts, one.prompt, [one.good, one.bad], 2) for one in some
+                    self._ask(ticket, RewardServer.judge_texts, one.prompt, [one.good, one.bad])
+                    for ticket, one in zip(tickets, some, strict=True)
                 )
                 found += await asyncio.gather(*asked)
             return found
 
-        live = [server for server in self._servers if server.live]
-        answers = await asyncio.gather(*(ask(server) for server in live))
-        return {server.handle.name: found for server, found in zip(live, answers, strict=True) if server.live}
+        asked = self._lives.alive()
+        answers = dict(zip(asked, await asyncio.gather(*(ask(member) for member in asked)), strict=True))
+        return {self._handle(member).name: answers[member] for member in asked if member in self._lives.alive()}
+
+
+def _whereabouts(info: ServerInfo) -> Whereabouts:
+    return Whereabouts(info.host, info.pid)
 
 
 def _launch(runtime: Runtime, settings: Settings, index: int, service: bool) -> Handle[RewardServer]:
@@ -303,6 +306,10 @@ async def _ready(handle: Handle[RewardServer], settings: Settings) -> ServerInfo
 def _cause(error: Exception) -> str:
     """Ray wraps an actor's exception together with its traceback; the message itself is what helps."""
     return str(getattr(error, "cause", error))
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _remote_errors(runtime: Runtime) -> tuple[type[Exception], ...]:
