@@ -102,7 +102,7 @@ def require_builder(step: int, batch: Batch, name: str, most: float) -> None:
 
 
 @dataclass(frozen=True)
-class Empty:
+class EmptyStep:
     """A step that taught nothing.
 
     Attributes:
@@ -119,7 +119,7 @@ class Empty:
     failure: str | None
 
     @classmethod
-    def of(cls, batch: Batch) -> Empty:
+    def of(cls, batch: Batch) -> EmptyStep:
         """What is kept of a step: no rollout, whose tokens would then stay in memory."""
         lengths = [info.n_tokens for one in batch.judged for info in one.rollout.infos]
         digests = [{info.digest for info in one.rollout.infos} for one in batch.judged if len(one.rollout.infos) > 1]
@@ -137,24 +137,20 @@ class Progress:
             most_empty: steps in a row that may teach nothing (`loop.max_empty_steps`).
         """
         self._most_empty = most_empty
-        self._empty: list[Empty] = []
+        self._empty: list[EmptyStep] = []
         self._same = 0
         self._taught = 0
 
-    def after(self, batch: Batch, wanted: int = 0) -> list[str]:
-        """Take note of a step; what a person should be told of it.
-
-        Args:
-            wanted: prompts that the step should have learned from, where others could replace those that taught nothing; else 0.
-        """
+    def after(self, batch: Batch) -> list[str]:
+        """Take note of a step; what a person should be told of it."""
         self._taught += batch.taught
-        self._empty = [] if batch.taught else [*self._empty, Empty.of(batch)]
+        self._empty = [] if batch.taught else [*self._empty, EmptyStep.of(batch)]
         found = []
         if not batch.taught:
             found.append(f"no prompt taught anything ({_counts(batch.reasons())})")
-        elif batch.taught < wanted:
+        elif batch.missing:
             found.append(
-                f"{batch.taught} prompts instead of {wanted} taught something, though {len(batch.judged)} were tried "
+                f"{batch.taught} prompts instead of {batch.refill.size} taught something, though {len(batch.judged)} were tried "
                 f"({_counts(batch.reasons())}); see loop.refill"
             )
         if failed := _build_failures(batch):
@@ -193,13 +189,13 @@ class Progress:
         )
 
     def _equal_rewards(self, batch: Batch) -> list[str]:
-        learned, judged = _scores(batch.learned), _scores(batch.judged)
-        self._same = self._same + 1 if len(learned) > 1 and len(set(learned)) == 1 else 0
+        shaped, judged = _scores(batch.shaped), _scores(batch.judged)
+        self._same = self._same + 1 if len(shaped) > 1 and len(set(shaped)) == 1 else 0
         if self._same < SAME_REWARDS_STEPS:
             return []
         after = " after reward.transforms" if len(set(judged)) > 1 else ""
         return [
-            f"all rewards{after} have been equal for {self._same} steps (now {learned[0]:g}): nothing tells good from bad"
+            f"all rewards{after} have been equal for {self._same} steps (now {shaped[0]:g}): nothing tells good from bad"
         ]
 
 

@@ -1,4 +1,5 @@
-"""`rlhf train`: wires the roles of an online run, and takes them down whatever happens."""
+"""`rlhf train`: an online run from its files to its files. Owns what surrounds the steps: reading the inputs, going on from a checkpoint,
+evaluations, saving, the export. Starting the roles is in `starting`, a step in `online`, what is remembered in `state`."""
 
 from __future__ import annotations
 
@@ -28,11 +29,14 @@ from rlhf.loop.evaluation import (
 from rlhf.loop.judged import measured
 from rlhf.loop.online import OnlineLoop
 from rlhf.loop.starting import reserved_runtime, started_roles
+from rlhf.loop.state import RunState
+from rlhf.loop.turns import policy_turn
+from rlhf.policy.kl import KlController
 from rlhf.reward.shaping import Shaping
 from rlhf.tracking.folder import check_run_folder
 from rlhf.tracking.record import Record, recorded_dtype, sinks_of
 from rlhf.training.checkpoints import Checkpoints
-from rlhf.training.resume import RUN, remembered, run_contents, starting_point
+from rlhf.training.resume import remembered, run_contents, starting_point
 from rlhf.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -67,17 +71,20 @@ class Training:
         pair_tokens = settings.rollout.max_tokens if self.algorithm.dataset_pairs else None
         prompts = load_prompts(settings.data.prompts, self.tokenizer, settings.data, pair_tokens)
         self.contents = run_contents(model, prompts)
-        self.ledger = Ledger(prompts, settings.run.seed, settings.data.shuffle, prompts.shares)
         self.held_out_prompts: list[Prompt] = []
         if settings.data.eval_prompts is not None:
             held = load_prompts(settings.data.eval_prompts, self.tokenizer, settings.data)
             self.held_out_prompts = held[: settings.loop.eval_limit]
-        self.shaping = Shaping.start(settings, prompts, self.held_out_prompts)
+        self.state = RunState(
+            Ledger(prompts, settings.run.seed, settings.data.shuffle, prompts.shares),
+            KlController(self.algorithm.objective),
+            Shaping.start(settings, prompts, self.held_out_prompts),
+            remembered(settings, self.contents),
+        )
         self.checkpoints = Checkpoints(settings.run.dir, settings.checkpoint.keep)
         self.start = starting_point(settings, self.contents, settings.loop.steps) if resume else None
         if self.start is not None:
-            self.ledger.restore(self.start.state["ledger"])
-            self.shaping.restore(self.start.state["shaping"])
+            self.state.restore(self.start.state)
             log.warning("run.dir=%s: %s", settings.run.dir, "; ".join(self.start.words()))
 
     async def run(self) -> None:
@@ -88,6 +95,7 @@ class Training:
         ):
             before = recorded_dtype(self.settings.run.dir) if self.resume else None
             self.settings, choice = settle(self.settings, runtime, before)
+            self.state.run = remembered(self.settings, self.contents)
             with Record(self.settings, self.resume, resolve, sinks) as self.record:
                 self.record.computes(choice.dtype, choice.why)
                 if placement is not None:
@@ -95,49 +103,50 @@ class Training:
                 await self._train(runtime)
 
     async def _train(self, runtime: Runtime) -> None:
-        settings = self.settings
-        start = self._rewound()
+        settings, state = self.settings, self.state
+        if self.resume:  # what is done again; without a checkpoint also what was measured before the first step
+            self.record.rewind(-1 if self.start is None else state.step)
         async with started_roles(runtime, settings, self.algorithm, self.record.phase) as roles:
-            self.shaping.require_judge(settings.reward, roles.rewards.infos[0].fingerprint)
-            self.loop = OnlineLoop(
-                settings, self.algorithm, roles, self.ledger, self.record, self.shaping, self.full_length
-            )
+            state.shaping.require_judge(settings.reward, roles.rewards.infos[0].fingerprint)
+            self.loop = OnlineLoop(settings, self.algorithm, roles, state, self.record, full_length=self.full_length)
             if self.start is not None:
                 self.record.phase(f"loading the checkpoint {self.start.tag}")
-                async with self.loop.policy_turn(publish=False):
+                async with policy_turn(roles):
                     await roles.policy.load(str(self.checkpoints.folder), self.start.tag)
-                roles.policy.restore(self.start.state["policy"])
             self.record.phase("publishing the weights to the engines, the first time")
-            await self.loop.publish(version=start)
-            if self.algorithm.mixes:
-                await self.loop.publish(version=start, slot="partner")
-            if start == 0:
-                await self._evaluate(0, "before")
-            self.record.phase(f"step {start + 1}")
-            for step in range(start + 1, settings.loop.steps + 1):
-                await self._step(step)
-            if start == 0 and not self.full_length:  # a trial of the machines need not learn
-                self.loop.progress.require_any()
-            await self._evaluate(settings.loop.steps, "after")
-            async with self.loop.policy_turn(publish=False):
+            await self.loop.publish()
+            await self._steps()
+            async with policy_turn(roles):
                 await roles.policy.check_anchors()
                 if settings.checkpoint.export:
                     self.record.phase(f"exporting to {self.record.folder / 'export'}")
                     await roles.policy.export(str((self.record.folder / "export").absolute()))
 
-    async def _step(self, step: int) -> None:
-        settings = self.settings
-        judged = await self.loop.step(step)
-        shown = judged[: settings.tracking.samples_per_step]
-        self.record.samples(step, [row for one in shown for row in response_rows(one, self.tokenizer)])
-        every = settings.checkpoint.every
-        if every and (step % every == 0 or step == settings.loop.steps):
-            await self._save(step)
-        self.loop.progress.require()
-        if settings.loop.eval_every and step % settings.loop.eval_every == 0 and step < settings.loop.steps:
-            await self._evaluate(step, None)
+    async def _steps(self) -> None:
+        """The steps that remain, with the evaluations before and after them."""
+        state, resumed = self.state, self.state.step > 0
+        if not resumed:
+            await self._evaluate("before")
+        self.record.phase(f"step {state.step + 1}")
+        while state.step < self.settings.loop.steps:
+            await self._step()
+        if not resumed and not self.full_length:  # a trial of the machines need not learn
+            self.loop.progress.require_any()
+        await self._evaluate("after")
 
-    async def _evaluate(self, step: int, moment: str | None) -> None:
+    async def _step(self) -> None:
+        settings, state = self.settings, self.state
+        judged = await self.loop.step()
+        shown = judged[: settings.tracking.samples_per_step]
+        self.record.samples(state.step, [row for one in shown for row in response_rows(one, self.tokenizer)])
+        last = state.step == settings.loop.steps
+        if settings.checkpoint.every and (last or state.step % settings.checkpoint.every == 0):
+            await self._save()
+        self.loop.progress.require()
+        if settings.loop.eval_every and not last and state.step % settings.loop.eval_every == 0:
+            await self._evaluate(None)
+
+    async def _evaluate(self, moment: str | None) -> None:
         """Answer the held-out prompts; `before` and `after` the run the answers are kept for the comparison."""
         if not self.held_out_prompts:
             return
@@ -146,24 +155,13 @@ class Training:
         judged = await loop.sample_and_judge(self.held_out_prompts, [evaluation_sampling(self.settings)], Clock())
         answers = held_out(judged, self.tokenizer)
         kl = await loop.measure(measurable(judged))
-        self.record.evaluation(step, held_out_metrics(answers) | measured(judged) | kl)
+        self.record.evaluation(self.state.step, held_out_metrics(answers) | measured(judged) | kl)
         if moment is not None:
             write_held_out(self.record.folder / f"heldout_{moment}.jsonl", answers)
 
-    async def _save(self, step: int) -> None:
-        tag = self.checkpoints.tag(step)
+    async def _save(self) -> None:
+        tag = self.checkpoints.tag(self.state.step)
         self.record.phase(f"saving the checkpoint {tag}")
         async with self.loop.policy_turn():
             written = await self.loop.roles.policy.save(str(self.checkpoints.folder), tag)
-        state = {"step": step, "ledger": self.ledger.state(), RUN: remembered(self.settings, self.contents)}
-        state |= {"policy": self.loop.roles.policy.state(), "shaping": self.shaping.state()}
-        self.checkpoints.complete(tag, state, written)
-
-    def _rewound(self) -> int:
-        """Steps already done; the record of later ones is cut off, as they are done again."""
-        if self.start is not None:
-            self.record.rewind(self.start.step)
-            return self.start.step
-        if self.resume:
-            self.record.rewind(-1)  # also what was measured before the first step
-        return 0
+        self.checkpoints.complete(tag, self.state.state(), written)

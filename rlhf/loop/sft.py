@@ -39,10 +39,10 @@ def sft(settings: SftSettings, debug: bool = False, resume: bool = False) -> Non
     """
     if debug:
         settings = one_rank(settings)
-    asyncio.run(Tuning(settings, debug, resume).run())
+    asyncio.run(FineTuning(settings, debug, resume).run())
 
 
-class Tuning:
+class FineTuning:
     """One run, from its files to its files."""
 
     def __init__(self, settings: SftSettings, debug: bool, resume: bool):

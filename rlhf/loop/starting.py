@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.algorithms import Algorithm
 from rlhf.cluster import (
@@ -23,6 +23,7 @@ from rlhf.cluster import (
     shared_rewards,
     takes_turns,
 )
+from rlhf.cluster.tasks import task_group
 from rlhf.config import Settings
 from rlhf.config.cluster import Role
 from rlhf.loop.roles import Roles
@@ -31,7 +32,8 @@ from rlhf.reward.reference_scores import members_need_references
 from rlhf.reward.serving.pool import RewardPool
 from rlhf.rollout.pool import RolloutPool
 
-FAREWELL_S = 10.0
+Started = TypeVar("Started", PolicyGroup, RolloutPool, RewardPool)
+CLOSE_S = 10.0
 """How long a role gets to end by itself when the run ends for another reason, in seconds. A rank in a long step cannot, and whoever
 told the run to end does not wait for it: SLURM and Kubernetes kill after 30 s."""
 
@@ -68,37 +70,56 @@ async def started_roles(
         say: told what goes on.
     """
     started: list[PolicyGroup | RolloutPool | RewardPool] = []
-
-    async def start(name: str, role: Coroutine[Any, Any, Any]) -> Any:
-        started.append(await role)
-        say(f"{name} ready")
-        return started[-1]
-
     say("starting policy, engines and reward")
-    turns = takes_turns(settings, runtime.local)
     ended_well = False
     try:
         if settings.checkpoint.every:
             runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
-        updates = settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
-        policy_ready = asyncio.ensure_future(start("policy", PolicyGroup.start(runtime, settings, algorithm, updates)))
-        if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
-            await (await policy_ready).offload()
-        rewards_ready = asyncio.ensure_future(start("reward", RewardPool.start(runtime, settings)))
-        if shared_rewards(settings, runtime.local):  # and so must the reward models
-            await rewards_ready
-        policy, rollouts, rewards = await asyncio.gather(
-            policy_ready, start("engines", RolloutPool.start(runtime, settings, algorithm.mixes)), rewards_ready
-        )
-        host, port = await policy.transfer_address()
-        session = rollouts.new_session(host, port)
-        await asyncio.gather(policy.open_transfer(session), rollouts.connect(session))
-        yield Roles(policy, rollouts, rewards, turns=turns)
+        roles = await _start(runtime, settings, algorithm, say, started)
+        yield roles
         ended_well = True
     finally:
         for role in reversed(started):
             with suppress(ActorDied, TimeoutError):  # it may be what ended the run
-                await asyncio.wait_for(role.close(), None if ended_well else FAREWELL_S)
+                await asyncio.wait_for(role.close(), None if ended_well else CLOSE_S)
+
+
+async def _start(
+    runtime: Runtime,
+    settings: Settings,
+    algorithm: Algorithm,
+    say: Callable[[str], None],
+    started: list[PolicyGroup | RolloutPool | RewardPool],
+) -> Roles:
+    """All roles, connected; each is added to `started` as soon as there is something to close."""
+
+    async def start(name: str, role: Coroutine[Any, Any, Started]) -> Started:
+        one = await role
+        started.append(one)
+        say(f"{name} ready")
+        return one
+
+    turns = takes_turns(settings, runtime.local)
+    updates = settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
+    async with task_group() as tasks:
+        policy = tasks.create_task(start("policy", PolicyGroup.start(runtime, settings, algorithm, updates)))
+        if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
+            await (await policy).offload()
+        rewards = tasks.create_task(start("reward", RewardPool.start(runtime, settings)))
+        if shared_rewards(settings, runtime.local):  # and so must the reward models
+            await rewards
+        rollouts = tasks.create_task(start("engines", RolloutPool.start(runtime, settings, algorithm.mixes)))
+    await _connect(policy.result(), rollouts.result())
+    return Roles(policy.result(), rollouts.result(), rewards.result(), turns=turns)
+
+
+async def _connect(policy: PolicyGroup, rollouts: RolloutPool) -> None:
+    """Open the session in which the policy's weights go to the engines."""
+    host, port = await policy.transfer_address()
+    session = rollouts.new_session(host, port)
+    async with task_group() as tasks:
+        tasks.create_task(policy.open_transfer(session))
+        tasks.create_task(rollouts.connect(session))
 
 
 def make_runtime(settings: Settings, debug: bool) -> Runtime:

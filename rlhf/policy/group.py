@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from rlhf.algorithms import Algorithm, PolicyGradient
-from rlhf.algorithms.algorithm import Objective
-from rlhf.algorithms.kl import AdaptiveKl
+from rlhf.algorithms import Algorithm
 from rlhf.cluster import Runtime
 from rlhf.config import Settings
 from rlhf.policy.learner import InvariantBroken, StepContext
@@ -23,11 +20,8 @@ from rlhf.types import Assignment, Counts, RankBatch, Rollout, Shipment, WeightS
 class PolicyGroup:
     """Made by `start`. All calls are collective over the ranks and wait at most the deadlines in `cluster`."""
 
-    def __init__(self, settings: Settings, ranks: RankGroup[PolicyRank], objective: Objective):
-        self._settings, self._ranks, self._objective = settings, ranks, objective
-        self._kl: AdaptiveKl | None = None
-        if isinstance(objective, PolicyGradient) and objective.kl_placement != "none":
-            self._kl = AdaptiveKl(objective.kl_coef, objective.kl_target, objective.kl_horizon)
+    def __init__(self, settings: Settings, ranks: RankGroup[PolicyRank]):
+        self._settings, self._ranks = settings, ranks
         self.specs: tuple[WeightSpec, ...] = ()
 
     @classmethod
@@ -39,7 +33,7 @@ class PolicyGroup:
         """
         start = start_ranks(runtime, PolicyRank, settings.policy.ranks, settings.cluster)
         ranks = await start(settings, algorithm, total_updates)
-        group = cls(settings, ranks, algorithm.objective)
+        group = cls(settings, ranks)
         group.specs = await ranks.first.ask(PolicyRank.weight_specs, deadline=settings.cluster.startup_s)()
         return group
 
@@ -49,14 +43,13 @@ class PolicyGroup:
         Raises:
             InvariantBroken: the engines' and the trainer's log-probs differ by more than `run.max_logprob_gap`.
         """
-        context = self._open(step)
         batches = self._plan(assignments, self._settings.loop.updates_per_step)
         learn = self._ranks.share(PolicyRank.learn, batches, deadline=self._settings.cluster.learn_deadline_s)
-        return self._close(await learn(context))
+        return self._checked(await learn(step))
 
     async def begin(self, step: StepContext) -> None:
         """Start a loop step whose assignments come in pieces, while others are still sampled and judged."""
-        await self._ranks.ask(PolicyRank.begin, deadline=self._settings.cluster.learn_deadline_s)(self._open(step))
+        await self._ranks.ask(PolicyRank.begin, deadline=self._settings.cluster.learn_deadline_s)(step)
 
     async def accumulate(self, assignments: Sequence[Assignment], update: int = 0) -> None:
         """Take in a piece; the ranks learn from it what their method can learn from it alone. Pieces may come in any order.
@@ -70,17 +63,10 @@ class PolicyGroup:
     async def finish(self) -> dict[str, float]:
         """Make the optimizer steps, whose pieces are all there; returns mean metrics. Raises as `learn`."""
         finish = self._ranks.ask(PolicyRank.finish, deadline=self._settings.cluster.learn_deadline_s)
-        return self._close(await finish())
-
-    def _open(self, step: StepContext) -> StepContext:
-        """The step with its factor on the KL."""
-        self._step = step if self._kl is None else replace(step, kl_coef=self._kl.coef)
-        self._responses = 0
-        return self._step
+        return self._checked(await finish())
 
     def _plan(self, assignments: Sequence[Assignment], updates: int, first: int = 0) -> list[list[PolicyBatch]]:
         """What each rank learns from in each of these optimizer steps, which are numbered from `first` on."""
-        self._responses += sum(len(assignment.members()) for assignment in assignments)
         costs = [assignment.n_tokens() for assignment in assignments]
         batches: list[list[PolicyBatch]] = [[] for _ in self._ranks.handles]
         plan = plan_updates(costs, updates, len(self._ranks), self._settings.policy.micro_batch_tokens)
@@ -91,32 +77,11 @@ class PolicyGroup:
                 mine.append(RankBatch(micro_batches, counts, number))
         return batches
 
-    def _close(self, parts: Sequence[Meters]) -> dict[str, float]:
-        """What the ranks report of a whole loop step, checked; the KL's coefficient follows it."""
+    def _checked(self, parts: Sequence[Meters]) -> dict[str, float]:
+        """What the ranks report of a whole loop step."""
         metrics = means(merge(parts))
         self._check_gap(metrics)
-        if self._kl is not None:
-            metrics["policy/kl_coef"] = self._kl.coef
-            self._steer_kl(metrics)
         return metrics
-
-    def _steer_kl(self, metrics: dict[str, float]) -> None:
-        """Let the KL's coefficient follow what was measured; while only the critic learns there is nothing to steer."""
-        assert isinstance(self._objective, PolicyGradient) and self._kl is not None, (
-            "only these have such a coefficient"
-        )
-        critic = self._objective.critic
-        if "policy/kl_response" in metrics and (critic is None or self._step.step > critic.warmup_steps):
-            self._kl.update(metrics["policy/kl_response"], self._responses)
-
-    def state(self) -> dict[str, float]:
-        """What a checkpoint must keep beside the ranks' files: the present factor on the KL, if there is one."""
-        return {} if self._kl is None else {"kl_coef": self._kl.coef}
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Take over what `state` returned. A factor that nothing steers, or steered, is that of the present settings."""
-        if self._kl is not None and self._kl.target is not None:
-            self._kl.coef = state.get("kl_coef", self._kl.coef)
 
     def _check_gap(self, metrics: dict[str, float]) -> None:
         """Between engines and trainer, on what was learned from. Where sampling was truncated or greedy the log-probs are those of another

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf.config.loader import UserError
 
@@ -33,6 +33,18 @@ REMEDY = "Restore the folder, or take another checkpoint."
 HASHING_THREADS = 16
 SAID_FROM_GB = 10
 """Size of a checkpoint from which its comparison is announced, because it takes a while."""
+
+
+class Stateful(Protocol):
+    """A part of a run that a checkpoint must hold. Only the part knows what is in its state; who collects the parts knows their names."""
+
+    def state(self) -> Any:
+        """All that the part has to remember, as JSON."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `state` gave, also where an earlier version gave less."""
+        ...
 
 
 def sha256(file: Path) -> str:

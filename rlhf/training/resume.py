@@ -27,8 +27,9 @@ from rlhf.types import content_id
 
 RUN = "run"
 """Key of a checkpoint's state that holds what `remembered` returns."""
-PARTS = {"ledger": dict, "policy": dict, "shaping": list}
-"""Keys of an online run's state from which its parts are restored, and what is there."""
+ONLINE: Mapping[str, type] = {"ledger": dict, "policy": dict, "shaping": list}
+SUPERVISED: Mapping[str, type] = {"identity": dict}
+"""Name of each part of a run's state, beside its step, and what JSON it is; `loop.state` and `training.supervised` collect the parts."""
 MODEL, PROMPTS, TOKENS = "policy.model", "data.prompts", "data.prompts (as tokens)"
 LAYOUT = "the checkpoint's files are divided and stored in that way"
 FIXED = {
@@ -139,8 +140,8 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
             "which `algorithm.reference: extrapolated` moves on. Finish the run with that version, or start a new one in another run.dir."
         )
     before = state[RUN] if RUN in state else _of_an_earlier_version(state)
-    parts = PARTS if isinstance(settings, Settings) else {}
-    if not _whole(before) or not all(isinstance(state.get(part), kind) for part, kind in parts.items()):
+    parts = ONLINE if isinstance(settings, Settings) else SUPERVISED
+    if not _whole(before) or not all(isinstance(state.get(part), form) for part, form in parts.items()):
         raise UserError(
             f"run.dir={run_dir}: checkpoints/{tag}/state.json is not what a run writes there. Restore the folder, or start a new run in "
             "another run.dir."

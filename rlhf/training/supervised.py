@@ -189,6 +189,30 @@ class Saving:
     found: tuple[str, dict[str, Any]] | None = None
 
 
+class SupervisedState:
+    """Where a run stands. What a step learns from is a pure function of its number (`Course`), so there is nothing else to remember.
+
+    Attributes:
+        step: optimizer steps done.
+        identity, run: as in `Saving`; a checkpoint holds them to be compared, not to be restored.
+    """
+
+    def __init__(self, identity: Mapping[str, Any], run: Mapping[str, Any]):
+        self.step, self.identity, self.run = 0, identity, run
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, as JSON."""
+        return {"step": self.step, "identity": dict(self.identity), RUN: dict(self.run)}
+
+    def differences(self, state: Mapping[str, Any]) -> list[str]:
+        """What of the identity is another one in the state of another run; of an earlier version it may lack some."""
+        return [name for name, value in self.identity.items() if state["identity"].get(name, value) != value]
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.step = state["step"]
+
+
 async def train(
     group: SupervisedGroup,
     course: Course,
@@ -205,10 +229,12 @@ async def train(
     Raises:
         UserError: a loss or gradient is not finite, or the checkpoint is of another run.
     """
-    start = await _starting_point(group, journal, saving)
-    if held_out is not None and start == 0:
+    state = SupervisedState(saving.identity, saving.run)
+    if saving.resume:
+        await _go_on(group, journal, saving, state)
+    if held_out is not None and state.step == 0:
         journal.evaluation(0, {"heldout/loss": await group.measure(held_out)})
-    for step in range(start + 1, course.updates + 1):
+    for step in range(state.step + 1, course.updates + 1):
         began, units = time.monotonic(), course.units(step)
         try:
             metrics = await group.learn(step, course.examples, units)
@@ -224,35 +250,31 @@ async def train(
             | {"train/epoch": step / course.updates_per_epoch, "train/tokens": tokens}
             | {"time/step": seconds, "throughput/tokens_per_s": tokens / seconds},
         )
+        state.step = step
         last = step == course.updates
         if saving.every and (step % saving.every == 0 or last):
-            await _save(group, saving, step)
+            await _save(group, saving, state)
         if held_out is not None and (last or (eval_every and step % eval_every == 0)):
             journal.evaluation(step, {"heldout/loss": await group.measure(held_out)})
 
 
-async def _starting_point(group: SupervisedGroup, journal: Journal, saving: Saving) -> int:
-    """Steps already done; their weights are loaded."""
-    if not saving.resume:
-        return 0
+async def _go_on(group: SupervisedGroup, journal: Journal, saving: Saving, state: SupervisedState) -> None:
+    """Restore the state and load the weights of the checkpoint that was found, if there is one."""
     if saving.found is None:
         journal.rewind(-1)  # also of what was measured before the first step
-        return 0
-    tag, state = saving.found
-    before = state["identity"]  # of an earlier version it may lack some
-    differ = [name for name, value in saving.identity.items() if before.get(name, value) != value]
-    if differ:
+        return
+    tag, found = saving.found
+    if differ := state.differences(found):
         raise UserError(
             f"{saving.checkpoints.folder / tag}: the checkpoint was made with another {' and '.join(differ)}, so the run cannot go on "
             "where it stopped. Restore it, or start a new run in another folder."
         )
-    journal.rewind(state["step"])
+    state.restore(found)
+    journal.rewind(state.step)
     await group.load(str(saving.checkpoints.folder), tag)
-    return state["step"]
 
 
-async def _save(group: SupervisedGroup, saving: Saving, step: int) -> None:
-    tag = saving.checkpoints.tag(step)
+async def _save(group: SupervisedGroup, saving: Saving, state: SupervisedState) -> None:
+    tag = saving.checkpoints.tag(state.step)
     written = await group.save(str(saving.checkpoints.folder), tag)
-    state = {"step": step, "identity": dict(saving.identity), RUN: dict(saving.run)}
-    saving.checkpoints.complete(tag, state, written)
+    saving.checkpoints.complete(tag, state.state(), written)

@@ -27,7 +27,6 @@ def _made(place: Place) -> Path:
     from rlhf.config import load, show
     from rlhf.loop.run import Training
     from rlhf.training.checkpoints import Checkpoints
-    from rlhf.training.resume import RUN, remembered
 
     folder = place.work / "runs" / "walk"
     saved = place.folder / "saved"
@@ -37,8 +36,7 @@ def _made(place: Place) -> Path:
         checkpoints = Checkpoints(str(folder), settings.checkpoint.keep)
         (checkpoints.folder / checkpoints.tag(2)).mkdir(parents=True)
         torch.save({"module": {}}, folder / WEIGHTS)
-        state = {"step": 2, "ledger": training.ledger.state(), RUN: remembered(settings, training.contents)}
-        checkpoints.complete("step-000002", state | {"policy": {}, "shaping": training.shaping.state()})
+        checkpoints.complete("step-000002", training.state.state() | {"step": 2})
         (folder / "manifest.json").write_text('{"run_id": "walk", "resumed": []}')
         (folder / "config.yaml").write_text(show(settings))
         (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rlhf.cluster import LocalRuntime
-from rlhf.policy import PolicyGroup, StepContext
+from rlhf.policy import PolicyGroup
 from tests.helpers import rank_inside
-from tests.policy.test_group import PPO, declare, make_assignments
+from tests.policy.test_group import PPO, context, declare, make_assignments
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -21,7 +21,7 @@ def test_a_offloaded_policy_keeps_only_its_weights(tiny_settings: Callable, run:
 
     async def use() -> tuple[int, int, int, int]:
         group = await PolicyGroup.start(LocalRuntime(), settings, declare(PPO), 1)
-        await group.learn(make_assignments(PPO, False), StepContext(1, equal=False))
+        await group.learn(make_assignments(PPO, False), context(PPO, 1, equal=False))
         rank = rank_inside(group)
         weights = sum(
             p.numel() * p.element_size() for t in rank.learner.trainers.values() for p in t.engine.module.parameters()

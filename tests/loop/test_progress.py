@@ -17,6 +17,7 @@ from rlhf.algorithms import Algorithm, Contrast, Preference, Source
 from rlhf.loop.clock import Clock
 from rlhf.loop.online import OnlineLoop
 from rlhf.loop.progress import BuilderFailing, NothingLearned, RewardsFailing, require_some_reward
+from rlhf.loop.sampling import step_samplings
 from rlhf.types import Failed, Invalid, Outcome, Rollout, Score, TimedOut, TrainingItem
 from tests.loop.fakes import make_loop
 from tests.loop.test_methods import train
@@ -25,12 +26,12 @@ DR_GRPO = {"name": "dr_grpo", "samples_per_prompt": 3}
 NORMALISED = {"kind": "function", "path": "my_rewards:score", "transforms": [{"name": "normalise"}]}
 
 
-def run(loop: OnlineLoop, steps: int = 1, first: int = 1) -> list[dict[str, Any]]:
-    """The lines of so many steps."""
+def run(loop: OnlineLoop, steps: int = 1) -> list[dict[str, Any]]:
+    """The lines of all steps, after so many more."""
 
     async def scenario() -> None:
-        for step in range(first, first + steps):
-            await loop.step(step)
+        for _ in range(steps):
+            await loop.step()
 
     asyncio.run(scenario())
     return loop.record.lines
@@ -75,7 +76,7 @@ def test_a_step_is_filled_within_its_cap_and_every_prompt_ends_once(
     for step in (1, 2):
         before = len(loop.roles.rollouts.sampled)
         drawn = before % total  # in file order, and the first step leaves no prompt out
-        (line,) = run(loop, first=step)[-1:]
+        (line,) = run(loop)[-1:]
         asked = [int(one[1:]) for one in loop.roles.rollouts.sampled[before:]]
         most = min(size * (1 + refill), total)
         expected = [(drawn + i) % total for i in range(most)]
@@ -97,7 +98,7 @@ def test_a_step_is_filled_within_its_cap_and_every_prompt_ends_once(
             asked
         )
         assert line["rollout/responses"] == 2 * len(asked), "all that was sampled counts"
-    ledger = loop.ledger.state()  # raises if a prompt is still out
+    ledger = loop.state.ledger.state()  # raises if a prompt is still out
     assert sum(ledger["settled"].values()) == ledger["drawn"]
 
 
@@ -118,7 +119,7 @@ def test_a_round_asks_for_as_many_as_should_fill_the_batch() -> None:
     (line,) = run(loop := make_loop(only([0, 4, 5, 6, 7]), loop={"prompts_per_step": 4, "refill": 2}))
     assert (line["refill/prompts"], line["refill/rounds"]) == (4, 1)
     assert [number(one.rollout) for one in loop.roles.policy.learned[0]] == [0, 4, 5, 6]
-    assert loop.ledger.settled == {"trained": 4, "tie": 3, "surplus": 1}
+    assert loop.state.ledger.settled == {"trained": 4, "tie": 3, "surplus": 1}
     assert line["warnings"] == []
 
 
@@ -131,14 +132,14 @@ def test_without_refill_a_group_of_equal_rewards_stays_in_the_mean() -> None:
     (line,) = run(filled := make_loop(teaching, algorithm=DR_GRPO, loop={"prompts_per_step": 4, "refill": 1}))
     assert (line["dropped/equal_rewards"], line["refill/prompts"], line["reward/tied"]) == (4, 4, 0.5)
     assert [number(one.rollout) for one in filled.roles.policy.learned[0]] == [0, 2, 4, 5]
-    assert filled.ledger.settled == {"trained": 4, "equal_rewards": 4}
+    assert filled.state.ledger.settled == {"trained": 4, "equal_rewards": 4}
 
 
 def test_transforms_see_each_response_once() -> None:
     loop = make_loop(only([7, 9]), reward=NORMALISED, loop={"prompts_per_step": 2, "refill": 9})
     (line,) = run(loop)
     assert line["rollout/responses"] == 20
-    ((count, mean, _),) = loop.shaping.state()
+    ((count, mean, _),) = loop.state.shaping.state()
     assert (count, mean) == (20, pytest.approx((16 * 1 + 2 * (0 + 1)) / 20))
 
 
@@ -174,7 +175,13 @@ def test_a_step_without_rewards_ends_the_run_before_it_learns(
 def test_an_evaluation_without_rewards_says_why() -> None:
     """What `rlhf eval` asks before it compares: the win rate of nothing is nothing."""
     loop = make_loop(outcomes(Invalid("the judge returned None")))
-    judged = asyncio.run(loop.sample_and_judge(loop.ledger.lease(3), loop._samplings(1), Clock()))
+    judged = asyncio.run(
+        loop.sample_and_judge(
+            loop.state.ledger.lease(3),
+            step_samplings(loop.algorithm.sources, loop.settings.rollout, seed=0, step=1),
+            Clock(),
+        )
+    )
     with pytest.raises(RewardsFailing, match="^the answers of m: none of the 6 responses has a reward: 6 x invalid"):
         require_some_reward("the answers of m", judged, loop.settings.reward)
 
@@ -193,20 +200,20 @@ def test_steps_in_a_row_that_teach_nothing_end_the_run_with_reasons() -> None:
     loop = make_loop(equal, 40, loop={"prompts_per_step": 4, "max_empty_steps": 2})
     run(loop)
     loop.progress.require()
-    (_, line) = run(loop, first=2)
+    (_, line) = run(loop)
     assert line["warnings"] == ["no prompt taught anything (tie 4)"]
     with pytest.raises(NothingLearned, match=r"2 steps in a row .*: tie 8\. .*What helps: .*loop\.refill") as stopped:
         loop.progress.require()
     assert "those to 0 of 4 prompts were all the same" in str(stopped.value)
-    assert loop.ledger.settled == {"tie": 8}, "every prompt is accounted for"
+    assert loop.state.ledger.settled == {"tie": 8}, "every prompt is accounted for"
 
 
 def test_a_step_that_teaches_begins_the_count_anew() -> None:
     loop = make_loop(only([4]), 40, loop={"prompts_per_step": 4, "max_empty_steps": 2})
-    for step in (1, 2, 3):
-        run(loop, first=step)
+    for _ in range(3):
+        run(loop)
         loop.progress.require()
-    run(loop, first=4)
+    run(loop)
     with pytest.raises(NothingLearned):
         loop.progress.require()
     loop.progress.require_any()

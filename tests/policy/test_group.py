@@ -18,8 +18,8 @@ from rlhf.algorithms.algorithm import Objective
 from rlhf.cluster import LocalRef, LocalRuntime, Runtime
 from rlhf.policy import InvariantBroken, PolicyGroup, StepContext
 from rlhf.policy.gradient_learner import GradientLearner
+from rlhf.policy.kl import KlController
 from rlhf.training.deepspeed import Trainer
-from rlhf.training.rank_group import RankGroup
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 from tests.helpers import rank_inside
 
@@ -56,6 +56,11 @@ def declare(objective: Objective) -> Algorithm:
     return Algorithm("test", (Source("policy", 4),), lambda rollout, feedback, rng: (), objective)
 
 
+def context(objective: Objective, step: int, *, equal: bool) -> StepContext:
+    """A step with the factor on the KL that the objective starts with."""
+    return StepContext(step, equal=equal, kl_coef=objective.kl_coef if isinstance(objective, PolicyGradient) else 0.0)
+
+
 def make_assignments(objective: Objective, remote: bool, count: int = 7) -> list[Assignment]:
     """Prompts with four responses of ragged lengths, the same at every call: a pair each, or a reward for every response."""
     import ray
@@ -88,7 +93,8 @@ async def learn(
     group = await PolicyGroup.start(runtime, settings, declare(objective), UPDATES)
     assignments = make_assignments(objective, remote)
     give = learn_in_pieces if pieces else PolicyGroup.learn
-    metrics = [await give(group, assignments, StepContext(step, equal=step == 1)) for step in range(1, UPDATES + 1)]
+    contexts = [context(objective, step, equal=step == 1) for step in range(1, UPDATES + 1)]
+    metrics = [await give(group, assignments, one) for one in contexts]
     metrics.append(await group.measure(assignments))
     await group.check_anchors()
     await group.export(folder)
@@ -168,7 +174,7 @@ def test_a_response_of_weight_0_is_as_if_it_were_not_there(settings: Callable, r
             *kept, last = one.items
             left_out = (replace(last, weight=0.0),) if masked else ()
             assignments.append(replace(one, items=(*kept, *left_out)))
-        metrics = [await group.learn(assignments, StepContext(number, equal=False)) for number in (1, 2)]
+        metrics = [await group.learn(assignments, context(objective, number, equal=False)) for number in (1, 2)]
         await group.close()
         return metrics[0], metrics[1]
 
@@ -248,7 +254,7 @@ def test_learning_rate_zero_changes_nothing_and_epochs_and_updates_count(
         group = await PolicyGroup.start(LocalRuntime(), still, declare(objective), 6)
         rank = rank_inside(group)
         before = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
-        metrics = await group.learn(make_assignments(objective, False), StepContext(1, equal=True))
+        metrics = await group.learn(make_assignments(objective, False), context(objective, 1, equal=True))
         assert metrics["policy/kl"] == 0
         assert all(torch.equal(a, b) for a, b in zip(before, rank.policy.engine.module.parameters(), strict=True))
         assert [trainer.engine.global_steps for trainer in rank.learner.trainers.values()] == [6] * (
@@ -267,10 +273,10 @@ def test_a_changed_reference_and_foreign_log_probs_stop_the_run(settings: Callab
         group = await PolicyGroup.start(LocalRuntime(), settings(run={"invariants": True}), declare(objective), 6)
         with pytest.raises(InvariantBroken, match="differ from the trainer's by .*run.max_logprob_gap"):
             await group.learn(
-                make_assignments(objective, False), StepContext(1, equal=True)
+                make_assignments(objective, False), context(objective, 1, equal=True)
             )  # completions claim -5 per token
         with pytest.raises(InvariantBroken, match="before the first update"):
-            await group.learn(make_assignments(objective, False), StepContext(2, equal=True))  # no longer equal
+            await group.learn(make_assignments(objective, False), context(objective, 2, equal=True))  # no longer equal
         with torch.no_grad():
             next(rank_inside(group).reference.model.parameters()).add_(1.0)
         with pytest.raises(InvariantBroken, match="weights of the reference changed"):
@@ -292,20 +298,25 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule(
         objective = replace(PPO, kl_target=0.5, kl_horizon=100)
     learned = make_assignments(objective, False)
 
-    async def steps(group: PolicyGroup, first: int) -> list[dict[str, float]]:
-        return [await group.learn(learned, StepContext(step, equal=False)) for step in (first, first + 1)]
+    async def steps(group: PolicyGroup, kl: KlController, first: int) -> list[dict[str, float]]:
+        made = []
+        for step in (first, first + 1):
+            metrics = await group.learn(learned, StepContext(step, equal=False, kl_coef=kl.coef))
+            made.append(metrics | kl.after(step, metrics, 28))
+        return made
 
     async def use() -> None:
         group = await PolicyGroup.start(LocalRuntime(), decaying, declare(objective), 6)
-        await steps(group, 1)
+        kl, restored = KlController(objective), KlController(objective)
+        await steps(group, kl, 1)
         await group.save(str(tmp_path), "two")
-        state = group.state()
-        expected = await steps(group, 3)
+        state = kl.state()
+        expected = await steps(group, kl, 3)
         await group.close()
         again = await PolicyGroup.start(LocalRuntime(), decaying, declare(objective), 6)
         await again.load(str(tmp_path), "two")
-        again.restore(state)
-        assert await steps(again, 3) == expected
+        restored.restore(state)
+        assert await steps(again, restored, 3) == expected
         assert expected[1]["policy/learning_rate"] == pytest.approx(0.75e-3)
         if method == "ppo":
             assert state["kl_coef"] == expected[0]["policy/kl_coef"] != PPO.kl_coef
@@ -315,18 +326,6 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule(
         await again.close()
 
     run(use())
-
-
-@pytest.mark.parametrize(("target", "coef"), [(None, PPO.kl_coef), (0.5, 9.0)])
-def test_a_factor_on_the_kl_is_restored_only_where_something_steers_it(
-    settings: Callable, target: float | None, coef: float
-) -> None:
-    """Otherwise a run that is resumed with another algorithm.kl_coef would go on with the old one."""
-    group = PolicyGroup(settings(), RankGroup([], settings().cluster), replace(PPO, kl_target=target))
-    group.restore({})  # a run in which nothing held the policy
-    assert group.state() == {"kl_coef": PPO.kl_coef}
-    group.restore({"kl_coef": 9.0})
-    assert group.state() == {"kl_coef": coef}
 
 
 @pytest.mark.engine
@@ -369,11 +368,10 @@ def test_while_the_critic_warms_up_the_policy_stays(settings: Callable, run: Cal
         rank = rank_inside(group)
         before = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
         for step in (1, 2):
-            metrics = await group.learn(make_assignments(objective, False), StepContext(step, equal=True))
+            metrics = await group.learn(make_assignments(objective, False), context(objective, step, equal=True))
             assert "policy/loss" not in metrics
-        assert metrics["policy/kl_coef"] == PPO.kl_coef
         assert all(torch.equal(a, b) for a, b in zip(before, rank.policy.engine.module.parameters(), strict=True))
-        metrics = await group.learn(make_assignments(objective, False), StepContext(3, equal=True))
+        metrics = await group.learn(make_assignments(objective, False), context(objective, 3, equal=True))
         assert metrics["policy/learning_rate"] == 1e-3, "the policy's schedule starts with its own first step"
         assert metrics["critic/learning_rate"] < 1e-3
         assert not all(torch.equal(a, b) for a, b in zip(before, rank.policy.engine.module.parameters(), strict=True))
@@ -395,7 +393,7 @@ def test_offloading_between_steps_changes_nothing(
         group = await PolicyGroup.start(LocalRuntime(), one, declare(PPO), UPDATES)
         metrics = []
         for step in range(1, UPDATES + 1):
-            metrics.append(await group.learn(assignments, StepContext(step, equal=False)))
+            metrics.append(await group.learn(assignments, context(PPO, step, equal=False)))
             if turns:
                 await group.offload()
                 await group.reload()

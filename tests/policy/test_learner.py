@@ -18,7 +18,7 @@ from rlhf.policy.learner import EQUAL_TOLERANCE, Lazily, gap_meters, kl_meters, 
 from rlhf.training.packing import Experience, idle, pack
 from rlhf.types import DATASET_VERSION, Assignment, Completion, Prompt, Rollout, Span, TrainingItem
 from tests.helpers import make_rollout, rank_inside
-from tests.policy.test_group import LOOPS, OBJECTIVES, declare, make_assignments
+from tests.policy.test_group import LOOPS, OBJECTIVES, context, declare, make_assignments
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_a_rank_holds_one_micro_batch_and_learns_as_if_it_held_all(
     async def learn() -> list[torch.Tensor]:
         group = await PolicyGroup.start(LocalRuntime(), settings, declare(objective), 4)
         rank = rank_inside(group)
-        await group.learn(make_assignments(objective, False), StepContext(1, equal=True))
+        await group.learn(make_assignments(objective, False), context(objective, 1, equal=True))
         weights = [p.detach().clone() for p in rank.policy.engine.module.parameters()]
         await group.close()
         return weights

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule
 from rlhf.cluster import LocalRuntime, Runtime
-from rlhf.policy import InvariantBroken, PolicyGroup, StepContext
+from rlhf.policy import InvariantBroken, PolicyGroup
 from rlhf.policy.rank import PolicyRank
 from rlhf.training import lora
 from rlhf.training.packing import Experience, pack
 from rlhf.training.weights import whole_weights
 from tests.helpers import rank_inside
 from tests.policy.test_anchor import algorithm
-from tests.policy.test_group import PPO, PREFERENCE, assert_same, declare, learn, make_assignments
+from tests.policy.test_group import PPO, PREFERENCE, assert_same, context, declare, learn, make_assignments
 
 pytestmark = pytest.mark.engine
 LORA = {"rank": 4, "alpha": 8.0}
@@ -98,18 +98,16 @@ def test_a_checkpoint_holds_what_learns_and_restores_it(
     learned = make_assignments(goal, False)
 
     async def steps(group: PolicyGroup, first: int) -> list[dict[str, float]]:
-        return [await group.learn(learned, StepContext(step, equal=False)) for step in (first, first + 1)]
+        return [await group.learn(learned, context(goal, step, equal=False)) for step in (first, first + 1)]
 
     async def use() -> None:
         group = await PolicyGroup.start(LocalRuntime(), made, declare(goal), 6)
         await steps(group, 1)
         await group.save(str(tmp_path), "two")
-        state = group.state()
         expected = await steps(group, 3)
         await group.close()
         again = await PolicyGroup.start(LocalRuntime(), made, declare(goal), 6)
         await again.load(str(tmp_path), "two")
-        again.restore(state)
         assert await steps(again, 3) == expected
         await again.close()
         fewer = settings(zero_stage=stage, dtype=dtype, lora=LORA | {"target_modules": ["q_proj"]})
@@ -131,7 +129,9 @@ def test_the_critic_learns_with_adapters_and_head_only(settings: Callable, run: 
         trainer = rank_inside(group).learner.trainers["critic"]
         before = {name: parameter.detach().clone() for name, parameter in trainer.engine.module.named_parameters()}
         learned = make_assignments(PPO, False)
-        losses = [(await group.learn(learned, StepContext(step, equal=step == 1)))["critic/loss"] for step in (1, 2, 3)]
+        losses = [
+            (await group.learn(learned, context(PPO, step, equal=step == 1)))["critic/loss"] for step in (1, 2, 3)
+        ]
         assert losses[-1] < losses[0]
         moved = {n for n, p in trainer.engine.module.named_parameters() if not torch.equal(p, before[n])}
         assert moved and all(".lora_" in name or name.startswith("head.") for name in moved)
@@ -220,14 +220,14 @@ def test_a_base_in_four_bits_stays_and_its_adapters_learn(
         rank = rank_inside(group)
         assert [spec.shape for spec in group.specs] == [tuple(t.shape) for _, t in rank._whole()]
         learned = make_assignments(PPO, False)
-        first = await group.learn(learned, StepContext(1, equal=True))
+        first = await group.learn(learned, context(PPO, 1, equal=True))
         assert first["policy/kl"] == pytest.approx(0, abs=1e-6)
         await group.save(str(tmp_path), "one")
-        expected = await group.learn(learned, StepContext(2, equal=False))
+        expected = await group.learn(learned, context(PPO, 2, equal=False))
         assert expected["policy/kl_k3"] > 0
         await group.check_anchors()
         await group.load(str(tmp_path), "one")
-        assert await group.learn(learned, StepContext(2, equal=False)) == expected
+        assert await group.learn(learned, context(PPO, 2, equal=False)) == expected
         await group.close()
 
     run(use())

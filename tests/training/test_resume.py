@@ -17,7 +17,7 @@ from rlhf.config.sft import SftSettings
 from rlhf.data.conversations import read_examples
 from rlhf.data.model_identity import model_digest
 from rlhf.loop.run import Training
-from rlhf.loop.sft import Tuning
+from rlhf.loop.sft import FineTuning
 from rlhf.preflight.plan import describe
 from rlhf.preflight.sft import describe_sft
 from rlhf.training.checkpoints import Checkpoints
@@ -64,9 +64,7 @@ def save(settings: Settings, step: int = STEP, **more: Any) -> Path:
     training = Training(settings, debug=False, resume=True)
     tag = training.checkpoints.tag(step)
     (training.checkpoints.folder / tag).mkdir(parents=True)
-    state = {"step": step, "ledger": training.ledger.state(), RUN: remembered(settings, training.contents)}
-    state |= {"policy": {}, "shaping": training.shaping.state()} | more
-    training.checkpoints.complete(tag, state)
+    training.checkpoints.complete(tag, training.state.state() | {"step": step} | more)
     return training.checkpoints.folder / tag
 
 
@@ -242,9 +240,9 @@ def test_supervised_runs_are_held_to_the_same(folder: Path, tiny_model: Path) ->
     checkpoints.complete(
         "step-000001", {"step": 1, "identity": {}, RUN: remembered(make(), sft_contents(str(tiny_model), examples))}
     )
-    assert Tuning(make(), debug=True, resume=True).start.step == 1
+    assert FineTuning(make(), debug=True, resume=True).start.step == 1
     assert "goes on after step 1" in describe_sft(make(), resume=True)
-    for attempt in (lambda one: Tuning(one, debug=True, resume=True), lambda one: describe_sft(one, resume=True)):
+    for attempt in (lambda one: FineTuning(one, debug=True, resume=True), lambda one: describe_sft(one, resume=True)):
         with pytest.raises(UserError, match=r"(?s)policy\.model: was .*policy\.zero_stage: was 1, is 2"):
             attempt(make(model=other_model(tiny_model, folder), zero_stage=2))
         shutil.rmtree(folder / "other")
