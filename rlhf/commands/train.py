@@ -17,7 +17,8 @@ def train(settings: Settings, debug: bool, resume: bool) -> None:
     _begin(settings, resume)
     from rlhf.preflight.ready import ready
 
-    ready(settings, debug=debug, resume=resume)
+    if refusal := ready(settings, debug=debug, resume=resume).gpu_fit.refusal():
+        print(f"warning: {refusal}. This is an estimate, and the run goes on; the dry run refuses it", file=sys.stderr)
     from rlhf.commands.report import report
     from rlhf.loop.run import train as run
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
-
-import torch
 
 from rlhf.algorithms import Algorithm, PolicyGradient, Source, catalogue
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed, Previous, UpdateRule
@@ -23,14 +20,11 @@ from rlhf.config.data import DataSource, in_words
 from rlhf.config.method_checks import used_responses
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.order import Share
-from rlhf.preflight.estimate import Cluster, estimate
-from rlhf.preflight.finding import PlanError
-from rlhf.preflight.gpus import visible_gpu
+from rlhf.preflight.gpu_fit import GpuFit
 from rlhf.preflight.inputs import Inputs
 from rlhf.preflight.machine import check_memory, size_in_words
 from rlhf.preflight.memory import GIB, engine_memory, policy_memory
 from rlhf.preflight.ready import ready
-from rlhf.preflight.report import judge_bytes
 from rlhf.training.resume import Start, run_contents, starting_point
 from rlhf.transfer.choice import backend_of
 from rlhf.types import Prompt
@@ -47,6 +41,7 @@ def describe(settings: Settings, debug: bool = False, resume: bool = False) -> s
         UserError: the run cannot work as configured.
     """
     found = ready(settings, debug, resume)
+    found.gpu_fit.require()
     settings, inputs, algorithm = found.settings, found.inputs, found.algorithm
     device = "cuda" if uses_gpu(settings.cluster) else "cpu"
     parts = {
@@ -56,7 +51,7 @@ def describe(settings: Settings, debug: bool = False, resume: bool = False) -> s
         "Roles": _roles(settings, inputs, device, debug, found.choice),
         "Batches": _batches(settings, inputs, algorithm),
         "Tokens": _tokens(settings, inputs, algorithm),
-        "Memory (estimates)": _memory(settings, inputs, algorithm, device, debug),
+        "Memory (estimates)": _memory(settings, inputs, algorithm, device, found.gpu_fit),
         "Checked": [*inputs.verdicts, *found.seen],
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts.items())
@@ -245,7 +240,7 @@ def _tokens(settings: Settings, inputs: Inputs, algorithm: Algorithm) -> Iterato
     )
 
 
-def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str, debug: bool) -> Iterator[str]:
+def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: str, fit: GpuFit) -> Iterator[str]:
     gpu, evaluates = device == "cuda", settings.data.eval_prompts is not None
     need = policy_memory(inputs.shape, settings.policy, algorithm, evaluates, largest_assignment(settings), gpu)
     words = ", ".join(f"{name} {size_in_words(size)}" for name, size in need.parts().items())
@@ -261,7 +256,7 @@ def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: st
         fraction = settings.rollout.gpu_memory_utilization
         token = f"{engine.cached_token / 2**10:,.0f} KiB per token"
         yield f"each engine worker: {fraction:.0%} of its GPU: {shown}, the rest key-value cache ({token})"
-        yield from _gpu_fit(settings, inputs, algorithm, debug)
+        yield from fit.lines()
         return
     cache = settings.rollout.cpu_kv_cache_gb * GIB
     yield (
@@ -269,26 +264,6 @@ def _memory(settings: Settings, inputs: Inputs, algorithm: Algorithm, device: st
         f"{engine.room(cache):,} tokens)"
     )
     yield check_memory(settings, inputs.shape, algorithm)
-
-
-def _gpu_fit(settings: Settings, inputs: Inputs, algorithm: Algorithm, debug: bool) -> Iterator[str]:
-    """What this machine's GPUs are, and whether the layout fits them. Raises PlanError if it does not, and no other GPUs are meant."""
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    for index, properties in enumerate(found):
-        yield f"GPU {index}: {properties.name}, {size_in_words(properties.total_memory)}"
-    kind = visible_gpu([properties.name for properties in found])
-    if kind is None:
-        yield "whether it fits: `rlhf plan --gpu KIND` says so for the kinds of GPU that it knows"
-        return
-    cluster = Cluster(1, len(found), replace(kind, memory=float(min(one.total_memory for one in found))))
-    problems = estimate(settings, inputs.shape, algorithm, cluster, judge_bytes(settings)).problems
-    if problems and settings.cluster.address is None and not debug:
-        raise PlanError(
-            f"the run does not fit this machine's GPUs: {'; '.join(problems)}. `rlhf plan --gpu {kind.name}` proposes a layout"
-        )
-    yield from (f"DOES NOT FIT: {problem}" for problem in problems)
-    if not problems:
-        yield "fits"
 
 
 def _n(count: int, noun: str, plural: str = "s") -> str:

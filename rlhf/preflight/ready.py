@@ -13,6 +13,7 @@ from rlhf.cluster.devices import uses_gpu
 from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config import Settings
 from rlhf.config.settings import single_process
+from rlhf.preflight.gpu_fit import GpuFit, gpu_fit
 from rlhf.preflight.inputs import Inputs, read_inputs
 from rlhf.preflight.machine import check_machine, check_memory, check_room
 from rlhf.tracking.folder import check_run_folder
@@ -27,6 +28,7 @@ class Ready:
         settings: with what was left open decided.
         asked: as they were given, or as debug mode has them.
         seen: what this machine has of what the run needs, a line each.
+        gpu_fit: whether the layout fits this machine's GPUs, by an estimate.
     """
 
     settings: Settings
@@ -35,6 +37,7 @@ class Ready:
     algorithm: Algorithm
     inputs: Inputs
     seen: Sequence[str]
+    gpu_fit: GpuFit
 
 
 def ready(settings: Settings, debug: bool = False, resume: bool = False) -> Ready:
@@ -58,4 +61,5 @@ def ready(settings: Settings, debug: bool = False, resume: bool = False) -> Read
     if not uses_gpu(settings.cluster):
         check_memory(settings, inputs.shape, algorithm)
     seen.append(check_room(settings, inputs.shape, settings.loop.steps, resume))
-    return Ready(settings, asked, choice, algorithm, inputs, seen)
+    fit = gpu_fit(settings, inputs.shape, algorithm, debug)
+    return Ready(settings, asked, choice, algorithm, inputs, seen, fit)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,23 @@ def test_the_head_of_a_cluster_is_looked_for(tiny) -> None:
 def test_gpus_that_are_not_there(tiny) -> None:
     on_gpus = ("cluster.device=auto", "reward.gpus=1", "rollout.transfer=nccl")
     assert "`reward.gpus`, `rollout.transfer`: this is for GPUs" in refusal(tiny(*on_gpus))
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(80 << 30, True), (1 << 24, False)])
+def test_what_the_gpus_hold_is_a_matter_of_the_dry_run(tiny, monkeypatch, memory: int, fits: bool) -> None:
+    """It refuses; a run may go on, since the estimate may err."""
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    settings = tiny("cluster.device=cuda", "rollout.enforce_eager=true")
+    found = ready(settings).gpu_fit
+    assert (found.refusal() is None) == fits
+    if fits:
+        assert list(found.lines())[-1] == "fits"
+    else:
+        assert "does not fit this machine's GPUs: " in (found.refusal() or "")
+        with pytest.raises(UserError, match="does not fit this machine.s GPUs: "):
+            describe(settings)
 
 
 def test_what_is_too_large_for_this_machine(tiny) -> None:
