@@ -110,11 +110,12 @@ def message(raised: BaseException) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value that the user's code returned, in at most 80 characters, also one that cannot show itself."""
+    """A value that the user's code returned, in at most 80 characters, also one that cannot show itself, or shows only where it lies."""
     try:
-        return f"{value!r:.80}"
+        text = f"{value!r:.80}"
     except Exception:  # noqa: BLE001 - `__repr__` is code of the user
-        return f"an object of the class {type(value).__name__}"
+        text = ""
+    return text if text and " object at 0x" not in text else f"an object of the class {type(value).__name__}"
 
 
 def module_of(function: Any) -> str:

@@ -19,7 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bad_input", description="Count the verdicts of the walk.")
     parser.add_argument("parts", nargs="*", metavar="TEXT", help="run the cases whose names hold one of these")
     parser.add_argument("--failures", action="store_true", help="show each answer that is not good")
-    parser.add_argument("--every", action="store_true", help="also the cases that the tests leave out, for time")
+    parser.add_argument("--every", action="store_true", help="also cases that meet the same code as others")
     args = parser.parse_args()
     counts: dict[str, Counter[Verdict]] = defaultdict(Counter)
     seconds: Counter[str] = Counter()

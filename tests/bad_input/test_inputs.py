@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bad_input.place import Place
-from tests.bad_input.tables import INPUTS, all_cases, by_group
+from tests.bad_input.tables import CONFIGURATION, INPUTS, all_cases, by_group
 from tests.bad_input.walk import Case, Verdict, bad_answers, run
 
 GROUPS = by_group(INPUTS)
@@ -19,7 +19,8 @@ def test_is_refused_with_its_name_and_remedy_or_right(cases: list[Case], place: 
 
 def test_the_walk_is_long_and_names_each_case_once() -> None:
     names = [case.name for case in all_cases()]
-    assert len(names) == len(set(names)) > 1500
+    assert len(names) == len(set(names)) > 3000
+    assert sum(map(len, by_group((*CONFIGURATION, *INPUTS)).values())) > 1500
 
 
 def test_what_is_accepted_raises_hangs_or_leaves_files_is_found(place: Place) -> None:

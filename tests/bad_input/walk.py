@@ -60,7 +60,7 @@ class Case:
         required: it must be accepted (a check of the walk itself).
         starts: acceptance shows by a start of something, since the command does nothing else.
         leaves: names that the command may create.
-        again: other cases meet the same code; the tests take one in three of these.
+        again: other cases meet the same code; without `--every` one in three of these is taken.
     """
 
     name: str
