@@ -20,14 +20,13 @@ from rlhf.transfer.fingerprint import SCRATCH_BYTES
 BYTES = {"bf16": 2, "fp32": 4}
 GIB = 2**30
 
-REDUCE_BUCKET = 500_000_000
-"""DeepSpeed's default `reduce_bucket_size`, in elements; it is allocated whole, however small the model."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default `stage3_max_live_parameters`: weights that ZeRO-3 keeps gathered, in elements."""
 QUANTISED_BYTES = 0.516
 """Of a weight in 4 bits, with its share of the scales: one per 64 weights, itself in 8 bits."""
 # Repeated from `rlhf.training.model` and `.deepspeed`, whose imports take seconds; a test holds them equal.
 ROWS = 64
+REDUCE_BUCKET = 500_000_000
 GATHER_ELEMENTS = 64 * 2**20
 
 
@@ -171,12 +170,12 @@ def head(shape: ModelShape, settings: PolicySettings) -> float:
     return logits + (0 if settings.lora.rank else shape.vocabulary * shape.hidden * (4 + size))
 
 
-def buckets(shape: ModelShape, settings: PolicySettings, gpu: bool = True) -> float:
-    """Bytes of DeepSpeed's buffers in the backward pass. A host gives memory only to the part that is written to."""
-    size, stage, count = BYTES[settings.dtype], settings.zero_stage, trained_parameters(shape, settings)
-    bucket = REDUCE_BUCKET if gpu else min(REDUCE_BUCKET, count)
+def buckets(shape: ModelShape, settings: PolicySettings) -> float:
+    """Bytes of DeepSpeed's buffers in the backward pass."""
+    size, stage = BYTES[settings.dtype], settings.zero_stage
+    bucket = min(REDUCE_BUCKET, trained_parameters(shape, settings))
     if stage == 0:
-        return min(bucket, count) * size if settings.ranks > 1 else 0
+        return bucket * size if settings.ranks > 1 else 0
     if stage == 3:
         return (bucket + min(LIVE_PARAMETERS, shape.parameters)) * size
     return bucket * (4 if stage == 1 else size)
@@ -218,11 +217,10 @@ def policy_memory(
     remembered = (
         averages / shards + iterates / masters
     )  # an average of this rank's weights; its part of the fp32 masters
+    bucket = min(REDUCE_BUCKET, trained_parameters(shape, settings)) * BYTES[settings.dtype]
     # At stage 3 anchors are shards that stay, and so do DeepSpeed's own buffers for gradients.
-    kept = (sum(copies) + start if on_device else 0) + trained * (
-        states.gradients + REDUCE_BUCKET * BYTES[settings.dtype]
-    )
-    another = 0 if settings.zero_stage < 3 or not gpu else (trained - 1) * REDUCE_BUCKET * BYTES[settings.dtype]
+    kept = (sum(copies) + start if on_device else 0) + trained * (states.gradients + bucket)
+    another = 0 if settings.zero_stage < 3 or not gpu else (trained - 1) * bucket
     return PolicyMemory(
         policy=weights,
         reference=copies[0] if on_device else 0,
@@ -233,7 +231,7 @@ def policy_memory(
         critic=(weights + states.gradients + optimizer) * (trained - 1),
         activations=activations(shape, settings, group or settings.micro_batch_tokens, gpu),
         head=head(shape, settings),
-        buckets=buckets(shape, settings, gpu) + another,
+        buckets=buckets(shape, settings) + another,
         host=(states.optimizer - optimizer) * trained
         + (0 if on_device else states.weights * trained + sum(copies) + start)
         + remembered * trained_parameters(shape, settings) * 4,

@@ -23,13 +23,15 @@ from rlhf.config.policy import PolicySettings
 from rlhf.training.attention import avoid_plans_per_shape
 from rlhf.training.deepspeed_files import PlainCheckpointEngine
 from rlhf.training.deepspeed_masters import masters, set_masters
-from rlhf.training.deepspeed_zero3 import Sharding, is_partitioned, local_shard, partition, rank_device
+from rlhf.training.deepspeed_zero3 import Sharding, is_partitioned, local_shard, partition, rank_device, whole_numel
 from rlhf.training.offloading import Offloading
 
 FLAT_BUFFERS = ("fp32_partitioned_groups_flat", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
 """Where DeepSpeed's optimizers keep master weights and gradients besides the inner optimizer's own."""
 
 
+REDUCE_BUCKET = 500_000_000
+"""Elements of the buffer in which gradients are reduced over the ranks, at the most."""
 PRESENT = ("initial_lr", "betas", "weight_decay")
 """Settings of the optimizer that a checkpoint remembers too."""
 
@@ -154,6 +156,9 @@ class Trainer:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, total_updates))
         config = deepspeed_config(settings, learn=True)
         _partition(model, settings, config)
+        # Allocated whole, by default 500 million elements however small the model (DeepSpeed 0.19).
+        learned = sum(whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+        config["zero_optimization"]["reduce_bucket_size"] = min(REDUCE_BUCKET, learned)
         self.engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=config
         )

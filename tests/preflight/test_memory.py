@@ -206,7 +206,7 @@ def test_what_stays_beside_engines(with_method: Callable[..., PolicyMemory]) -> 
     assert with_method({"name": "online_dpo"}).staying == 4 * parameters, "the weights alone"
     assert with_method({"name": "ppo"}).staying == 8 * parameters, "and the critic's"
     sharded = with_method({"name": "online_dpo"}, "policy.zero_stage=3")
-    assert sharded.staying == (2 + 2 + 2) * parameters + 500_000_000 * 4, "DeepSpeed keeps shards and its bucket"
+    assert sharded.staying == (2 + 2 + 2 + 4) * parameters, "DeepSpeed keeps shards and its bucket"
 
 
 def test_a_mixing_engine_holds_everything_twice() -> None:
@@ -231,8 +231,9 @@ def test_weights_on_their_way_take_the_buckets_that_the_transfer_uses() -> None:
 
 
 def test_repeated_constants_are_those_of_the_trainer() -> None:
-    from rlhf.training import model, weights
+    from rlhf.training import deepspeed, model, weights
 
+    assert memory.REDUCE_BUCKET == deepspeed.REDUCE_BUCKET
     assert memory.ROWS == model.ROWS and memory.GATHER_ELEMENTS == weights.GATHER_ELEMENTS
 
 

@@ -224,7 +224,7 @@ def test_what_the_gpus_hold_is_a_matter_of_the_dry_run(tiny, monkeypatch, memory
     gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=memory)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    settings = tiny("cluster.device=cuda", "rollout.enforce_eager=true")
+    settings = tiny("cluster.device=cuda", "rollout.cpu_kv_cache_gb=1")
     found = ready(settings).gpu_fit
     assert (found.refusal() is None) == fits
     if fits:
