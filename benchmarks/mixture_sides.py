@@ -28,9 +28,9 @@ def in_vllm(args: argparse.Namespace, prompts: list[list[int]], mixes: bool) -> 
     a sequence. Log-probs are returned, as training needs them."""
     from rlhf.cluster.devices import claim_threads
     from rlhf.engines.arguments import engine_arguments
+    from rlhf.engines.plugin import register
     from rlhf.engines.sampling import MIXTURE_ARGUMENT
     from rlhf.rollout.spec import rollout_environment, rollout_spec
-    from rlhf.transfer.plugin import register
 
     settings = Settings(
         data={"prompts": str(args.prompts), "max_prompt_tokens": max(map(len, prompts))},

@@ -25,8 +25,6 @@ STOREYS = (
 FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 REWARD_STOREYS = ((None,), ("verifiers",), ("judges",), ("serving", "training"))
 """The inner rooms of `reward`; None: the files beside them."""
-ENTRY_POINT = PACKAGE / "transfer" / "plugin.py"
-"""What vLLM calls in each of its processes, by the name in pyproject.toml: until that name changes, not yet in `engines`."""
 NAME = re.compile(r"(rlhf(?:\.\w+)+)(?::(\w+))?")
 """A module or what is in it, given as a string."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -69,7 +67,7 @@ def test_imports_point_downwards(path: Path) -> None:
     wrong = [
         f"{path}:{line}: `{room}` must not import `{other}`"
         for other, line in imported_rooms(path)
-        if other != room and FLOOR[other] >= FLOOR[room] and path != ENTRY_POINT
+        if other != room and FLOOR[other] >= FLOOR[room]
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -77,7 +75,7 @@ def test_imports_point_downwards(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_engines_knows_vllm(path: Path) -> None:
     """Inside functions too, and by the names of its modules."""
-    if room_of(path) == "engines" or path == ENTRY_POINT:
+    if room_of(path) == "engines":
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
@@ -96,7 +94,7 @@ def test_only_engines_knows_vllm(path: Path) -> None:
 
 
 def test_names_given_as_strings_are_there() -> None:
-    """Also those of the entry points, with which others find the package."""
+    """Also those of the entry points, with which the shell and vLLM find the package."""
     root = PACKAGE.parent
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     points = {**project["scripts"], **project["entry-points"]["vllm.general_plugins"]}

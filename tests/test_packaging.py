@@ -265,4 +265,4 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert "torch" in core and not core & {"gguf", "matplotlib", "vaderSentiment"}
     points = wheel.read(f"{folder}/entry_points.txt").decode()
     assert "[console_scripts]\nrlhf = rlhf.cli:main" in points
-    assert "[vllm.general_plugins]\nrlhf = rlhf.transfer.plugin:register" in points
+    assert "[vllm.general_plugins]\nrlhf = rlhf.engines.plugin:register" in points

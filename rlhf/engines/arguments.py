@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from rlhf.engines.environment import executor
 from rlhf.engines.lora import adapter_arguments
+from rlhf.engines.plugin import ENGINE_NAMES, register
 from rlhf.engines.shared_process import torch_as_it_was
 from rlhf.transfer import Backend
-from rlhf.transfer.plugin import ENGINE_NAMES, register
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "auto": "auto"}
 

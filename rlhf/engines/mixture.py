@@ -24,9 +24,9 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from rlhf.config.loader import UserError
+from rlhf.engines.plugin import MIXTURE_ARCHITECTURE
 from rlhf.engines.slots import TwoModels
 from rlhf.transfer.buckets import BUCKET_BYTES
-from rlhf.transfer.plugin import MIXTURE_ARCHITECTURE
 from rlhf.types import ModelSlot
 
 CONTEXT_KEY = "rlhf.mixture"

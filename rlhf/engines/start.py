@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rlhf.engines.arguments import EngineSpec, engine_arguments
 from rlhf.engines.engine import Engine
-from rlhf.transfer.plugin import register
+from rlhf.engines.plugin import register
 
 
 def start_engine(spec: EngineSpec, *, in_process: bool, stops: Sequence[int] = ()) -> Engine:

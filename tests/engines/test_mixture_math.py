@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from rlhf.engines import mixture
 from rlhf.engines.mixture import CannotMix, mix, mixture_overrides
 from rlhf.engines.mixture_processors import MixtureProcessor, MixtureProcessorV2
-from rlhf.transfer.plugin import MIXTURE_ARCHITECTURE, register
+from rlhf.engines.plugin import MIXTURE_ARCHITECTURE, register
 
 VOCABULARY = 7
 betas = st.sampled_from([0.0, 0.125, 0.5, 1.0])
