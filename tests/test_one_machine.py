@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[1]
 MARK = "RLHF_TEST_RUN"
-PATIENCE_S = 600
+TIMEOUT_S = 600
 SMALL = ("rollout.engines=1", "policy.ranks=1", "data.eval_prompts=null", "loop.eval_every=0", "checkpoint.every=0")
 
 
@@ -58,7 +58,7 @@ class Run:
         return self._errors.read_text()
 
     def wait(self, condition: Callable[[], object]) -> None:
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + TIMEOUT_S
         while not condition():
             assert time.monotonic() < end, f"nothing came: {self.said()[-3000:]}"
             assert self.process.poll() is None, f"the run has ended: {self.said()[-3000:]}"
@@ -85,7 +85,7 @@ class Run:
     def must_end_well(self) -> None:
         """Told by SIGTERM, with one line, and nobody is left."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(timeout=PATIENCE_S) == 143, self.said()[-6000:]
+        assert self.process.wait(timeout=TIMEOUT_S) == 143, self.said()[-6000:]
         said = self.said()
         assert said.splitlines().count("rlhf: ended by SIGTERM") == 1, said[-6000:]
         for word in ("Traceback", "Stack trace", "stack trace", "*** ", "terminate called", "SIGABRT"):

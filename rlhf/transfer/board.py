@@ -72,9 +72,9 @@ class Board:
         """Until there is a message at each of these keys. Raises as `read`."""
         end = time.monotonic() + self._session.timeout_s
         while True:
-            patience = max(0.001, min(_LOOK_S, end - time.monotonic()))
+            left = max(0.001, min(_LOOK_S, end - time.monotonic()))
             try:
-                self._store.wait(list(keys), timedelta(seconds=patience))
+                self._store.wait(list(keys), timedelta(seconds=left))
                 return
             except RuntimeError as error:
                 self.require_nobody_gave_up(keys[0])

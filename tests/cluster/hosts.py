@@ -20,7 +20,7 @@ from rlhf.cluster.network import INTERFACES
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 6379
-PATIENCE_S = 300
+TIMEOUT_S = 300
 
 
 class CannotMakeHosts(Exception):
@@ -69,7 +69,7 @@ class TwoHosts:
         for host, options in enumerate((head, joining)):
             node = ("start", f"--node-ip-address={ADDRESSES[host]}", "--num-cpus=4", "--disable-usage-stats")
             command = [sys.executable, "-m", "ray.scripts.scripts", *node, *options]
-            subprocess.run(self._on(host, command), env=self._env, check=True, capture_output=True, timeout=PATIENCE_S)
+            subprocess.run(self._on(host, command), env=self._env, check=True, capture_output=True, timeout=TIMEOUT_S)
 
     def popen(self, host: int, *arguments: str) -> subprocess.Popen[str]:
         """`rlhf ARGUMENTS` on a host."""
@@ -97,7 +97,7 @@ class TwoHosts:
 
     def remove(self) -> None:
         """End everything on both hosts, and the hosts."""
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + TIMEOUT_S
         for host, name in enumerate(self.names):
             while (running := self.processes(host)) and time.monotonic() < end:
                 for pid in running:

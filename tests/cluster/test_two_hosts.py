@@ -19,7 +19,7 @@ from tests.cluster.hosts import ADDRESSES, PORT, CannotMakeHosts, TwoHosts
 
 pytestmark = pytest.mark.engine
 STEPS = 2
-PATIENCE_S = 600
+TIMEOUT_S = 600
 TITLES = ("ray::PolicyRank", "ray::RolloutEngine", "ray::RewardServer")
 OPTIONS = (
     f"cluster.address={ADDRESSES[0]}:{PORT}",
@@ -61,7 +61,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def watch(hosts: TwoHosts, process: subprocess.Popen[str], until: Any) -> set[tuple[int, str]]:
     """Wait until something holds or the process ends; meanwhile see which actors live on which host."""
     seen: set[tuple[int, str]] = set()
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while process.poll() is None and not until():
         assert time.monotonic() < end, "the run has come to nothing"
         for host in (0, 1):
@@ -100,7 +100,7 @@ def test_a_host_that_dies_ends_the_run_with_words(hosts: TwoHosts, tmp_path: Pat
         watch(hosts, process, until=lambda: lines(folder / "metrics.jsonl"))
         assert process.poll() is None, process.communicate()[0][-6000:]
         hosts.kill_node(1)
-        output, _ = process.communicate(timeout=PATIENCE_S)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
     assert process.returncode != 0

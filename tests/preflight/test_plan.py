@@ -125,7 +125,7 @@ def test_a_method_that_needs_pairs_says_so_before_anything_starts(tmp_path: Path
     path.write_text("\n".join(f'{{"prompt": "p{i}", "chosen": "yes", "rejected": "no"}}' for i in range(8)))
     settings = with_method(tmp_path, {"name": "iterative_dpo", "pairs": "dataset"}, f"data.prompts={path}")
     plan = describe(settings)
-    assert "responses to each prompt: the data set's chosen and rejected" in plan and "judged by nobody" in plan
+    assert "responses to each prompt: the data set's chosen and rejected" in plan and "judged by none" in plan
 
 
 def test_the_critics_reward_model_is_looked_at(tmp_path: Path) -> None:

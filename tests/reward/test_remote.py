@@ -88,7 +88,7 @@ def test_a_remote_judge_that_compares_gives_the_same_matrix(run, tiny_settings, 
 
 
 def fake(replies: list[Response], seen: list[str] | None = None, compares: bool = False):
-    """A service that answers /judge with these replies, one after the other, the last one for ever."""
+    """A service that answers /judge with these replies, one after the other, the last one again and again."""
 
     async def make():
         async def info(request):

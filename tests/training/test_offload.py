@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import resource
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from rlhf.cluster.network import free_port
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.policy import PolicySettings
 from rlhf.training.deepspeed import Trainer
+from rlhf.training.deepspeed_zero3 import whole_numel
 from rlhf.training.ranks import Member, join
 from rlhf.training.weights import whole_weights
 
@@ -36,10 +35,15 @@ def learned(dtype: str, stage: int, offload: str) -> tuple[dict[str, torch.Tenso
     return weights, trainer
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [("bf16", 2), ("fp32", 3)])
-def test_an_offloaded_optimizer_is_fused_and_steps_alike(dtype: str, stage: int) -> None:
+def alone() -> None:
+    """This process is the only rank."""
     if not torch.distributed.is_initialized():
         join(Member(0, 1, "127.0.0.1", free_port()), ClusterSettings(device="cpu"))
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("bf16", 2), ("fp32", 3)])
+def test_an_offloaded_optimizer_is_fused_and_steps_alike(dtype: str, stage: int) -> None:
+    alone()
     device, _ = learned(dtype, stage, "none")
     host, trainer = learned(dtype, stage, "cpu")
     inner = trainer.engine.optimizer.optimizer
@@ -47,24 +51,24 @@ def test_an_offloaded_optimizer_is_fused_and_steps_alike(dtype: str, stage: int)
     assert all(torch.allclose(device[name], host[name], rtol=0, atol=1e-6) for name in device)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1])
 def test_a_closed_trainer_gives_back_what_it_held(stage: int) -> None:
-    """Stage 3's engine stays alive (DeepSpeed 0.19), and its bucket of 2 GB must not: after some tests or trainings in one process none
-    could be forked."""
-    if not torch.distributed.is_initialized():
-        join(Member(0, 1, "127.0.0.1", free_port()), ClusterSettings(device="cpu"))
+    """After some tests or trainings in one process none could be forked."""
+    alone()
     _, trainer = learned("fp32", stage, "none")
-    engine, held = weakref.ref(trainer.engine), address_space()
+    engine = weakref.ref(trainer.engine)
     trainer.close()
     trainer.close()
     del trainer
     gc.collect()
-    if stage == 3:
-        assert held - address_space() > 1.9e9
-    else:
-        assert engine() is None
+    assert engine() is None
 
 
-def address_space() -> int:
-    """Bytes that this process has mapped."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_buffer_for_gradients_is_as_large_as_what_is_learned(stage: int) -> None:
+    """DeepSpeed's default has 500 million elements: 2 GB of fp32, which stage 3's engine keeps even when it is closed (DeepSpeed 0.19)."""
+    alone()
+    _, trainer = learned("fp32", stage, "none")
+    count = sum(whole_numel(parameter) for parameter in trainer.module.parameters() if parameter.requires_grad)
+    assert trainer.engine.optimizer.reduce_bucket_size == count
+    trainer.close()

@@ -152,9 +152,9 @@ class RewardPool:
 
     async def fingerprints(self) -> dict[str, str | None]:
         """Server name -> hash of its weights now. They must always equal those in `infos`."""
-        patience = self._settings.cluster.startup_s
+        deadline = self._settings.cluster.startup_s
         live = [self._handle(member) for member in self._lives.alive()]
-        prints = await asyncio.gather(*(handle.ask(RewardServer.fingerprint, deadline=patience)() for handle in live))
+        prints = await asyncio.gather(*(handle.ask(RewardServer.fingerprint, deadline=deadline)() for handle in live))
         return {handle.name: value for handle, value in zip(live, prints, strict=True)}
 
     async def offload(self) -> None:
