@@ -81,8 +81,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_rlhf(args: argparse.Namespace, model: str, prompts: Path, folder: Path) -> list[dict]:
-    """Our steps, counted ones only, from the run folder's metrics."""
+def run_rlhf(
+    args: argparse.Namespace, model: str, prompts: Path, folder: Path, python: str = sys.executable
+) -> list[dict]:
+    """Our steps, counted ones only, from the run folder's metrics.
+
+    Args:
+        python: of the environment that runs them.
+    """
     settings = {
         "run": {"dir": str(folder)},
         "data": {"prompts": str(prompts), "shuffle": False, "max_prompt_tokens": 256},
@@ -97,7 +103,7 @@ def run_rlhf(args: argparse.Namespace, model: str, prompts: Path, folder: Path) 
     }
     config = prompts.with_name(f"{folder.name}.yaml")
     config.write_text(json.dumps(settings))  # JSON is YAML
-    child([sys.executable, "-m", "rlhf.cli", "train", str(config), *args.set, *(["--debug"] if args.debug else [])])
+    child([python, "-m", "rlhf.cli", "train", str(config), *args.set, *(["--debug"] if args.debug else [])])
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {

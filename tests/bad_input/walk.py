@@ -193,7 +193,7 @@ def _bounded_memory() -> Iterator[None]:
 
 
 STARTS = (
-    "rlhf.cluster.runtime.RayRuntime.__init__",
+    "ray.init",
     "rlhf.policy.group.PolicyGroup.start",
     "rlhf.rollout.pool.RolloutPool.start",
     "rlhf.reward.serving.pool.RewardPool.start",
