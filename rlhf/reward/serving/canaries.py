@@ -87,7 +87,7 @@ class Watch:
                     f"`reward.canaries`: {len(wrong)} of {len(self.canaries)} pairs in {self.reward.canaries} come out wrong on {server}, "
                     f"and `reward.canaries_wrong` allows {self.reward.canaries_wrong}:\n  "
                     + "\n  ".join(self._describe(index, outcomes[index]) for index in sorted(wrong))
-                    + "\nMend the judge, or the pairs that it need not tell apart"
+                    + "\nCorrect the judge, or the pairs that it need not tell apart"
                 )
             self._first[server], self._wrong[server] = outcomes, wrong
 
