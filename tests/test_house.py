@@ -166,3 +166,29 @@ def test_deepspeed_is_known_in_one_place() -> None:
 )
 def test_a_detail_of_deepspeeds_is_found(line: str) -> None:
     assert deepspeed_details(ast.parse(line)) == [1]
+
+
+def test_the_architecture_page_names_what_there_is() -> None:
+    """Files, and `file::Name` or `file::Class.method` for what is defined in one."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:rlhf|tests)/[\w/.]*)(?:::([\w.]+))?`", text)
+    assert len(named) > 50
+    for file, name in named:
+        assert (ROOT / file).exists(), file
+        assert not name or name in defined(ROOT / file), f"{file}::{name}"
+
+
+def defined(file: Path) -> set[str]:
+    """Functions, classes, their methods, and variables of a module."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            names |= {
+                f"{node.name}.{one.name}" for one in inner if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+    return names
