@@ -244,4 +244,4 @@ def test_requests_of_a_killed_engine_go_to_the_other_one(pool, publisher, run, t
     publisher.publish(model)
     for prompt, answers in zip(PROMPTS, sample_all(pool, run, Sampling(2, 24)), strict=True):
         assert largest_gap(model, prompt, answers) < GAP
-        assert {answer.weight_version for answer in answers} == {publisher.version}
+        assert {span.version for answer in answers for span in answer.spans} == {publisher.version}
