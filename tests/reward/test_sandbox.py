@@ -17,7 +17,7 @@ from tests.reward.test_verifier_code import output, score
 
 pytestmark = pytest.mark.engine
 
-LIMITS = Limits(wall_s=60.0, cpu_s=60)
+LIMITS = Limits(wall_s=240.0, cpu_s=240)
 
 MEMORY = "shmget shmat msgget semget mq_open memfd_create memfd_secret vmsplice splice tee remap_file_pages userfaultfd"
 KEYS = "add_key request_key keyctl"
