@@ -146,7 +146,7 @@ def test_a_prompt_is_judged_while_another_is_still_sampled() -> None:
         return await judge(rollout)
 
     loop.roles.rollouts.sample, loop.roles.rewards.judge = slow, told
-    run(loop.step())
+    assert len(run(loop.step())) == 2, "the second one waited for the verdict on the first"
 
 
 def test_the_factor_on_the_kl_follows_from_step_to_step() -> None:
