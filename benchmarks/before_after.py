@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import workload
-from online_dpo_vs_trl import describe, median_seconds, run_rlhf, setting, spread
+from online_dpo_vs_trl import child, describe, median_seconds, run_rlhf, setting, spread
 
 from rlhf.data.assets import resolve
 
@@ -26,6 +26,13 @@ def main() -> None:
     parser.set_defaults(trl_autocast=False)  # for the setting that is written down
     args = parser.parse_args()
     pythons = {"before": args.before, "after": sys.executable}
+    packages = {
+        side: child([python, "-c", "import rlhf; print(rlhf.__file__)"]).strip() for side, python in pythons.items()
+    }
+    if len(set(packages.values())) < 2:
+        parser.error(
+            f"both environments run the same package, {packages['after']}: install the earlier checkout in one of its own"
+        )
     model, source = resolve("asset:smollm2-135m-instruct"), Path(resolve("asset:movie-reviews/train_prompts.jsonl"))
     rounds = []
     with tempfile.TemporaryDirectory() as folder:

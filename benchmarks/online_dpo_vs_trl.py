@@ -143,7 +143,9 @@ def child(command: list[str]) -> str:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_S, check=False)
+    result = subprocess.run(
+        command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=CHILD_S, check=False
+    )  # not in the folder of this checkout: `python -m` would find its package before the environment's own
     if result.returncode:
         message = f"{' '.join(command)}\nended with status {result.returncode}:\n{result.stderr[-3000:]}"
         if "No module named 'trl'" in result.stderr:

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 
 from rlhf.cluster.precision import look
-from rlhf.data.architecture import REPORTED, architecture_of, check_finite, check_loaded, difference, refuse
+from rlhf.data.architecture import (
+    REPORTED,
+    architecture_of,
+    check_finite,
+    check_loaded,
+    difference,
+    quiet_transformers,
+    refuse,
+)
 from rlhf.data.weight_files import Difference, read_headers
 from rlhf.reward.errors import RewardError
 from rlhf.reward.folders import (
@@ -204,7 +212,8 @@ def load(folder: Folder, device: str = "cpu") -> RewardModel:
     """
     description, config = folder.description, folder.config
     passed_over = config.get_text_config().pad_token_id
-    model, info = folder.model.from_pretrained(folder.path, dtype="auto", config=config, **_how(config), **REPORTED)
+    with quiet_transformers():
+        model, info = folder.model.from_pretrained(folder.path, dtype="auto", config=config, **_how(config), **REPORTED)
     check_loaded(model, info, folder.path, folder.where)
     if description.kind == "encoder_with_head":
         from safetensors.torch import load_file
@@ -309,7 +318,8 @@ def _base(model_class: Any, path: Path, config: Any, kept: bool) -> Any:
         kept: the head is from the files too.
     """
     read_headers(path, BASE)  # what is cut off or missing is named
-    model, info = model_class.from_pretrained(path, dtype=torch.float32, config=config, **_how(config), **REPORTED)
+    with quiet_transformers():
+        model, info = model_class.from_pretrained(path, dtype=torch.float32, config=config, **_how(config), **REPORTED)
     what = f"{BASE}: the weights in `{path}`"
     if kept:
         check_loaded(model, info, path, BASE)

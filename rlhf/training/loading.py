@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from rlhf.config.extras import remedy
-from rlhf.data.architecture import REPORTED, architecture_of, check_folder, check_loaded
+from rlhf.data.architecture import REPORTED, architecture_of, check_folder, check_loaded, quiet_transformers
 from rlhf.data.model_folder import GENERATION
 from rlhf.data.weight_files import WeightsError, weight_files
 from rlhf.training import attention
@@ -93,7 +93,8 @@ def _safetensors(path: str, where: str) -> Path | None:
 
 
 def _load_whole(auto: Any, config: Any, path: str, where: str, options: Mapping[str, Any]) -> nn.Module:
-    model, info = auto.from_pretrained(path, config=config, **REPORTED, **options)
+    with quiet_transformers():
+        model, info = auto.from_pretrained(path, config=config, **REPORTED, **options)
     check_loaded(model, info, path, where)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.get_text_config().tie_word_embeddings and head is not None and head.weight is not embedding.weight:

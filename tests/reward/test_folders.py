@@ -160,12 +160,21 @@ def test_only_a_new_head_starts_at_random(tiny_model: Path, encoder: Path, tmp_p
 
 
 def test_a_ready_head_must_be_there(classifier: Path, tmp_path: Path) -> None:
+    import logging
     from shutil import copytree
 
     copytree(classifier, tmp_path / "model")
     change(tmp_path / "model", lambda tensors: tensors.pop("classifier.weight"))
-    with pytest.raises(UserError, match=r"^--model.*`classifier\.weight` is missing"):
-        new_model(tmp_path / "model", Description("classifier", "response", 64), 1)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with pytest.raises(UserError, match=r"^--model.*`classifier\.weight` is missing"):
+            new_model(tmp_path / "model", Description("classifier", "response", 64), 1)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not said, "transformers' own report, in colours, before our line that says it"
 
 
 @pytest.mark.parametrize(
