@@ -216,11 +216,13 @@ class Rollout:
     Attributes:
         infos: one per completion, in order.
         completions: reference to a `list[Completion]` of the same length (see `rlhf.cluster.calls`).
+        engine: place of the engine that wrote them.
     """
 
     prompt: Prompt
     infos: tuple[CompletionInfo, ...]
     completions: Any
+    engine: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from rlhf.config.base import Section
@@ -16,6 +18,18 @@ class LoopSettings(Section):
         le=1000,
         description="Dynamic sampling: prompts that teach nothing (ties, identical responses, a group of equal rewards) are replaced in "
         "the same step until `prompts_per_step` teach something, by at most so many times `prompts_per_step` further prompts. 0: none is.",
+    )
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Weight versions that the oldest token of a response may be behind the weights that learn from it: so many steps' "
+        "prompts are sampled in advance while the policy learns. 0: the synchronous loop, where sampling and learning take turns.",
+    )
+    stream: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Learn from a step's prompts in pieces, each as soon as it fills a micro-batch on every rank, while others are still "
+        "sampled. The same sums in another order. auto: where `staleness` is above 0 and no `normalise` must see the whole step.",
     )
     max_empty_steps: int = Field(
         5, ge=1, le=10**9, description="So many steps in a row in which no prompt taught anything end the run."

@@ -69,6 +69,11 @@ class RolloutSettings(Section):
         description="What engines do with their weights while the policy has the GPUs they share: 1: keep them in host memory; 2: drop "
         "them, and receive all again.",
     )
+    in_flight: Literal["keep", "wait"] = Field(
+        "keep",
+        description="What becomes of responses that are being written when new weights come (`loop.staleness` above 0): keep: they go on "
+        "with the new weights, so that one response may be of several versions; wait: they are finished with the old ones first.",
+    )
     transfer: Literal["auto", "gloo", "nccl", "ipc"] = Field(
         "auto",
         description="How new weights reach the engines: gloo (CPU), nccl (GPU to GPU), ipc (within each GPU). auto: gloo on CPUs; on "

@@ -5,6 +5,7 @@ The mathematics is in rlhf/reward/transforms.py, the rules between the choices a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
@@ -93,3 +94,8 @@ TRANSFORMS: dict[str, type[Section]] = {
 
 REFERENCED = (LogSigmoid, Calibrate)
 """Those that read `reward.reference_scores`."""
+
+
+def remembers(transforms: Sequence[Transform]) -> bool:
+    """Whether one of them depends on the other scores of the step."""
+    return any(isinstance(transform, Normalise) for transform in transforms)

@@ -1,8 +1,9 @@
 """The prompt ledger: which prompt comes next, and what became of each. A pure state machine; it owns no task and no file.
 
 Prompts are drawn as `Order` says: pass by pass, each in an order that depends on the seed alone; of a mixture by the weights of its
-sources. A leased prompt ends `trained` or `dropped` (with a reason). The state is the number of draws and the counts of outcomes, so a
-run resumes with exactly the prompts that the uninterrupted one would have drawn.
+sources. A leased prompt ends `trained` or `dropped` (with a reason). The state is the number of draws, the counts of outcomes and the
+prompts that are out, so a run resumes with exactly the prompts that the uninterrupted one would have drawn; those that were out come
+first, once more.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Ledger:
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool, shares: Sequence[Share] = ()):
         self._prompts, self._order = prompts, Order(len(prompts), seed, shuffle, shares)
         self._drawn = 0
-        self._open: set[str] = set()
+        self._open: dict[str, None] = {}  # in the order in which they were leased
+        self._again: list[Prompt] = []
         self.settled: Counter[str] = Counter()
 
     @property
@@ -54,30 +56,34 @@ class Ledger:
             raise LedgerError(
                 f"{count} prompts are wanted, but there are only {len(self._prompts)}, of which {len(self._open)} are out"
             )
-        leased: dict[str, Prompt] = {}
+        leased = {prompt.id: prompt for prompt in self._again[:count]}
+        self._again = self._again[count:]
         while len(leased) < count:
             prompt = self._prompts[self._order.at(self._drawn)]
             self._drawn += 1
-            if prompt.id in leased or prompt.id in self._open:  # the border of two epochs can bring one back too early
+            if (
+                prompt.id in leased or prompt.id in self._open or prompt in self._again
+            ):  # the border of two epochs can bring one back too early
                 self.settled["repeated"] += 1
                 continue
             leased[prompt.id] = prompt
-        self._open |= leased.keys()
+        self._open |= dict.fromkeys(leased)
         return list(leased.values())
 
     def settle(self, prompt_id: str, outcome: str) -> None:
         """A leased prompt ended: `trained`, or the reason why it was dropped."""
         if prompt_id not in self._open:
             raise LedgerError(f"prompt {prompt_id} was settled as {outcome!r} but is not leased")
-        self._open.remove(prompt_id)
+        del self._open[prompt_id]
         self.settled[outcome] += 1
 
     def state(self) -> dict[str, Any]:
-        """JSON state between steps; only valid when no prompt is out."""
-        if self._open:
-            raise LedgerError(f"{len(self._open)} prompts are still out")
-        return {"drawn": self._drawn, "settled": dict(self.settled)}
+        """JSON state. Prompts that are out are neither trained nor dropped: whoever goes on from here leases them again."""
+        out = [*self._open, *(prompt.id for prompt in self._again)]
+        return {"drawn": self._drawn, "settled": dict(self.settled)} | ({"out": out} if out else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
-        self._drawn, self.settled, self._open = state["drawn"], Counter(state["settled"]), set()
+        self._drawn, self.settled, self._open = state["drawn"], Counter(state["settled"]), {}
+        by_id = {prompt.id: prompt for prompt in self._prompts} if state.get("out") else {}
+        self._again = [by_id[prompt_id] for prompt_id in state.get("out", ())]

@@ -18,28 +18,32 @@ from rlhf.types import Assignment, Rollout
 
 @dataclass
 class Refill:
-    """How many further prompts a step leases, round by round. A round lasts as long as its longest response, so it asks for as many as
-    should fill the batch, going by the share of prompts that taught something so far, and never for more than the batch has places.
+    """How many further prompts a step takes, round by round. Where a round has to be waited for, it lasts as long as its longest response,
+    so it asks for as many as should fill the batch, going by the share of prompts that taught something so far, and never for more than
+    the batch has places.
 
     Attributes:
         size: prompts that the step wants to learn from, and has leased at first.
         extra: further ones that it may ask for in place of those that teach nothing.
+        exact: ask for exactly those that are missing: others are under way already, and none in surplus is dropped.
         asked: how many it has asked for, in `rounds` rounds.
     """
 
     size: int
     extra: int
+    exact: bool = False
     asked: int = 0
     rounds: int = 0
 
     def next(self, taught: int, available: int) -> int:
-        """How many prompts to lease now; 0: the step has what it can get.
+        """How many prompts to ask for now; 0: the step has what it can get.
 
         Args:
-            taught: prompts so far that teach something.
-            available: prompts of the data set that this step has not leased.
+            taught: prompts so far that teach something, and those that may yet.
+            available: prompts that this step could have besides.
         """
-        likely = math.ceil((self.size - taught) * (self.size + self.asked) / max(taught, 1))
+        missing = self.size - taught
+        likely = missing if self.exact else math.ceil(missing * (self.size + self.asked) / max(taught, 1))
         wanted = max(0, min(likely, self.size, self.extra - self.asked, available))
         if wanted:
             self.asked, self.rounds = self.asked + wanted, self.rounds + 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.algorithms.labels import scored
+from rlhf.rollout import StaleWeights
 from rlhf.types import Failed, Feedback, Invalid, Rollout, Score, TimedOut
 
 
@@ -17,6 +18,38 @@ class JudgedRollout:
 
     rollout: Rollout
     feedback: Feedback
+
+
+def require_fresh(rollouts: Sequence[Rollout], version: int, bound: int) -> None:
+    """Make sure that no response is too old to be learned from. Admission keeps it so (`loop.admission`); this is the check of it.
+
+    Args:
+        version: of the weights that learn.
+        bound: `loop.staleness`.
+
+    Raises:
+        StaleWeights: weights of before version - bound wrote some of a response, or some that do not exist yet.
+    """
+    for rollout in rollouts:
+        for info in rollout.infos:
+            if info.versions and not version - bound <= info.versions[0] <= info.versions[-1] <= version:
+                raise StaleWeights(
+                    f"the weights of version {list(info.versions)} wrote a response to prompt {rollout.prompt.id}, and those of version "
+                    f"{version} were to learn from it: loop.staleness allows {bound}"
+                )
+
+
+def staleness_metrics(judged: Sequence[JudgedRollout], version: int) -> dict[str, float]:
+    """How old the sampled responses are that the weights of this version learn from, in weight versions."""
+    infos = [info for one in judged for info in one.rollout.infos if info.versions]
+    if not infos:
+        return {}
+    ages = [version - info.weight_version for info in infos]
+    return {
+        "staleness/mean": float(np.mean(ages)),
+        "staleness/max": float(max(ages)),
+        "staleness/mixed": float(np.mean([len(info.versions) > 1 for info in infos])),
+    }
 
 
 def rollout_metrics(judged: Sequence[JudgedRollout]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 Where everything that the one engine writes comes from the policy's own distribution, the responses show it by themselves
 (`run.max_logprob_gap`). They do not where top-p or top-k cut the distribution, where all is greedy or mixed, and on average they
-hide one engine among several. There each engine writes a few tokens with either of its models, untruncated.
+hide one engine among several; nor where older weights wrote them. There each engine writes a few tokens with either of its models,
+untruncated.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def probed_slots(settings: Settings, algorithm: Algorithm, engines: int) -> tupl
     rollout = settings.rollout
     whole = rollout.temperature > 0 and rollout.top_p == 1 and rollout.top_k == 0
     own = any(source.mixture == 0 and not source.greedy for source in algorithm.sources)
-    policy: tuple[ModelSlot, ...] = () if whole and own and engines == 1 else ("policy",)
+    shown = whole and own and engines == 1 and settings.loop.staleness == 0
+    policy: tuple[ModelSlot, ...] = () if shown else ("policy",)
     return (*policy, "partner") if algorithm.mixes else policy
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from rlhf.engines.sampling import Sampling
 from rlhf.policy import StepContext
 from rlhf.reward.serving.server import ServerInfo
+from rlhf.tracking.spans import Timing
 from rlhf.types import Assignment, Feedback, ModelSlot, Prompt, Rollout, Shipment, WeightSpec
 
 
@@ -26,6 +27,18 @@ class PolicyRole(Protocol):
 
     async def learn(self, assignments: Sequence[Assignment], step: StepContext) -> dict[str, float]:
         """One step; its mean metrics."""
+        ...
+
+    async def begin(self, step: StepContext) -> None:
+        """Start a step whose assignments come in pieces."""
+        ...
+
+    async def accumulate(self, assignments: Sequence[Assignment], update: int = 0) -> None:
+        """Take in a piece of the optimizer step number `update`."""
+        ...
+
+    async def finish(self) -> dict[str, float]:
+        """Make the optimizer steps; the step's mean metrics."""
         ...
 
     async def follow(self, step: int) -> Mapping[str, bool]:
@@ -83,7 +96,7 @@ class RolloutRole(Protocol):
         ...
 
     async def sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False) -> Rollout:
-        """Responses to one prompt, and with `with_pair` the data set's own."""
+        """Responses to one prompt, and with `with_pair` the data set's own. While weights are sent, it waits for them."""
         ...
 
     async def probe(self, prompt: Prompt, samplings: Sequence[Sampling]) -> dict[int, Rollout]:
@@ -136,6 +149,8 @@ class StepRecord(Protocol):
     """Who writes down what a step came to."""
 
     def step(self, step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None: ...
+
+    def timing(self, timing: Timing) -> None: ...
 
 
 @dataclass(frozen=True)

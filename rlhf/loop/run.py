@@ -17,7 +17,6 @@ from rlhf.data.ledger import Ledger
 from rlhf.data.loading_time import with_startup_deadline
 from rlhf.data.model_folder import find_model
 from rlhf.data.prompts import load_prompts, load_tokenizer
-from rlhf.loop.clock import Clock
 from rlhf.loop.evaluation import (
     evaluation_sampling,
     held_out,
@@ -128,8 +127,9 @@ class Training:
         if not resumed:
             await self._evaluate("before")
         self.record.phase(f"step {state.step + 1}")
-        while state.step < self.settings.loop.steps:
-            await self._step()
+        async with self.loop.producing():
+            while state.step < self.settings.loop.steps:
+                await self._step()
         if not resumed and not self.full_length:  # a trial of the machines need not learn
             self.loop.progress.require_any()
         await self._evaluate("after")
@@ -152,7 +152,7 @@ class Training:
             return
         loop = self.loop
         self.record.phase(f"evaluating on {len(self.held_out_prompts)} held-out prompts")
-        judged = await loop.sample_and_judge(self.held_out_prompts, [evaluation_sampling(self.settings)], Clock())
+        judged = await loop.sample_and_judge(self.held_out_prompts, [evaluation_sampling(self.settings)])
         answers = held_out(judged, self.tokenizer)
         kl = await loop.measure(measurable(judged))
         self.record.evaluation(self.state.step, held_out_metrics(answers) | measured(judged) | kl)

@@ -43,11 +43,8 @@ class RunState:
         self.step += 1
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, as JSON; only between steps, where a step has brought one version.
-
-        Raises:
-            LedgerError: a prompt is out.
-        """
+        """What a checkpoint holds, as JSON; only between steps, where a step has brought one version. Prompts that are under way are
+        sampled anew by whoever goes on from it."""
         return {"step": self.step, RUN: dict(self.run)} | {name: part.state() for name, part in self._parts().items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -150,7 +150,7 @@ class RolloutPool:
         except (ActorDied, EngineDied):
             return None
         require_fresh(engine.place, infos, self._versions.version)
-        return Rollout(prompt, infos, completions)
+        return Rollout(prompt, infos, completions, engine.place)
 
     def new_session(self, host: str, port: int) -> TransferSession:
         """A session for weights with all living engines, under a new epoch: then `connect`, while the sender opens it.

@@ -24,6 +24,7 @@ from rlhf.tracking.folder import MANIFEST, REMEDY, check_run_folder
 from rlhf.tracking.jsonl import JsonLines
 from rlhf.tracking.provenance import write_provenance, write_whole
 from rlhf.tracking.sinks import Sinks
+from rlhf.tracking.spans import Timing
 from rlhf.tracking.wandb import Wandb
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class Record:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.run_id = write_provenance(self.folder, settings, resume, resolve)
             self._files = {
-                name: JsonLines(self.folder / f"{name}.jsonl") for name in ("metrics", "evaluations", "samples")
+                name: JsonLines(self.folder / f"{name}.jsonl")
+                for name in ("metrics", "evaluations", "samples", "spans")
             }
             for file in self._files.values():
                 file.path.touch()
@@ -94,6 +96,10 @@ class Record:
         for row in rows:
             self._append("samples", {"step": step} | dict(row))
         self._sinks.send(lambda sink: sink.samples(step, rows))
+
+    def timing(self, timing: Timing) -> None:
+        """Record who was busy with what (`spans.jsonl`)."""
+        self._append("spans", timing.line())
 
     def phase(self, text: str) -> None:
         """Show what the run does from now on. It is not written to disk."""

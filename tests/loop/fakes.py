@@ -17,12 +17,14 @@ from rlhf.cluster import LocalRef
 from rlhf.config import Settings
 from rlhf.data.ledger import Ledger
 from rlhf.engines.sampling import Sampling
+from rlhf.loop.judged import JudgedRollout
 from rlhf.loop.online import OnlineLoop
 from rlhf.loop.roles import Roles
 from rlhf.loop.state import RunState
 from rlhf.policy import StepContext
 from rlhf.policy.kl import KlController
 from rlhf.reward.shaping import Shaping
+from rlhf.tracking.spans import Timing
 from rlhf.types import Assignment, Completion, Feedback, ModelSlot, Outcome, Prompt, Rollout, Shipment
 
 Judge = Callable[[Rollout], Sequence[Outcome]]
@@ -156,12 +158,27 @@ class Policy:
         self.stage = stage
         self.learned: list[list[Assignment]] = []
         self.contexts: list[StepContext] = []
+        self.pieces: list[tuple[int, list[str]]] = []
         self.partner_follows = False
 
     async def learn(self, assignments: Sequence[Assignment], step: StepContext) -> dict[str, float]:
         await self.stage.enter("policy.learn")
         self.learned.append(list(assignments))
         self.contexts.append(step)
+        return {"policy/kl_response": 2.0}
+
+    async def begin(self, step: StepContext) -> None:
+        await self.stage.enter("policy.begin")
+        self.learned.append([])
+        self.contexts.append(step)
+
+    async def accumulate(self, assignments: Sequence[Assignment], update: int = 0) -> None:
+        await self.stage.enter("policy.accumulate")
+        self.learned[-1] += assignments
+        self.pieces.append((update, [assignment.rollout.prompt.id for assignment in assignments]))
+
+    async def finish(self) -> dict[str, float]:
+        await self.stage.enter("policy.finish")
         return {"policy/kl_response": 2.0}
 
     async def follow(self, step: int) -> Mapping[str, bool]:
@@ -209,10 +226,20 @@ class Lines:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.lines: list[dict[str, Any]] = []
+        self.timings: list[Timing] = []
 
     def step(self, step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
         self.stage.note("record.step")
         self.lines.append({"step": step, "warnings": list(warnings), **metrics})
+
+    def timing(self, timing: Timing) -> None:
+        self.timings.append(timing)
+
+
+async def steps(loop: OnlineLoop, count: int = 1) -> list[list[JudgedRollout]]:
+    """So many steps of the loop, as `rlhf train` takes them."""
+    async with loop.producing():
+        return [await loop.step() for _ in range(count)]
 
 
 def make_loop(

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.algorithms import Algorithm, Contrast, Preference, Source
-from rlhf.loop.clock import Clock
 from rlhf.loop.online import OnlineLoop
 from rlhf.loop.progress import BuilderFailing, NothingLearned, RewardsFailing, require_some_reward
 from rlhf.loop.sampling import step_samplings
 from rlhf.types import Failed, Invalid, Outcome, Rollout, Score, TimedOut, TrainingItem
 from tests.loop.fakes import make_loop
+from tests.loop.fakes import steps as take
 from tests.loop.test_methods import train
 
 DR_GRPO = {"name": "dr_grpo", "samples_per_prompt": 3}
@@ -29,11 +29,7 @@ NORMALISED = {"kind": "function", "path": "my_rewards:score", "transforms": [{"n
 def run(loop: OnlineLoop, steps: int = 1) -> list[dict[str, Any]]:
     """The lines of all steps, after so many more."""
 
-    async def scenario() -> None:
-        for _ in range(steps):
-            await loop.step()
-
-    asyncio.run(scenario())
+    asyncio.run(take(loop, steps))
     return loop.record.lines
 
 
@@ -179,7 +175,6 @@ def test_an_evaluation_without_rewards_says_why() -> None:
         loop.sample_and_judge(
             loop.state.ledger.lease(3),
             step_samplings(loop.algorithm.sources, loop.settings.rollout, seed=0, step=1),
-            Clock(),
         )
     )
     with pytest.raises(RewardsFailing, match="^the answers of m: none of the 6 responses has a reward: 6 x invalid"):
