@@ -44,14 +44,20 @@ class Seat:
 
 @dataclass(frozen=True)
 class Placement:
-    """A seat for every actor, by name (`policy-0`, `rollout-0`, `reward-0`), in the order in which they take GPUs."""
+    """A seat for every actor, by name (`policy-0`, `rollout-0`, `reward-0`), in the order in which they take GPUs.
+
+    Attributes:
+        overlap: ranks and engines compute at the same time.
+    """
 
     seats: Mapping[str, Seat]
+    overlap: bool = False
 
     def neighbours(self, actor: str) -> list[str]:
-        """The actors of its role on its node, itself among them."""
+        """The actors on its node that compute when it does, itself among them: those of its role, or ranks and engines if these overlap."""
         role, node = role_of(actor), self.seats[actor].node
-        return [name for name, seat in self.seats.items() if role_of(name) == role and seat.node == node]
+        busy = {"policy", "rollout"} if self.overlap and role in ("policy", "rollout") else {role}
+        return [name for name, seat in self.seats.items() if role_of(name) in busy and seat.node == node]
 
     def lines(self) -> list[str]:
         """What runs where: one line per node."""
@@ -84,7 +90,7 @@ def place(request: ResourceRequest, nodes: Sequence[Node]) -> Placement:
         loads = pack(request, nodes, spanning=True)
     if loads is None:
         raise CannotPlace(refusal(request, nodes))
-    return Placement(_seats(request, list(zip(nodes, loads, strict=True)), spanning))
+    return Placement(_seats(request, list(zip(nodes, loads, strict=True)), spanning), request.overlap)
 
 
 def _seats(request: ResourceRequest, loads: Sequence[tuple[Node, Load]], spanning: bool) -> dict[str, Seat]:

@@ -52,6 +52,7 @@ class ResourceRequest:
         server_gpus: of each reward server: a fraction, or a whole number.
         shared_servers: each reward server uses the GPU of a policy rank, another one's each.
         needs: role -> the custom resource that a node must offer for it.
+        overlap: ranks and engines compute at the same time (`loop.staleness`), so that they divide the cores of a node.
     """
 
     gpu: bool
@@ -65,6 +66,7 @@ class ResourceRequest:
     server_gpus: float = 0.0
     shared_servers: bool = False
     needs: Mapping[Role, str] = field(default_factory=dict)
+    overlap: bool = False
 
     def allowed(self, role: Role, node: Node) -> bool:
         """Whether the node may be used for this role."""
@@ -80,6 +82,7 @@ def resource_request(settings: Settings, policy: bool = True) -> ResourceRequest
     rollout, reward, cluster = settings.rollout, settings.reward, settings.cluster
     gpu = uses_gpu(cluster)
     return ResourceRequest(
+        overlap=settings.loop.staleness > 0,
         gpu=gpu,
         ranks=settings.policy.ranks if policy else 0,
         engines=rollout.engines,

@@ -51,7 +51,7 @@ class ClusterSettings(Section):
         ge=1,
         le=4096,
         description="CPU threads of each actor that computes. None: the cores of its node, since the roles of a synchronous loop take "
-        "turns, divided by the actors of the same role there.",
+        "turns, divided by the actors of the same role there; with `loop.staleness` above 0 by its ranks and engines together.",
     )
     placement_deadline_s: float = Field(
         60.0,

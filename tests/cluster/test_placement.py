@@ -40,6 +40,14 @@ def test_roles_have_nodes_of_their_own() -> None:
     assert [placed.seats[f"rollout-{i}"].gpus for i in range(2)] == [4, 4]
 
 
+def test_cores_are_shared_by_all_who_compute_at_the_same_time() -> None:
+    request = ResourceRequest(gpu=True, ranks=2, engines=1, servers=2, overlap=True)
+    placed = place(request, nodes_of(3))
+    assert {name: len(placed.neighbours(name)) for name in placed.seats} == {
+        "policy-0": 3, "policy-1": 3, "rollout-0": 3, "reward-0": 2, "reward-1": 2,
+    }  # fmt: skip
+
+
 def test_cores_are_shared_with_the_same_role_on_the_same_node() -> None:
     placed = place(ResourceRequest(gpu=True, ranks=4, engines=2, servers=2, policy_nodes=2), nodes_of(3, 4))
     counts = {name: len(placed.neighbours(name)) for name in placed.seats}

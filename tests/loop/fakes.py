@@ -84,6 +84,7 @@ class Rollouts:
         """
         self.stage, self.alike, self.sampled, self.loses = stage, alike, [], loses
         self.version = 0
+        self.lengths: dict[str, int] = {}  # tokens of each response to a prompt; 1 without an entry
 
     async def sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False) -> Rollout:
         assert "engines" in self.stage.on_devices
@@ -94,8 +95,8 @@ class Rollouts:
         return Rollout(prompt, tuple(one.info() for one in made), LocalRef(made))
 
     def _written(self, prompt: Prompt, number: int, source: str) -> Completion:
-        tokens = np.array([7 if self.alike else number], np.int32)
-        logprobs = np.zeros(1, np.float32)
+        tokens = np.full(self.lengths.get(prompt.id, 1), 7 if self.alike else number, np.int32)
+        logprobs = np.zeros(len(tokens), np.float32)
         return Completion.of_one_version(prompt.id, tokens, logprobs, self.version, "stop", source=source)
 
     async def probe(self, prompt: Prompt, samplings: Sequence[Sampling]) -> dict[int, Rollout]:
