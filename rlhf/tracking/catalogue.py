@@ -58,6 +58,7 @@ NATS = "nats per token"
 CONTRAST = "methods that contrast responses"
 GRADIENT = "policy-gradient methods"
 CRITIC = "`ppo`"
+AHEAD = "`loop.staleness` above 0"
 SFT = "`rlhf sft`, `rlhf reward train`"
 
 METRICS: tuple[Metric, ...] = (
@@ -350,6 +351,44 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "refill/rounds", "rounds in which they were asked for", "sum", unit="rounds", given="`loop.refill`", form=".0f"
+    ),
+    # How far sampling is ahead
+    Metric(
+        "staleness/mean",
+        "weight versions between the oldest token of a response and the weights that learn from it",
+        "mean",
+        "responses",
+        "versions",
+        AHEAD,
+        "ahead.md",
+    ),
+    Metric("staleness/max", "the same of the oldest response", "max", "responses", "versions", AHEAD, "ahead.md"),
+    Metric(
+        "staleness/mixed",
+        "share of the responses that several versions of the weights wrote",
+        "mean",
+        "responses",
+        SHARE,
+        AHEAD,
+        "ahead.md",
+    ),
+    Metric(
+        "loop/ahead",
+        "prompts that had been started for later steps when the step began",
+        "last",
+        unit="prompts",
+        given=AHEAD,
+        page="ahead.md",
+        form=".0f",
+    ),
+    Metric(
+        "loop/ready",
+        "of these, prompts that had been answered and judged",
+        "last",
+        unit="prompts",
+        given=AHEAD,
+        page="ahead.md",
+        form=".0f",
     ),
     # Supervised training
     Metric(

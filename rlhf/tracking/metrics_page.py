@@ -33,9 +33,11 @@ SECTIONS = {
     "critic": "The critic",
     "time": "The time of a step",
     "throughput": "The time of a step",
+    "idle": "The time of a step",
     "loop": "The prompts of a step",
     "dropped": "The prompts of a step",
     "refill": "The prompts of a step",
+    "staleness": "The prompts of a step",
     "train": "Supervised training",
     "heldout": "Supervised training",
 }
