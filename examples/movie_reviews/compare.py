@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import prepare
 
+from rlhf.cluster.signals import run_child
 from rlhf.config import load
 from rlhf.config.algorithm import METHODS
 from rlhf.tracking import jsonl, report
@@ -82,9 +82,9 @@ def run(methods: Sequence[str], seeds: Sequence[int], folder: Path, fraction: fl
                 *overrides,
             ]
             command = [sys.executable, "-m", "rlhf.cli", "train", str(CONFIGS / f"{method}.yaml"), *options]
-            done = subprocess.run(command, check=False)
-            print(f"{target}: {'done' if done.returncode == 0 else f'FAILED ({done.returncode})'}", flush=True)
-            if done.returncode:
+            status = run_child(command)
+            print(f"{target}: {f'FAILED ({status})' if status else 'done'}", flush=True)
+            if status:
                 target.rename(target.with_name(f"failed-{target.name}"))
 
 

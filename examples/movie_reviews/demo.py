@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import judge
 import prepare
 from rich.console import Console
 
+from rlhf.cluster.signals import run_child
 from rlhf.config import UserError, load
 from rlhf.tracking import jsonl, report
 
@@ -34,6 +34,7 @@ def main(overrides: Sequence[str]) -> None:
 
     Raises:
         UserError: a package that is not installed, a mistake in the overrides, or a run that left no answers.
+        SystemExit: the run failed, or a signal ended it.
     """
     judge.check_packages()
     console = Console()
@@ -44,7 +45,8 @@ def main(overrides: Sequence[str]) -> None:
     console.rule("1. Model, data and reward model")
     prepare.prepare(Path(settings.reward.path), method="ridge", threads=None)
     console.rule("2. Online DPO")
-    subprocess.run([sys.executable, "-m", "rlhf.cli", "train", str(CONFIG), *overrides], check=True)
+    if status := run_child([sys.executable, "-m", "rlhf.cli", "train", str(CONFIG), *overrides]):
+        sys.exit(f"demo: `rlhf train` ended with status {status}; its own message stands above")
     console.rule("3. What changed")
     show_result(folder, time.monotonic() - start, console)
 
@@ -93,5 +95,3 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"demo: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"demo: `rlhf train` ended with status {error.returncode}; its own message stands above")

@@ -1,10 +1,13 @@
-"""SIGTERM, which SLURM, Kubernetes and supervisors send to end a run: it ends as by Ctrl-C, with all that is cleaned up on that way."""
+"""SIGTERM, which SLURM, Kubernetes and supervisors send to end a run: it ends as by Ctrl-C, with all that is cleaned up on that way. A
+script that starts a run hands such a signal on to it."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +46,37 @@ def ended_by_sigterm() -> Iterator[Ending]:
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, ctrl_c)
+
+
+def run_child(command: Sequence[str]) -> int:
+    """Run a program that takes down what it has started when SIGTERM comes, as `rlhf train` does, and wait for its end, also when this
+    process is told to end meanwhile. Its exit status; minus the signal's number if one killed it. In the main thread.
+
+    Raises:
+        SystemExit: SIGINT or SIGTERM has come to this process; the program got SIGTERM, and has ended. The status is 128 and the number.
+    """
+    told: list[int] = []
+
+    def hand_on(number: int, _: Any) -> None:
+        told.append(number)
+        if child is not None:
+            child.terminate()
+
+    child: subprocess.Popen[bytes] | None = None
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        # In a session of its own, for Ctrl-C in a terminal reaches every process there: with what is handed on the program would get two
+        # signals, and the second cuts off its cleaning up.
+        child = subprocess.Popen(command, start_new_session=True)
+        if told:
+            child.terminate()
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        sys.exit(128 + told[0])
+    return status
 
 
 @contextmanager

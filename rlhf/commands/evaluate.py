@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf.cluster import RayRuntime, resource_request
 from rlhf.cluster.precision import settle
+from rlhf.cluster.tasks import task_group
 from rlhf.commands.export import as_model
 from rlhf.commands.generate import open_language_model
 from rlhf.commands.progress import Progress
@@ -134,7 +135,9 @@ async def _judged_answers(
             return judged
 
         progress.say("asking")
-        judged = await asyncio.gather(*(answer(prompt) for prompt in prompts))
+        async with task_group() as tasks:
+            answering = [tasks.create_task(answer(prompt)) for prompt in prompts]
+        judged = [task.result() for task in answering]
         require_some_reward(f"the held-out answers of {model}", judged, settings.reward)
         return held_out(judged, tokenizer)
 
@@ -147,9 +150,13 @@ async def engines_and_judges(settings: Settings) -> AsyncIterator[tuple[RolloutP
     try:
         runtime.reserve(resource_request(settings, policy=False))
         settings, _ = settle(settings, runtime)
-        pool, rewards = await asyncio.gather(RolloutPool.start(runtime, settings), RewardPool.start(runtime, settings))
-        yield pool, rewards
-        await asyncio.gather(pool.close(), rewards.close())
+        async with task_group() as tasks:
+            pool = tasks.create_task(RolloutPool.start(runtime, settings))
+            rewards = tasks.create_task(RewardPool.start(runtime, settings))
+        yield pool.result(), rewards.result()
+        async with task_group() as tasks:
+            tasks.create_task(pool.result().close())
+            tasks.create_task(rewards.result().close())
     finally:
         runtime.stop()
 

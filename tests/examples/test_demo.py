@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -76,3 +80,62 @@ def test_an_earlier_demo_is_set_aside_but_its_reward_model_stays(demo: ModuleTyp
     assert (tmp_path / "demo-previous" / "manifest.json").read_text() == "second"
     demo.set_aside(folder)  # no run: nothing to do
     assert (tmp_path / "demo-previous" / "manifest.json").exists()
+
+
+# In place of `rlhf train`: says in a file that it runs, which signals it gets, and that it has ended in order, which takes it a moment.
+STAND_IN = """#!{python}
+import signal, sys, time
+
+def note(text):
+    with open("{notes}", "a") as file:
+        file.write(text + "\\n")
+
+def end(number, _):
+    note(signal.Signals(number).name)
+    time.sleep(0.3)
+    note("ended")
+    sys.exit(128 + number)
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, end)
+note("started")
+{work}
+"""
+
+# Starts demo.py with that for a Python. (Packages and data are the real system's.)
+START = """
+import runpy, sys, types
+for name, function in (("judge", "check_packages"), ("prepare", "prepare")):
+    sys.modules[name] = types.ModuleType(name)
+    setattr(sys.modules[name], function, lambda *_, **__: None)
+sys.executable, demo = sys.argv[1:3]
+sys.argv = [demo, *sys.argv[3:]]
+runpy.run_path(demo, run_name="__main__")
+"""
+
+
+def started_demo(folder: Path, work: str) -> tuple[subprocess.Popen[str], Path]:
+    """The demo, in a session of its own as from a terminal, with a stand-in that does this; and where the stand-in writes."""
+    stand_in, notes = folder / "stand_in", folder / "notes"
+    stand_in.write_text(STAND_IN.format(python=sys.executable, notes=notes, work=work))
+    stand_in.chmod(0o755)
+    command = [sys.executable, "-c", START, stand_in, DEMO, f"run.dir={folder / 'run'}"]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True), notes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_that_the_demo_has_started(tmp_path: Path, number: signal.Signals) -> None:
+    demo, notes = started_demo(tmp_path, work="time.sleep(60)")
+    while not (notes.exists() and notes.read_text() == "started\n"):
+        assert demo.poll() is None, demo.stderr.read()
+        time.sleep(0.02)
+    os.killpg(demo.pid, number)  # as Ctrl-C in a terminal: to all that belong to it
+    demo.communicate(timeout=60)
+    assert notes.read_text().split() == ["started", "SIGTERM", "ended"]
+    assert demo.returncode == 128 + number
+
+
+def test_a_run_that_fails_ends_the_demo(tmp_path: Path) -> None:
+    demo, _ = started_demo(tmp_path, work="sys.exit(2)")
+    _, errors = demo.communicate(timeout=60)
+    assert (demo.returncode, errors) == (1, "demo: `rlhf train` ended with status 2; its own message stands above\n")
