@@ -185,6 +185,7 @@ def _time(
         learn=learn_s(shape, gpu, work, learners, sent),
         publish=gather_s(published, gpu, learners) + publish_s(published, gpu, cluster.nodes == 1, backend),
         turns=turns_s(gpu, engine.weights if rollout.sleep_level == 1 else 0, moved) if shared else 0.0,
+        ahead=settings.loop.staleness > 0,
     )
 
 

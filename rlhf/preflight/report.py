@@ -241,10 +241,8 @@ def _layout(settings: Settings, made: Estimate) -> Iterator[str]:
         yield f"a reward server on a rank's GPU: weights {_gb(made.judge)} GB, in host memory while the policy learns"
     time = made.time
     turns = f" + {time.turns:,.1f} taking turns" if time.turns else ""
-    yield (
-        f"about {time.total:,.0f} s a step: {time.generate:,.0f} generating + {time.learn:,.0f} learning + "
-        f"{time.publish:,.1f} publishing{turns}"
-    )
+    both = f"{time.generate:,.0f} generating {'beside' if time.ahead else '+'} {time.learn:,.0f} learning"
+    yield f"about {time.total:,.0f} s a step: {both} + {time.publish:,.1f} publishing{turns}"
     work = work_of(settings, make(settings))
     yield f"about {work.sampled_tokens / time.total:,.0f} response tokens a second in all"
     if made.problems:

@@ -106,17 +106,24 @@ class Learners:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step. `turns`: moving engines and trainer in and out of shared GPUs."""
+    """Seconds of one step.
+
+    Attributes:
+        turns: moving engines and trainer in and out of shared GPUs.
+        ahead: the engines write the next step's responses while the policy learns (`loop.staleness`).
+    """
 
     generate: float
     learn: float
     publish: float
     turns: float = 0.0
+    ahead: bool = False
 
     @property
     def total(self) -> float:
-        """The loop is synchronous: one after the other."""
-        return self.generate + self.learn + self.publish + self.turns
+        """One after the other, or as long as the longer part."""
+        work = max(self.generate, self.learn) if self.ahead else self.generate + self.learn
+        return work + self.publish + self.turns
 
 
 def generate_s(

@@ -22,6 +22,7 @@ from rlhf.preflight.shapes import known_shape
 from rlhf.preflight.speed import (
     Assumptions,
     Learners,
+    StepTime,
     Work,
     gather_s,
     generate_s,
@@ -75,6 +76,15 @@ def test_gpus_are_found_by_name() -> None:
     assert visible_gpu(["NVIDIA GeForce RTX 4090"]).name == "rtx4090-24gb"
     assert visible_gpu(["NVIDIA A10"]).name == "a10-24gb"
     assert visible_gpu(["Tesla T4"]) is None and visible_gpu([]) is None
+
+
+def test_a_step_that_samples_ahead_takes_as_long_as_its_longer_part() -> None:
+    apart = StepTime(generate=5.0, learn=3.0, publish=1.0)
+    assert (apart.total, replace(apart, ahead=True).total) == (9.0, 6.0)
+    path, cluster = CONFIGS / "8b" / "online_dpo.yaml", Cluster(2, 8, H100)
+    settings = (load(path, ["policy.model=llama-3.1-8b", f"loop.staleness={k}"]) for k in (0, 1))
+    one, other = (make_plan(each, cluster, configured=True).configured for each in settings)
+    assert other.time == replace(one.time, ahead=True) and other.time.total < one.time.total
 
 
 def test_decoding_is_bound_by_memory() -> None:
