@@ -48,7 +48,7 @@ def _train(args: argparse.Namespace) -> None:
     from rlhf.commands import train
 
     start = train.dry_run if args.dry_run else train.train
-    start(load(args.config, args.overrides), debug=args.debug, resume=args.resume)
+    start(load(args.config, args.overrides), debug=args.debug, resume=args.resume, replay=args.replay)
 
 
 def _sft(args: argparse.Namespace) -> None:

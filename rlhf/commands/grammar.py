@@ -62,6 +62,12 @@ def _parser() -> Parser:
     train = _add(commands, "train", "align a policy online")
     _add_configuration(train)
     train.add_argument("--debug", action="store_true", help="all roles in this one process, for breakpoints")
+    train.add_argument(
+        "--replay",
+        type=named,
+        metavar="RUN",
+        help="learn again from what the run in this folder learned from (tracking.responses), without engines and rewards",
+    )
     _add_start(train)
     sft = _add(commands, "sft", "fine-tune a model on conversations, as a start for alignment")
     _add_configuration(sft)
@@ -235,6 +241,11 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     _add_json(evaluate, "figures")
 
 
+def _train_together(args: argparse.Namespace) -> None:
+    if args.replay is not None and args.resume:
+        raise UserError("`rlhf train`: a replay begins with the first step. Leave out --resume, or --replay")
+
+
 def _plan_together(args: argparse.Namespace) -> None:
     if args.model is not None and args.config is not None:
         if "=" not in args.config:
@@ -266,6 +277,7 @@ def _generate_together(args: argparse.Namespace) -> None:
 
 
 TOGETHER: dict[str, Callable[[argparse.Namespace], None]] = {
+    "train": _train_together,
     "plan": _plan_together,
     "doctor": _doctor_together,
     "generate": _generate_together,

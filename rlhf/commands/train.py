@@ -1,4 +1,4 @@
-"""`rlhf train`: checks that take no model, then what cannot work, then the run, then its report."""
+"""`rlhf train`: checks that take no model, then what cannot work, then the run, then its report; and whether a replay came out the same."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from rlhf.config import Settings
 from rlhf.config.method_checks import method_warnings
 
 
-def train(settings: Settings, debug: bool, resume: bool) -> None:
+def train(settings: Settings, debug: bool, resume: bool, replay: str | None = None) -> None:
     """Run the loop to its end.
+
+    Args:
+        replay: folder of a recorded run to replay.
 
     Raises:
         UserError: something the user can put right; before anything starts, where it can be seen then.
@@ -22,16 +25,24 @@ def train(settings: Settings, debug: bool, resume: bool) -> None:
     from rlhf.commands.report import report
     from rlhf.loop.run import train as run
 
-    run(settings, debug=debug, resume=resume)
+    run(settings, debug=debug, resume=resume, replay=replay)
     report(settings)
+    if replay is not None:
+        from rlhf.loop.replay import compare
+
+        print(compare(replay, settings.run.dir))
 
 
-def dry_run(settings: Settings, debug: bool, resume: bool) -> None:
+def dry_run(settings: Settings, debug: bool, resume: bool, replay: str | None = None) -> None:
     """Print what `train` would do. Loads no weights. Raises UserError: as `train` would before it starts."""
     _begin(settings, resume)
     from rlhf.preflight.plan import describe
 
     print(describe(settings, debug=debug, resume=resume))
+    if replay is not None:
+        from rlhf.loop.run import check_replay
+
+        print(f"\nReplay\n  {check_replay(settings, debug, replay)}")
 
 
 def _begin(settings: Settings, resume: bool) -> None:

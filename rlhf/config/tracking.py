@@ -26,3 +26,8 @@ class TrackingSettings(Section):
         le=10**6,
         description="Prompts per step whose responses and rewards are written to samples.jsonl.",
     )
+    responses: bool = Field(
+        False,
+        description="Keep everything that each step learned from in responses/, so that the run can be replayed "
+        "(`rlhf train --replay`): 8 bytes for each token that is sampled, and about 100 for each response.",
+    )

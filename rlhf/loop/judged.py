@@ -14,10 +14,15 @@ from rlhf.types import Failed, Feedback, Invalid, Rollout, Score, TimedOut
 
 @dataclass(frozen=True)
 class JudgedRollout:
-    """One prompt's responses and what the reward side says of them."""
+    """One prompt's responses and what the reward side says of them.
+
+    Attributes:
+        place: of the prompt in the order of start (`loop.admission`); None for one that no step takes.
+    """
 
     rollout: Rollout
     feedback: Feedback
+    place: int | None = None
 
 
 def require_fresh(rollouts: Sequence[Rollout], version: int, bound: int) -> None:

@@ -131,7 +131,7 @@ class Producer:
         judge = self._roles.rewards.judge if self._algorithm.judged else not_judged
         feedback = await judge(rollout)
         self._note(place, rollout, started, answered)
-        self._buffer.put(place.number, Arrival(place.number, JudgedRollout(rollout, feedback), clock))
+        self._buffer.put(place.number, Arrival(place.number, JudgedRollout(rollout, feedback, place.number), clock))
         self._arrived.set()
 
     def _note(self, place: Place, rollout: Rollout, started: float, answered: float) -> None:

@@ -7,6 +7,7 @@ nothing of steps.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -25,7 +26,9 @@ from rlhf.cluster import (
 )
 from rlhf.cluster.tasks import task_group
 from rlhf.config import Settings
+from rlhf.config.checks import optimizer_steps
 from rlhf.config.cluster import Role
+from rlhf.loop.replay import RecordedRewards, RecordedRollouts, Recording, UnsentPolicy
 from rlhf.loop.roles import Roles
 from rlhf.policy import PolicyGroup
 from rlhf.reward.reference_scores import members_need_references
@@ -40,21 +43,26 @@ told the run to end does not wait for it: SLURM and Kubernetes kill after 30 s."
 
 @contextmanager
 def reserved_runtime(
-    settings: Settings, debug: bool, say: Callable[[str], None] = lambda _: None
+    settings: Settings, debug: bool, say: Callable[[str], None] = lambda _: None, *, policy_alone: bool = False
 ) -> Iterator[tuple[Runtime, Placement | None]]:
     """A runtime that holds all that the roles want, and who runs where in it (None in debug mode). Ended on the way out.
 
     Args:
         say: told what goes on.
+        policy_alone: for a replay, which has no engines and reward servers.
 
     Raises:
         UserError: the cluster cannot hold the roles, or one of its nodes cannot read the models.
     """
     say("reserving devices")
+    request, folders = resource_request(settings), model_folders(settings)
+    if policy_alone:
+        request = dataclasses.replace(request, engines=0, servers=0, shared=0, shared_servers=False)
+        folders = {"policy": folders["policy"]}
     runtime = make_runtime(settings, debug)
     try:
-        placement = runtime.reserve(resource_request(settings))
-        runtime.check_files(model_folders(settings))
+        placement = runtime.reserve(request)
+        runtime.check_files(folders)
         yield runtime, placement
     finally:
         runtime.stop()
@@ -62,20 +70,28 @@ def reserved_runtime(
 
 @asynccontextmanager
 async def started_roles(
-    runtime: Runtime, settings: Settings, algorithm: Algorithm, say: Callable[[str], None] = lambda _: None
+    runtime: Runtime,
+    settings: Settings,
+    algorithm: Algorithm,
+    say: Callable[[str], None] = lambda _: None,
+    recording: Recording | None = None,
 ) -> AsyncIterator[Roles]:
     """All roles, ready and connected; taken down on the way out. The run folder must exist.
 
     Args:
         say: told what goes on.
+        recording: engines and reward servers are replaced by what they gave in this one.
     """
     started: list[PolicyGroup | RolloutPool | RewardPool] = []
-    say("starting policy, engines and reward")
+    say("starting policy, engines and reward" if recording is None else "starting the policy")
     ended_well = False
     try:
         if settings.checkpoint.every:
             runtime.check_files({"policy": {"run.dir": os.path.abspath(settings.run.dir)}})
-        roles = await _start(runtime, settings, algorithm, say, started)
+        if recording is None:
+            roles = await _start(runtime, settings, algorithm, say, started)
+        else:
+            roles = await _start_replay(runtime, settings, algorithm, started, recording)
         yield roles
         ended_well = True
     finally:
@@ -100,7 +116,7 @@ async def _start(
         return one
 
     turns = takes_turns(settings, runtime.local)
-    updates = settings.loop.steps * settings.loop.updates_per_step * settings.loop.epochs_per_step
+    updates = optimizer_steps(settings)
     async with task_group() as tasks:
         policy = tasks.create_task(start("policy", PolicyGroup.start(runtime, settings, algorithm, updates)))
         if turns:  # an engine takes stock of its GPU's memory when it starts, so the policy must have settled before
@@ -111,6 +127,20 @@ async def _start(
         rollouts = tasks.create_task(start("engines", RolloutPool.start(runtime, settings, algorithm.mixes)))
     await _connect(policy.result(), rollouts.result())
     return Roles(policy.result(), rollouts.result(), rewards.result(), turns=turns)
+
+
+async def _start_replay(
+    runtime: Runtime,
+    settings: Settings,
+    algorithm: Algorithm,
+    started: list[PolicyGroup | RolloutPool | RewardPool],
+    recording: Recording,
+) -> Roles:
+    """The policy, with stand-ins for the others."""
+    policy = await UnsentPolicy.start(runtime, settings, algorithm, optimizer_steps(settings))
+    started.append(policy)
+    rollouts = RecordedRollouts(recording)
+    return Roles(policy, rollouts, RecordedRewards(rollouts))
 
 
 async def _connect(policy: PolicyGroup, rollouts: RolloutPool) -> None:

@@ -19,6 +19,7 @@ import yaml
 from rlhf.config import Settings, yamls
 from rlhf.config.loader import UserError
 from rlhf.config.sft import SftSettings
+from rlhf.tracking import responses
 from rlhf.tracking.console import make_console
 from rlhf.tracking.folder import MANIFEST, REMEDY, check_run_folder
 from rlhf.tracking.jsonl import JsonLines
@@ -101,6 +102,30 @@ class Record:
         """Record who was busy with what (`spans.jsonl`)."""
         self._append("spans", timing.line())
 
+    def keeps_responses(self, after: int, described: Mapping[str, Any]) -> None:
+        """Note the settings and contents with which the run starts, or goes on after this step, beside the responses that it keeps."""
+        self._keep(lambda: responses.note_start(self.folder, after, described))
+
+    def learned_from(self, step: int, taken: Sequence[responses.Taken]) -> None:
+        """Keep what a step learned from (`tracking.responses`)."""
+        self._keep(lambda: responses.write_step(self.folder, step, taken))
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.not_kept(error.strerror or str(error))
+
+    def not_kept(self, why: str) -> None:
+        """Warn, once, that the responses of a step are not kept."""
+        if responses.FOLDER not in self._failed_files:
+            self._failed_files.add(responses.FOLDER)
+            log.warning(
+                "%s: the responses of a step were not kept (%s), so the run cannot be replayed beyond it; training goes on",
+                self.folder / responses.FOLDER,
+                why,
+            )
+
     def phase(self, text: str) -> None:
         """Show what the run does from now on. It is not written to disk."""
         self._sinks.phase(text)
@@ -132,6 +157,7 @@ class Record:
         try:
             for file in self._files.values():
                 file.keep(step)
+            responses.keep(self.folder, step)
         except OSError as error:
             raise UserError(
                 f"run.dir={self.folder}: the record cannot be cut back to step {step} ({error.strerror or error}). "

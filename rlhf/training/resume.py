@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.config.base import Section
 from rlhf.config.loader import UserError
@@ -24,6 +24,8 @@ from rlhf.data.prompts import PromptSet
 from rlhf.tracking.folder import check_run_folder
 from rlhf.training.checkpoints import CHECKSUMS, Checkpoints
 from rlhf.types import content_id
+
+Tree = TypeVar("Tree", Settings, SftSettings)
 
 RUN = "run"
 """Key of a checkpoint's state that holds what `remembered` returns."""
@@ -115,7 +117,7 @@ def sft_contents(model: str, examples: ReadConversations) -> dict[str, str | Non
     return {MODEL: model_digest(model), "data.examples": examples.fingerprint()}
 
 
-def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str | None], steps: int) -> Start | None:
+def starting_point(settings: Tree, contents: Mapping[str, str | None], steps: int) -> Start | None:
     """The last checkpoint of a run that is to go on; None if nothing is recorded yet, so that it may begin.
 
     Args:
@@ -146,8 +148,8 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
             f"run.dir={run_dir}: checkpoints/{tag}/state.json is not what a run writes there. Restore the folder, or start a new run in "
             "another run.dir."
         )
-    now = remembered(_decided(settings, before["settings"].get("policy", {}).get("dtype")), contents)
-    refused, changes = _differences(before, now)
+    now = remembered(decided(settings, before["settings"].get("policy", {}).get("dtype")), contents)
+    refused, changes = differences(before, now)
     if refused:
         raise UserError(
             f"run.dir={run_dir}: the checkpoint {tag} was made with other settings, so the run cannot go on where it stopped:\n"
@@ -161,9 +163,7 @@ def starting_point(settings: Settings | SftSettings, contents: Mapping[str, str 
         )
     unchecked = [] if CHECKSUMS in state else ["the checksums of its files"]
     unchecked += [name for name in now["contents"] if name not in before["contents"]]
-    unchecked += [
-        field for field in FIXED if field not in _flat(before["settings"]) and field in _flat(now["settings"])
-    ]
+    unchecked += [field for field in FIXED if field not in flat(before["settings"]) and field in flat(now["settings"])]
     return Start(state["step"], tag, state, tuple(changes), tuple(unchecked))
 
 
@@ -185,7 +185,7 @@ def _require_nothing_recorded(run_dir: str) -> None:
         )
 
 
-def _decided(settings: Settings | SftSettings, dtype: Dtype | None) -> Settings | SftSettings:
+def decided(settings: Tree, dtype: Dtype | None) -> Tree:
     """With the type that the run has, where the settings leave it open, and one learning rate."""
     policy = settings.policy
     if policy.dtype != "auto":
@@ -208,21 +208,28 @@ def _of_an_earlier_version(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "contents": {name: value for name, value in contents.items() if value is not None}}
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Changes that are refused, and others, in words."""
-    old, new = _flat(before["settings"]), _flat(now["settings"])
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], fixed: Mapping[str, str] = FIXED
+) -> tuple[list[str], list[str]]:
+    """Changes that are refused, and others, in words.
+
+    Args:
+        before, now: as `remembered` describes a run.
+        fixed: field -> why it may not change; other contents never may.
+    """
+    old, new = flat(before["settings"]), flat(now["settings"])
     others = [name for name in CONTENTS if _both_differ(before["contents"].get(name), now["contents"].get(name))]
     if PROMPTS in others and TOKENS in others:
         others.remove(TOKENS)  # it follows
     refused = [f"{name}: {_became(old.get(name), new.get(name))}{CONTENTS[name]}" for name in others]
     differ = [field for field in new if field in old and old[field] != new[field]]
-    refused += [f"{field}: {_became(old[field], new[field])}{FIXED[field]}" for field in differ if field in FIXED]
+    refused += [f"{field}: {_became(old[field], new[field])}{fixed[field]}" for field in differ if field in fixed]
     # The fields of another method are no changes of their own.
     same_method = old.get("algorithm.name") == new.get("algorithm.name")
     changes = [
         f"{field} {old[field]!r} -> {new[field]!r}"
         for field in differ
-        if field not in FIXED
+        if field not in fixed
         and not field.startswith(UNIMPORTANT)
         and (same_method or not field.startswith("algorithm."))
     ]
@@ -237,12 +244,12 @@ def _both_differ(old: str | None, new: str | None) -> bool:
     return old is not None and new is not None and old != new
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every field by its name, `section.field`; free mappings are values."""
-    flat: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and (not prefix or f"{prefix}{name}" == "policy.lora"):
-            flat |= _flat(value, f"{prefix}{name}.")
+            fields |= flat(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            fields[f"{prefix}{name}"] = value
+    return fields
