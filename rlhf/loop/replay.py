@@ -51,8 +51,8 @@ LEARNED = (
     "loop/prompts_trained",
 )
 """How the names of those metrics begin that depend on nothing but what was learned from."""
-UNRECORDED = ("policy/probe_gap", "reward/canary_")
-"""How those begin that only engines and reward servers give."""
+UNRECORDED = ("policy/probe_gap", "policy/probe_gap_partner", "reward/canary_accuracy", "reward/canary_drift")
+"""Those that only engines and reward servers give."""
 BUILT = ("algorithm.", "reward.transforms")
 """Settings that decide which prompts teach nothing, and are replaced with `loop.refill`."""
 REMEDY = "Something that decides on it has changed since: the package, an algorithm or transform of your own, or the record itself."
@@ -268,4 +268,4 @@ def compare(run: str, replay: str) -> str:
 
 
 def _learned(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name.startswith(LEARNED) and not name.startswith(UNRECORDED)}
+    return {name: value for name, value in line.items() if name.startswith(LEARNED) and name not in UNRECORDED}
