@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf.config.ahead_checks import ahead_problems
 from rlhf.config.data import source_problems
 from rlhf.config.lora_checks import lora_problems
 from rlhf.config.method_checks import changed, method_problems, used_responses
@@ -27,6 +28,7 @@ def problems(settings: Settings) -> list[str]:
         _steps,
         _sampling,
         method_problems,
+        ahead_problems,
         lora_problems,
         _policy,
         _devices,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from rlhf.config.ahead_checks import ahead_warnings
 from rlhf.config.algorithm import OwnAlgorithm
 from rlhf.config.base import Section
 from rlhf.config.methods.contrast import IpoMd, OnlineIpo, Raft, Selm
@@ -126,6 +127,7 @@ def method_problems(settings: Settings) -> Iterator[str]:
 def method_warnings(settings: Settings) -> Iterator[str]:
     """What may be meant, but costs the method a property that its page promises."""
     algorithm, rollout, loop = settings.algorithm, settings.rollout, settings.loop
+    yield from ahead_warnings(settings)
     if loop.eval_every > loop.steps:
         yield (
             f"`loop.eval_every`: {loop.eval_every} is more than the run's steps (`loop.steps` is {loop.steps}), so the held-out prompts "

@@ -7,6 +7,7 @@ its expectation: every way in which the algorithm's sources can answer is built 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -19,7 +20,7 @@ from rlhf.algorithms import Algorithm, Preference, make
 from rlhf.algorithms.advantages import advantages
 from rlhf.algorithms.builders import Dropped
 from rlhf.algorithms.contrast import preference_loss
-from rlhf.algorithms.policy_gradient import aggregate, normaliser, policy_loss
+from rlhf.algorithms.policy_gradient import aggregate, importance_correction, normaliser, policy_loss
 from rlhf.config import Settings
 from rlhf.config.algorithm import METHODS, OwnAlgorithm
 from rlhf.training.packing import Experience, pack
@@ -110,8 +111,18 @@ class World:
             chances *= mixed[self.written[:, place]]
         return chances
 
-    def loss(self, policy: torch.Tensor, reference: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-        """Expected loss of a policy with these log-probs over the actions, on answers drawn with these chances."""
+    def loss(
+        self,
+        policy: torch.Tensor,
+        reference: torch.Tensor,
+        chances: torch.Tensor,
+        behaviour: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Expected loss of a policy with these log-probs over the actions, on answers drawn with these chances.
+
+        Args:
+            behaviour: log-probs of the policy that wrote the answers; None: this one.
+        """
         experience, objective = self.experience, self.algorithm.objective
         logprobs = policy[experience.targets]
         anchor = reference[experience.targets]
@@ -126,7 +137,9 @@ class World:
             kl_coef=objective.kl_coef,
             logratio=old - anchor,
         )
-        losses = policy_loss(objective, logprobs, old, estimate.advantages, experience.response).loss
+        recorded = old if behaviour is None else behaviour[experience.targets]
+        weights = importance_correction(objective, old, recorded, experience.response).weights
+        losses = policy_loss(objective, logprobs, old, estimate.advantages, experience.response, weights=weights).loss
         losses = losses * chances[experience.group[experience.response]]
         total = aggregate(objective, losses, experience.response)
         return total / normaliser(objective, n_responses=1, n_tokens=1)
@@ -138,6 +151,7 @@ class World:
         start: torch.Tensor = REFERENCE,
         reference: torch.Tensor | None = None,
         resample: bool = True,
+        staleness: int = 0,
     ) -> torch.Tensor:
         """Log-probs over the actions after gradient descent on the expected loss. The reference does not change meanwhile.
 
@@ -145,16 +159,18 @@ class World:
             start: log-probs of the first policy, [n_actions].
             reference: log-probs of the reference; None: `start`. The engines' partner starts as it and follows the algorithm's rule.
             resample: False: all steps learn from what the first policy wrote, as the epochs of one round do.
+            staleness: each step learns from what the policy of so many steps before wrote, or the first one.
         """
         reference = start if reference is None else reference
         partner, rule = reference, self.algorithm.partner
         logits = start.clone().requires_grad_(True)
-        chances = self.chances(start, partner)
+        writers = deque([(start, partner)], maxlen=staleness + 1 if resample else 1)
         for _ in range(steps):
             policy = logits.log_softmax(0)
             if resample:
-                chances = self.chances(policy.detach(), partner)
-            (gradient,) = torch.autograd.grad(self.loss(policy, reference, chances), logits)
+                writers.append((policy.detach(), partner))
+            loss = self.loss(policy, reference, self.chances(*writers[0]), writers[0][0])
+            (gradient,) = torch.autograd.grad(loss, logits)
             with torch.no_grad():
                 logits -= rate * gradient
                 if rule is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,14 @@ from rlhf.algorithms import Algorithm, make
 from rlhf.algorithms.advantages import advantages, discounted_sums, token_rewards, whiten
 from rlhf.algorithms.builders import Dropped
 from rlhf.algorithms.kl import kl_estimate
-from rlhf.algorithms.policy_gradient import PolicyGradient, aggregate, normaliser, policy_loss, value_loss
+from rlhf.algorithms.policy_gradient import (
+    PolicyGradient,
+    aggregate,
+    importance_correction,
+    normaliser,
+    policy_loss,
+    value_loss,
+)
 from rlhf.config import Settings
 from rlhf.types import Failed
 from tests.helpers import make_feedback, make_rollout
@@ -100,15 +108,23 @@ def sampled_groups(size: int, count: int) -> Callable[[torch.Tensor], Batch]:
     return draw
 
 
-def end(objective: PolicyGradient, draw: Callable[[torch.Tensor], Batch], steps: int = 400) -> torch.Tensor:
-    """Probabilities of the five responses after the method's own updates from the reference."""
+def end(
+    objective: PolicyGradient, draw: Callable[[torch.Tensor], Batch], steps: int = 400, staleness: int = 0
+) -> torch.Tensor:
+    """Probabilities of the five responses after the method's own updates from the reference.
+
+    Args:
+        staleness: each update learns from what the policy of so many updates before wrote, or the first one.
+    """
     logits, values = REFERENCE.clone().requires_grad_(True), torch.zeros(3, dtype=torch.float64, requires_grad=True)
     reference = log_table(REFERENCE)
     optimizers = [torch.optim.Adam([logits], lr=0.1), torch.optim.Adam([values], lr=0.1)]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
+    writers: deque[torch.Tensor] = deque(maxlen=staleness + 1)
     for _ in range(steps):
         table = log_table(logits)
-        batch = draw(sequence_logprobs(table).exp().detach())
+        writers.append(table.detach())
+        batch = draw(sequence_logprobs(writers[0]).exp())
         logprobs, old_values = table[batch.cells], values.detach()[batch.states]
         old = logprobs.detach()
         estimate = advantages(
@@ -116,9 +132,10 @@ def end(objective: PolicyGradient, draw: Callable[[torch.Tensor], Batch], steps:
             logratio=old - reference[batch.cells], values=old_values,
         )  # fmt: skip
         advantage = whiten([estimate.advantages])[0] if objective.whiten else estimate.advantages
+        weights = importance_correction(objective, old, writers[0][batch.cells], batch.response).weights
         tokens = policy_loss(
             objective, logprobs, old, advantage, batch.response,
-            kl_coef=objective.kl_coef, reference=reference[batch.cells],
+            kl_coef=objective.kl_coef, reference=reference[batch.cells], weights=weights,
         )  # fmt: skip
         counts: dict[str, Any] = {"n_responses": batch.total, "n_tokens": 2 * batch.total}
         loss = aggregate(objective, tokens.loss * batch.weight, batch.response) / normaliser(objective, **counts)
@@ -153,6 +170,15 @@ def end(objective: PolicyGradient, draw: Callable[[torch.Tensor], Batch], steps:
 def test_the_regularised_optimum_exactly(name: str, size: int, choices: dict[str, Any]) -> None:
     objective = declared(name, kl_coef=BETA, samples_per_prompt=max(size, 2), **choices)
     learned = end(objective, lambda probabilities: every_group(probabilities, size))
+    assert torch.allclose(learned, OPTIMUM, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce_pp"])
+def test_the_same_optimum_from_what_older_policies_wrote(name: str) -> None:
+    """Also of responses of two tokens, whose weights leave out how the older policy chose the other token: the policy comes to rest."""
+    objective = declared(name, kl_coef=BETA, samples_per_prompt=2, whiten=False)
+    assert objective.correction == "tis"
+    learned = end(objective, lambda probabilities: every_group(probabilities, 1), staleness=4)
     assert torch.allclose(learned, OPTIMUM, atol=2e-3)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.config.methods.shared import Labels, Pairs, Reduced, Reference, Sampled
+from rlhf.config.methods.shared import Ahead, Labels, Pairs, Reduced, Reference, Sampled
 
 
 class _DpoLoss(Reduced):
@@ -28,12 +28,23 @@ class _DpoLoss(Reduced):
 class OnlineDpo(_DpoLoss, Pairs):
     """Online DPO: pairs of the current policy's responses, logistic loss, fixed reference."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "A pair's loss is least where beta h = log(p / (1 - p)), whoever wrote the pair, so soft labels keep the optimum ref "
+        "exp(r / beta); but which pairs are compared, and how much each counts where no policy fits all of them, is up to the "
+        "older policy.",
+    )
     name: Literal["online_dpo"] = Field("online_dpo", description="Guo et al. 2024.")
 
 
 class Rdpo(_DpoLoss, Pairs):
     """R-DPO: online DPO with a price on length, so that a longer winner teaches less and a shorter one more."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "As online DPO: soft labels keep the optimum ref exp((r - alpha |y|) / beta), whoever wrote the pairs; but which pairs "
+        "are compared, and how much each counts where no policy fits all of them, is up to the older policy.",
+    )
     name: Literal["rdpo"] = Field(description="Park et al. 2024, online.")
     length_coef: float = Field(
         0.01,
@@ -47,6 +58,11 @@ class Rdpo(_DpoLoss, Pairs):
 class IterativeDpo(_DpoLoss, Pairs):
     """Iterative DPO: rounds of K samples, best against worst, the reference is the previous iterate."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "A round's optimum stays ref exp(r / beta) under soft labels, with the policy at the round's own start as ref; but its "
+        "pairs are those of an earlier round.",
+    )
     name: Literal["iterative_dpo"] = Field(description="Dong et al. 2024.")
     samples_per_prompt: int = Field(
         8, ge=2, le=4096, description="Responses sampled per prompt (K). Unused with `pairs: dataset`."
@@ -74,12 +90,23 @@ class _Nash(Reduced, Pairs):
 class OnlineIpo(_Nash):
     """Online IPO: pairs of the current policy's responses, square loss, fixed reference."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "On pairs of a policy mu the loss is least at ref exp(P(y beats mu) / tau): each step heads for the best response to an "
+        "older policy. A policy that has come to rest is at the equilibrium all the same, but it needs a smaller learning rate "
+        "to come to rest.",
+    )
     name: Literal["online_ipo"] = Field(description="Calandriello et al. 2024.")
 
 
 class IpoMd(_Nash):
     """IPO-MD: pairs from the geometric mixture of policy and reference, square loss, fixed reference."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "As online IPO, with the mixture of an older policy for mu: a policy that has come to rest is at the equilibrium, but "
+        "it needs a smaller learning rate to come to rest.",
+    )
     name: Literal["ipo_md"] = Field(description="Calandriello et al. 2024.")
     mixture: float = Field(
         0.125,
@@ -92,6 +119,11 @@ class IpoMd(_Nash):
 class Selm(_DpoLoss, Reference, Labels):
     """SELM: DPO on the best against the worst of several responses, and a bonus that lowers the log-prob of y_gen."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "The DPO term is as in iterative DPO; the bonus moves the policy away from what an iterate wrote that is older than the "
+        "reference.",
+    )
     name: Literal["selm"] = Field(description="Zhang et al. 2024.")
     beta: float = Field(0.01, ge=1e-6, le=1e6, description=_DpoLoss.model_fields["beta"].description)
     reference: Literal["fixed", "previous", "ema", "extrapolated"] = Field(
@@ -120,6 +152,11 @@ class Selm(_DpoLoss, Reference, Labels):
 class Xpo(_DpoLoss, Reference, Labels):
     """XPO: DPO on a response of the policy against one of the reference, and a bonus against the latter."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "y~ is the fixed reference's at any staleness, so the bonus stays what it is, and the pair's loss is least at the same "
+        "point whoever wrote it; but the balance of the two follows the pairs of an older policy.",
+    )
     name: Literal["xpo"] = Field(description="Xie et al. 2024.")
     alpha: float = Field(
         1e-5, ge=0, le=1e6, description="Weight of the bonus against what is likely already; 0 leaves it out."
@@ -129,6 +166,11 @@ class Xpo(_DpoLoss, Reference, Labels):
 class Slic(Labels, Sampled):
     """SLiC-HF on fresh pairs: a hinge on the log-probs themselves, without a reference, and a likelihood term."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "A pair still comes to rest at its margin; but the likelihood term imitates the winners of an older policy, and pulls "
+        "the policy back to them.",
+    )
     name: Literal["slic"] = Field(description="Zhao et al. 2023, online.")
     pairing: Literal["best_vs_worst", "random", "all"] = Field(
         "best_vs_worst", description=Pairs.model_fields["pairing"].description
@@ -148,6 +190,11 @@ class Slic(Labels, Sampled):
 class Simpo(Labels, Sampled):
     """SimPO on fresh pairs: mean log-probs per token, a margin, and no reference."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "A pair still comes to rest where beta times the difference of its mean log-probs is gamma + log(p / (1 - p)); but "
+        "which pairs are compared, and how much each counts where no policy fits all of them, is up to the older policy.",
+    )
     name: Literal["simpo"] = Field(description="Meng et al. 2024, online.")
     samples_per_prompt: int = Field(
         4, ge=2, le=4096, description=Sampled.model_fields["samples_per_prompt"].description
@@ -168,6 +215,11 @@ class Simpo(Labels, Sampled):
 class Raft(Sampled):
     """RAFT: the likelihood of the best of K fresh responses, and perhaps a pull to the reference."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "approximate",
+        "The policy imitates the best of K responses of an older policy, which is less of a step ahead of it. The pull of "
+        "`kl_weight` is still least at the reference, but has the gradient of the KL only once the policy has come to rest.",
+    )
     name: Literal["raft"] = Field(description="Dong et al. 2023.")
     samples_per_prompt: int = Field(
         8, ge=2, le=4096, description=Sampled.model_fields["samples_per_prompt"].description

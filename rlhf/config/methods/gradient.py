@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.config.base import PathText
-from rlhf.config.methods.shared import Labels, Method, Reference, Sampled
+from rlhf.config.methods.shared import Ahead, Labels, Method, Reference, Sampled
 
 CORRECTION_BOUNDS = {"none": (0.0, 5.0), "tis": (0.0, 5.0), "icepop": (0.5, 5.0), "sequence_mask": (0.95, 1.05)}
 """Lowest and highest importance weight of each `correction`, where none is given. A response's geometric mean lies far closer to 1 than
@@ -45,6 +45,11 @@ class _Kl(Method):
 class Gradient(Reference, _Kl, Sampled):
     """What all policy-gradient methods with a scalar reward share."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "corrected",
+        "The policy term of each token is weighed by pi_old / pi_behaviour, clamped: for a response of one token the expected gradient is "
+        "that of the present policy; for a longer one it is PPO's surrogate, in which the other tokens are the older policy's.",
+    )
     samples_per_prompt: int = Field(8, ge=1, le=4096, description="Responses sampled per prompt (K).")
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio to the old policy is clipped at 1 - clip_low.")
     clip_high: float = Field(0.2, ge=1e-6, le=1e6, description="... and at 1 + clip_high; a higher one is clip-higher.")
@@ -59,8 +64,9 @@ class Gradient(Reference, _Kl, Sampled):
     )
     correction: Literal["none", "tis", "icepop", "sequence_mask"] = Field(
         "tis",
-        description="Importance weights for the gap between engine and trainer: clamped (truncated importance sampling), set to 0 "
-        "outside the bounds (icepop), or whole responses left out whose mean ratio is outside (sequence_mask).",
+        description="Importance weights for the gap between engine and trainer, and with `loop.staleness` for how far the policy has moved "
+        "since a token was written: clamped (truncated importance sampling), set to 0 outside the bounds (icepop), or "
+        "whole responses left out whose mean ratio is outside (sequence_mask).",
     )
     correction_low: float | None = Field(
         None,
@@ -195,6 +201,11 @@ class Cispo(Gradient):
 
 
 class _NashGradient(Labels):
+    ahead: ClassVar[Ahead] = Ahead(
+        "refused",
+        "The gradient is a score function without importance weights: on the responses of an older policy the mean payoff, which otherwise "
+        "moves nothing, pushes the policy towards that one or away from it, and nothing bounds the push.",
+    )
     tau: float = Field(
         0.008, ge=1e-6, le=1e6, description="Strength of the regularisation towards the reference (the papers' tau)."
     )

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
 from rlhf.config.base import Section
 
 
+class Ahead(NamedTuple):
+    """What `loop.staleness` above 0 means for a method.
+
+    Attributes:
+        kind: corrected: importance weights make up for what older weights chose. approximate: the loss serves whoever wrote the responses,
+            at the price of a property. refused: the gradient would be that of nothing. unaffected: the method samples nothing.
+        why: what is kept and what is not, in a sentence or two; shown in messages and in docs/algorithms.
+    """
+
+    kind: Literal["corrected", "approximate", "refused", "unaffected"]
+    why: str
+
+
 class Method(Section):
+    ahead: ClassVar[Ahead]
     # Declared here so that it comes first wherever a method's fields are listed.
     name: str = Field(description="Which method.")
     mask_truncated: bool = Field(
