@@ -24,15 +24,15 @@ from planner_parts import PROMPT, RESPONSE, RESPONSES
 from transformers import AutoConfig
 
 from rlhf.cluster.devices import compute_env
+from rlhf.cluster.gpus import GpuKind
 from rlhf.config.cluster import ClusterSettings
 from rlhf.config.policy import PolicySettings
 from rlhf.config.rollout import RolloutSettings
 from rlhf.data.assets import resolve
-from rlhf.preflight.gpus import GpuKind
 from rlhf.preflight.memory import BYTES, activations, engine_memory, head, model_states
-from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.preflight.speed import Assumptions, Learners, Work, learn_s
 from rlhf.tracking.manifest import processor
+from rlhf.training.shapes import ModelShape, model_shape
 
 RANKS = 2
 PARTS = ("states", "activations", "cache", "learn")

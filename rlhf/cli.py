@@ -61,9 +61,9 @@ def _sft(args: argparse.Namespace) -> None:
 
 @_cut_off_quietly()
 def _plan(args: argparse.Namespace) -> None:
+    from rlhf.cluster.gpus import gpu_kind
     from rlhf.commands.plan import plan
     from rlhf.preflight.estimate import Cluster
-    from rlhf.preflight.gpus import gpu_kind
     from rlhf.preflight.report import typical
 
     cluster = None if args.gpu is None else Cluster(args.nodes, args.gpus_per_node, gpu_kind(args.gpu))

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from common import DEVICE, GPU, GROUPS, Table, attempt, flex_anywhere, forced, pairs, peak, timed
 
+from rlhf.cluster.gpus import visible_gpu
 from rlhf.config.policy import PolicySettings
-from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.memory import activations, head
-from rlhf.preflight.shapes import KNOWN, ModelShape, model_shape
 from rlhf.training.model import ChunkedLogProbs, LogProbModel, checkpoint_activations
 from rlhf.training.packing import Experience, pack
+from rlhf.training.shapes import KNOWN, ModelShape, model_shape
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
 
 CHUNK = 1024

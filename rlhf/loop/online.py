@@ -21,7 +21,7 @@ from rlhf.config import Settings
 from rlhf.engines.sampling import Sampling
 from rlhf.loop.admission import Admission
 from rlhf.loop.batch import Batch
-from rlhf.loop.clock import Clock
+from rlhf.loop.clock import Clock, Timings
 from rlhf.loop.collecting import Collecting, streams
 from rlhf.loop.judged import JudgedRollout, rollout_metrics, staleness_metrics
 from rlhf.loop.probe import probe_samplings
@@ -58,6 +58,7 @@ class OnlineLoop:
         """
         self.settings, self.algorithm, self.roles, self.state, self.record = settings, algorithm, roles, state, record
         self.progress = Progress(settings.loop.max_empty_steps)
+        self.timings = Timings(record)
         self._full_length = full_length
 
     @asynccontextmanager
@@ -70,7 +71,7 @@ class OnlineLoop:
         )
         async with task_group() as tasks:
             self._producer = Producer(
-                self.roles, self.algorithm, self.state.ledger, admission, self.record, self._samplings, tasks
+                self.roles, self.algorithm, self.state.ledger, admission, self.timings, self._samplings, tasks
             )
             yield
 
@@ -122,7 +123,8 @@ class OnlineLoop:
         described = rollout_metrics(batch.judged) | state.shaping.metrics([one.feedback for one in batch.shaped])
         if settings.loop.staleness:
             described |= staleness_metrics(batch.judged, step - 1) | ahead
-        metrics = described | metrics | clock.laps() | batch.metrics() | {"loop/epoch": state.ledger.epoch}
+        idle = self.timings.describe(clock.began, time.time(), self.roles.rollouts.engines, producer.writing)
+        metrics = described | metrics | clock.laps() | idle | batch.metrics() | {"loop/epoch": state.ledger.epoch}
         metrics["throughput/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step"]
         self.record.step(step, metrics, self.progress.after(batch))
         state.finish_step()
@@ -133,23 +135,27 @@ class OnlineLoop:
         if not batch.assignments:
             return {}
         learning = self.roles.policy.learn(batch.assignments, self._context(step))
-        return self._after(step, batch, await self._timed("policy", "learn", step, learning))
+        tokens = n_tokens(batch.assignments)
+        return self._after(step, batch, await self._timed("policy", "learn", step, learning, tokens=tokens))
 
     async def _learn_in_pieces(self, step: int, collecting: Collecting, clock: Clock) -> dict[str, float]:
         """Let the policy learn from the batch while it comes together. Before anything is learned for good, rewards and builder are
         known to work."""
-        policy, batch = self.roles.policy, collecting.batch
+        policy, batch, pieces = self.roles.policy, collecting.batch, 0
         while (piece := await self._timed("loop", "wait", step, collecting.piece())) is not None:
             if piece.first:
                 await policy.begin(self._context(step))
             accumulating = policy.accumulate(piece.assignments, piece.update)
-            await self._timed("policy", "learn", step, accumulating)
+            tokens, pieces = n_tokens(piece.assignments), pieces + 1
+            await self._timed("policy", "learn", step, accumulating, tokens=tokens, piece=pieces)
             clock.lap("time/train")
         collecting.check()
         checked = await self.roles.rewards.check(step)
         if not batch.assignments:
             return checked
-        return checked | self._after(step, batch, await self._timed("policy", "learn", step, policy.finish()))
+        tokens = n_tokens(batch.assignments)
+        finishing = self._timed("policy", "learn", step, policy.finish(), tokens=tokens, pieces=pieces)
+        return checked | self._after(step, batch, await finishing)
 
     def _context(self, step: int) -> StepContext:
         return StepContext(step, equal=equals_policy(self.algorithm.reference, step), kl_coef=self.state.kl.coef)
@@ -159,11 +165,11 @@ class OnlineLoop:
         responses = sum(len(assignment.members()) for assignment in batch.assignments)
         return metrics | self.state.kl.after(step, metrics, responses)
 
-    async def _timed(self, who: str, what: str, step: int, work: Awaitable[Result]) -> Result:
+    async def _timed(self, who: str, what: str, step: int, work: Awaitable[Result], **facts: int) -> Result:
         """The result of the work, which is recorded with its time."""
         start = time.time()
         result = await work
-        self.record.timing(Timing(who, what, start, time.time(), step))
+        self.timings.timing(Timing(who, what, start, time.time(), step, facts))
         return result
 
     async def sample_and_judge(self, prompts: Sequence[Prompt], samplings: Sequence[Sampling]) -> list[JudgedRollout]:
@@ -207,3 +213,8 @@ class OnlineLoop:
         shipment = Shipment(self.state.version, slot, policy.specs)
         fingerprint, _ = await together(policy.send_weights(shipment), rollouts.receive(shipment))
         rollouts.accept(shipment, fingerprint)
+
+
+def n_tokens(assignments: Sequence[Assignment]) -> int:
+    """Tokens that are forwarded to learn from these."""
+    return sum(assignment.n_tokens() for assignment in assignments)

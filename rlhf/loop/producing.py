@@ -16,8 +16,9 @@ from rlhf.data.ledger import Ledger
 from rlhf.engines.sampling import Sampling
 from rlhf.loop.admission import Admission, Place
 from rlhf.loop.buffer import Buffer
+from rlhf.loop.clock import Timings
 from rlhf.loop.judged import JudgedRollout
-from rlhf.loop.roles import Roles, StepRecord
+from rlhf.loop.roles import Roles
 from rlhf.tracking.spans import Timing
 from rlhf.types import Feedback, Invalid, Prompt, Rollout
 
@@ -45,7 +46,7 @@ class Producer:
         algorithm: Algorithm,
         ledger: Ledger,
         admission: Admission,
-        record: StepRecord,
+        timings: Timings,
         samplings: Callable[[int], Sequence[Sampling]],
         tasks: asyncio.TaskGroup,
     ):
@@ -54,10 +55,11 @@ class Producer:
             samplings: what is asked for a prompt that is started for this step.
             tasks: where the prompts' tasks live; when one of them fails, the group ends with its error.
         """
-        self._roles, self._algorithm, self._ledger, self._record = roles, algorithm, ledger, record
+        self._roles, self._algorithm, self._ledger, self._timings = roles, algorithm, ledger, timings
         self._admission, self._samplings, self._tasks = admission, samplings, tasks
         self._buffer: Buffer[Arrival] = Buffer(admission.started)
         self._prompts: dict[int, Prompt] = {}  # of places that have not been taken
+        self._sampling: dict[int, tuple[str, float]] = {}  # place -> prompt that is being sampled, and since when
         self._arrived = asyncio.Event()
 
     def open(self, count: int) -> None:
@@ -93,6 +95,12 @@ class Producer:
         return self._ledger.available + max(0, self._admission.started - self._buffer.beyond)
 
     @property
+    def writing(self) -> list[tuple[int, float]]:
+        """What engines write now: place of the engine, and since when, in seconds since 1970."""
+        engines = self._roles.rollouts.writing
+        return [(engines[prompt], since) for prompt, since in self._sampling.values() if prompt in engines]
+
+    @property
     def ahead(self) -> dict[str, float]:
         """How far sampling is ahead of the steps."""
         out = self._admission.started - self._buffer.beyond
@@ -124,10 +132,12 @@ class Producer:
     async def _run(self, place: Place, prompt: Prompt) -> None:
         """One prompt: sampled, then judged."""
         started = time.time()
+        self._sampling[place.number] = prompt.id, started
         rollout = await self._roles.rollouts.sample(
             prompt, self._samplings(place.step), with_pair=self._algorithm.dataset_pairs
         )
         answered, clock = time.time(), time.perf_counter()
+        del self._sampling[place.number]
         judge = self._roles.rewards.judge if self._algorithm.judged else not_judged
         feedback = await judge(rollout)
         self._note(place, rollout, started, answered)
@@ -144,9 +154,9 @@ class Producer:
         }
         if self._algorithm.sources:
             engine = f"engine-{rollout.engine}"
-            self._record.timing(Timing(engine, "sample", started, answered, place.step, facts | written))
+            self._timings.timing(Timing(engine, "sample", started, answered, place.step, facts | written))
         if self._algorithm.judged:
-            self._record.timing(Timing("reward", "judge", answered, time.time(), place.step, facts))
+            self._timings.timing(Timing("reward", "judge", answered, time.time(), place.step, facts))
 
 
 async def not_judged(rollout: Rollout) -> Feedback:

@@ -167,6 +167,7 @@ class RecordedRollouts:
     """In place of the engines: each prompt is answered when it is its turn, as it was."""
 
     engines = 1
+    writing: Mapping[str, int] = {}
     missing: tuple[ModelSlot, ...] = ()
 
     def __init__(self, recording: Recording):

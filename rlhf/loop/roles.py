@@ -91,6 +91,11 @@ class RolloutRole(Protocol):
         ...
 
     @property
+    def writing(self) -> Mapping[str, int]:
+        """Prompts that engines write responses to now -> place of the engine."""
+        ...
+
+    @property
     def missing(self) -> tuple[ModelSlot, ...]:
         """The slots whose weights must be sent before all engines may sample, the policy's first."""
         ...

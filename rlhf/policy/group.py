@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import TypeVar
 
 from rlhf.algorithms import Algorithm
 from rlhf.cluster import Runtime
@@ -11,17 +13,21 @@ from rlhf.policy.learner import InvariantBroken, StepContext
 from rlhf.policy.meters import Meters, means, merge
 from rlhf.policy.probe import require_small
 from rlhf.policy.rank import PolicyBatch, PolicyRank
+from rlhf.policy.throughput import Learners, Throughput, learners
 from rlhf.training.balance import plan_updates
 from rlhf.training.rank_group import RankGroup, start_ranks
 from rlhf.transfer import TransferSession
 from rlhf.types import Assignment, Counts, RankBatch, Rollout, Shipment, WeightSpec
 
+Answer = TypeVar("Answer")
+
 
 class PolicyGroup:
     """Made by `start`. All calls are collective over the ranks and wait at most the deadlines in `cluster`."""
 
-    def __init__(self, settings: Settings, ranks: RankGroup[PolicyRank]):
+    def __init__(self, settings: Settings, ranks: RankGroup[PolicyRank], learners: Learners):
         self._settings, self._ranks = settings, ranks
+        self._throughput = Throughput(learners)
         self.specs: tuple[WeightSpec, ...] = ()
 
     @classmethod
@@ -33,7 +39,8 @@ class PolicyGroup:
         """
         start = start_ranks(runtime, PolicyRank, settings.policy.ranks, settings.cluster)
         ranks = await start(settings, algorithm, total_updates)
-        group = cls(settings, ranks)
+        device = await ranks.first.ask(PolicyRank.device_name, deadline=settings.cluster.startup_s)()
+        group = cls(settings, ranks, learners(settings, algorithm, device))
         group.specs = await ranks.first.ask(PolicyRank.weight_specs, deadline=settings.cluster.startup_s)()
         return group
 
@@ -45,7 +52,7 @@ class PolicyGroup:
         """
         batches = self._plan(assignments, self._settings.loop.updates_per_step)
         learn = self._ranks.share(PolicyRank.learn, batches, deadline=self._settings.cluster.learn_deadline_s)
-        return self._checked(await learn(step))
+        return self._checked(await self._timed(learn(step), assignments))
 
     async def begin(self, step: StepContext) -> None:
         """Start a loop step whose assignments come in pieces, while others are still sampled and judged."""
@@ -58,12 +65,20 @@ class PolicyGroup:
             update: which of the loop step's optimizer steps it belongs to, from 0 and below `loop.updates_per_step`.
         """
         batches = self._plan(assignments, 1, update)
-        await self._ranks.share(PolicyRank.accumulate, batches, deadline=self._settings.cluster.learn_deadline_s)()
+        accumulate = self._ranks.share(PolicyRank.accumulate, batches, deadline=self._settings.cluster.learn_deadline_s)
+        await self._timed(accumulate(), assignments)
 
     async def finish(self) -> dict[str, float]:
         """Make the optimizer steps, whose pieces are all there; returns mean metrics. Raises as `learn`."""
         finish = self._ranks.ask(PolicyRank.finish, deadline=self._settings.cluster.learn_deadline_s)
-        return self._checked(await finish())
+        return self._checked(await self._timed(finish()))
+
+    async def _timed(self, work: Awaitable[Answer], assignments: Sequence[Assignment] = ()) -> Answer:
+        """What the ranks answer; that they learned from these assignments, and how long it took, is noted."""
+        start = time.perf_counter()
+        answer = await work
+        self._throughput.learned(assignments, time.perf_counter() - start)
+        return answer
 
     def _plan(self, assignments: Sequence[Assignment], updates: int, first: int = 0) -> list[list[PolicyBatch]]:
         """What each rank learns from in each of these optimizer steps, which are numbered from `first` on."""
@@ -81,7 +96,7 @@ class PolicyGroup:
         """What the ranks report of a whole loop step."""
         metrics = means(merge(parts))
         self._check_gap(metrics)
-        return metrics
+        return metrics | self._throughput.finish()
 
     def _check_gap(self, metrics: dict[str, float]) -> None:
         """Between engines and trainer, on what was learned from. Where sampling was truncated or greedy the log-probs are those of another

@@ -58,6 +58,10 @@ class PolicyRank:
         """Host and a free port for the ranks' rendezvous; asked of rank 0."""
         return rendezvous()
 
+    def device_name(self) -> str:
+        """Of its GPU, as CUDA spells it; empty for a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+
     def setup(self, host: str, port: int) -> None:
         """Join the group, load the models, check the forward pass."""
         settings = self.settings

@@ -1,6 +1,6 @@
 """A run on a cluster, estimated: memory of each role, whether it fits the GPUs, and the time of a step.
 
-Joins `memory` (what is needed), `gpus` (what there is) and `speed` (how long). Pure: settings and shapes in, numbers out.
+Joins `memory` (what is needed), `cluster.gpus` (what there is) and `speed` (how long). Pure: settings and shapes in, numbers out.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from rlhf.algorithms import Algorithm, PolicyGradient
 from rlhf.cluster.devices import shared_engines, shared_rewards
+from rlhf.cluster.gpus import GpuKind
 from rlhf.config import Settings
 from rlhf.config.checks import largest_assignment
 from rlhf.config.method_checks import used_responses
-from rlhf.preflight.gpus import GpuKind
 from rlhf.preflight.memory import (
     BYTES,
     GIB,
@@ -24,8 +24,8 @@ from rlhf.preflight.memory import (
     policy_memory,
     trained_parameters,
 )
-from rlhf.preflight.shapes import ModelShape
 from rlhf.preflight.speed import Learners, StepTime, Work, gather_s, generate_s, learn_s, publish_s, turns_s
+from rlhf.training.shapes import ModelShape
 from rlhf.transfer.choice import backend_of
 
 CONTEXT = 1.5 * GIB

@@ -12,13 +12,13 @@ import torch
 
 from rlhf.algorithms import Algorithm
 from rlhf.cluster.devices import uses_gpu
+from rlhf.cluster.gpus import visible_gpu
 from rlhf.config import Settings
 from rlhf.preflight.estimate import Cluster, estimate
 from rlhf.preflight.finding import PlanError
-from rlhf.preflight.gpus import visible_gpu
 from rlhf.preflight.machine import size_in_words
 from rlhf.preflight.report import judge_bytes
-from rlhf.preflight.shapes import ModelShape
+from rlhf.training.shapes import ModelShape
 
 
 @dataclass(frozen=True)

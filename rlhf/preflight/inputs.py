@@ -29,7 +29,6 @@ from rlhf.data.prompts import PromptSet, load_prompts, load_tokenizer
 from rlhf.data.rendering import control_tokens
 from rlhf.preflight.finding import PlanError
 from rlhf.preflight.machine import check_tensor_parallel
-from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.preflight.trial import try_out
 from rlhf.reward.folders import check_reward_model
 from rlhf.reward.judges.ensemble import read_common_set
@@ -40,6 +39,7 @@ from rlhf.reward.reading import Conversation
 from rlhf.reward.serving.canaries import load_canaries
 from rlhf.reward.shaping import Shaping
 from rlhf.reward.verifiers.verifier import check_prompts
+from rlhf.training.shapes import ModelShape, model_shape
 from rlhf.training.trainable import check_adapters, check_policy, check_vocabulary
 from rlhf.types import Prompt
 

@@ -23,7 +23,7 @@ from rlhf.preflight.checks_cluster import check_address
 from rlhf.preflight.checks_host import SHARED_MEMORY, check_disk
 from rlhf.preflight.finding import PlanError
 from rlhf.preflight.memory import BYTES, GIB, engine_memory, policy_memory, trained_parameters
-from rlhf.preflight.shapes import ModelShape
+from rlhf.training.shapes import ModelShape
 
 PADDED_ROWS = 64
 """vLLM rounds the vocabulary up to a multiple of this before it divides it."""

@@ -13,7 +13,7 @@ from rlhf.algorithms import Algorithm, PolicyGradient
 from rlhf.algorithms.anchors import Ema, Extrapolated, Fixed
 from rlhf.config.policy import PolicySettings
 from rlhf.config.rollout import RolloutSettings
-from rlhf.preflight.shapes import ModelShape
+from rlhf.training.shapes import ModelShape
 from rlhf.transfer.buckets import BUCKET_BYTES
 from rlhf.transfer.fingerprint import SCRATCH_BYTES
 

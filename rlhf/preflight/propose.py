@@ -21,7 +21,7 @@ from rlhf.cluster.resources import Node, resource_request
 from rlhf.config import Settings, UserError
 from rlhf.config.checks import largest_assignment
 from rlhf.preflight.estimate import Cluster, Estimate, estimate
-from rlhf.preflight.shapes import ModelShape
+from rlhf.training.shapes import ModelShape
 
 MEANS: tuple[dict[str, Any], ...] = tuple(
     {

@@ -1,6 +1,6 @@
 """`rlhf plan`: what a run needs, whether it fits and how to lay it out, in words and as JSON.
 
-Needs the model's configuration alone: no weights, no prompts, no GPU, and for the models in `shapes.KNOWN` no network.
+Needs the model's configuration alone: no weights, no prompts, no GPU, and for the models in `training.shapes.KNOWN` no network.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from rlhf.preflight.estimate import (
 )
 from rlhf.preflight.memory import BYTES, PolicyMemory, policy_memory
 from rlhf.preflight.propose import CannotFit, Proposal, propose, seats
-from rlhf.preflight.shapes import KNOWN, ModelShape, known_name, known_shape, model_shape
 from rlhf.preflight.speed import ASSUMED
+from rlhf.training.shapes import KNOWN, ModelShape, known_name, known_shape, model_shape
 
 TYPICAL: dict[str, dict[str, Any]] = {
     "data": {"prompts": "prompts.jsonl", "max_prompt_tokens": 512},

@@ -17,11 +17,11 @@ from rlhf.preflight.finding import PlanError
 from rlhf.preflight.inputs import open_model
 from rlhf.preflight.machine import check_rank_devices, check_room
 from rlhf.preflight.plan import dtype_line, mixture_lines, start_lines
-from rlhf.preflight.shapes import ModelShape, model_shape
 from rlhf.tracking.folder import check_run_folder
 from rlhf.tracking.record import recorded_dtype
 from rlhf.training.resume import sft_contents, starting_point
 from rlhf.training.sft import Conversations
+from rlhf.training.shapes import ModelShape, model_shape
 from rlhf.training.supervised import Course
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rlhf.preflight.gpus import GpuKind
-from rlhf.preflight.shapes import ModelShape
+from rlhf.cluster.gpus import GpuKind
+from rlhf.training.shapes import ModelShape
 from rlhf.transfer import Backend
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf.algorithms import make
+from rlhf.cluster.gpus import gpu_kind
 from rlhf.preflight.estimate import Cluster
-from rlhf.preflight.gpus import gpu_kind
 from rlhf.preflight.propose import CannotFit, Proposal, propose
 from rlhf.preflight.report import shape_of, typical
 

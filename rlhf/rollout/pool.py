@@ -85,6 +85,11 @@ class RolloutPool:
         return len(self._lives.alive())
 
     @property
+    def writing(self) -> dict[str, int]:
+        """Prompts that engines write responses to now -> place of the engine."""
+        return {prompt: engine.place for engine in self._lives.alive() for prompt in self._router.holding(engine)}
+
+    @property
     def missing(self) -> tuple[ModelSlot, ...]:
         """The slots whose weights must be sent before all engines may sample, the policy's first."""
         return self._versions.missing()

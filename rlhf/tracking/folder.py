@@ -10,7 +10,16 @@ from rlhf.config.loader import UserError
 
 MANIFEST = "manifest.json"
 """Marks a folder as holding a run."""
-WRITTEN = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "responses", "checkpoints", "export")
+WRITTEN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "samples.jsonl",
+    "spans.jsonl",
+    "responses",
+    "checkpoints",
+    "export",
+)
 """What a run writes there besides."""
 REMEDY = "Set run.dir to a folder on a disk with free space that you may write to."
 

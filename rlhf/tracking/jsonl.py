@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,24 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class JsonLines:
-    """One growing file. Opens, writes and closes for each line, so that no line is lost when the process is killed."""
+    """One growing file. Opens, writes and closes each time, so that no line is lost when the process is killed."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write one line.
+        """Write one line. Raises as `extend`."""
+        self.extend([line])
+
+    def extend(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write lines, all at once.
 
         Raises:
-            OSError: it could not be written whole (disk full, folder gone).
+            OSError: they could not be written whole (disk full, folder gone).
         """
-        text = json.dumps(finite(line), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        texts = [json.dumps(finite(line), ensure_ascii=False, allow_nan=False, default=str) + "\n" for line in lines]
         with self.path.open("ab") as file:
-            file.write(self._border() + text.encode())
+            file.write(self._border() + "".join(texts).encode())
 
     def keep(self, last_step: int) -> None:
         """Cut off the lines of steps after `last_step`, and torn ones. Atomic: a crash leaves the old or new file."""

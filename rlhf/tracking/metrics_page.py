@@ -35,9 +35,9 @@ SECTIONS = {
     "throughput": "The time of a step",
     "idle": "The time of a step",
     "loop": "The prompts of a step",
+    "staleness": "The prompts of a step",
     "dropped": "The prompts of a step",
     "refill": "The prompts of a step",
-    "staleness": "The prompts of a step",
     "train": "Supervised training",
     "heldout": "Supervised training",
 }

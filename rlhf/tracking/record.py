@@ -67,6 +67,7 @@ class Record:
             }
             for file in self._files.values():
                 file.path.touch()
+            self._timings: list[dict[str, Any]] = []  # not yet written
         except OSError as error:
             raise UserError(
                 f"run.dir={self.folder}: the run folder cannot be written ({error.strerror or error}). {REMEDY}"
@@ -81,7 +82,8 @@ class Record:
         )
 
     def step(self, step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
-        """Record the metrics of a training step (1-based), and the warnings about it."""
+        """Record the metrics of a training step (1-based), and the warnings about it; before them all timings so far."""
+        self._write_timings()
         line = _line(step, metrics, warnings)
         self._append("metrics", line)
         self._sinks.send(lambda sink: sink.step(line))
@@ -99,8 +101,9 @@ class Record:
         self._sinks.send(lambda sink: sink.samples(step, rows))
 
     def timing(self, timing: Timing) -> None:
-        """Record who was busy with what (`spans.jsonl`)."""
-        self._append("spans", timing.line())
+        """Record who was busy with what (`spans.jsonl`). There are two for every prompt, so they are written together with the next
+        step: a killed process loses those of one step."""
+        self._timings.append(timing.line())
 
     def keeps_responses(self, after: int, described: Mapping[str, Any]) -> None:
         """Note the settings and contents with which the run starts, or goes on after this step, beside the responses that it keeps."""
@@ -165,7 +168,8 @@ class Record:
             ) from error
 
     def close(self) -> None:
-        """Let the console and Weights & Biases finish. The files need no closing. Safe to call twice."""
+        """Write what is left, and let the console and Weights & Biases finish. Safe to call twice."""
+        self._write_timings()
         self._sinks.close()
 
     def __enter__(self) -> Record:
@@ -174,9 +178,14 @@ class Record:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+    def _write_timings(self) -> None:
+        lines, self._timings = self._timings, []
+        if lines:
+            self._append("spans", *lines)
+
+    def _append(self, name: str, *lines: Mapping[str, Any]) -> None:
         try:
-            self._files[name].append(line)
+            self._files[name].extend(lines)
         except OSError as error:
             if name not in self._failed_files:
                 self._failed_files.add(name)

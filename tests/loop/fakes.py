@@ -75,6 +75,7 @@ class Rollouts:
     """Every response is its own number, unless `alike`: then all responses of a prompt are the same token."""
 
     engines = 1
+    writing: Mapping[str, int] = {}
     missing: tuple[ModelSlot, ...] = ()
 
     def __init__(self, stage: Stage, alike: bool = False, loses: tuple[ModelSlot, ...] = ()):

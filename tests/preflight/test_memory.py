@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.algorithms import make
+from rlhf.cluster.gpus import GPUS
 from rlhf.config import Settings, load, yamls
 from rlhf.config.policy import LoraSettings, PolicySettings
 from rlhf.data.assets import resolve
 from rlhf.preflight import memory
 from rlhf.preflight.estimate import Cluster, estimate
-from rlhf.preflight.gpus import GPUS
 from rlhf.preflight.memory import (
     PolicyMemory,
     activations,
@@ -28,7 +28,7 @@ from rlhf.preflight.memory import (
     policy_memory,
     trained_parameters,
 )
-from rlhf.preflight.shapes import KNOWN, ModelShape, known_name, known_shape, model_shape
+from rlhf.training.shapes import KNOWN, ModelShape, known_name, known_shape, model_shape
 from rlhf.transfer.buckets import BUCKET_BYTES
 from rlhf.transfer.fingerprint import SCRATCH_BYTES
 

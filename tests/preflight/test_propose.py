@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from rlhf.algorithms import make
 from rlhf.cli import main
+from rlhf.cluster.gpus import GPUS, gpu_kind, visible_gpu
 from rlhf.config import UserError, load
 from rlhf.preflight.estimate import Cluster, estimate, work_of
-from rlhf.preflight.gpus import GPUS, gpu_kind, visible_gpu
 from rlhf.preflight.propose import CannotFit, propose, seats
 from rlhf.preflight.report import as_json, make_plan, text, typical
-from rlhf.preflight.shapes import known_shape
 from rlhf.preflight.speed import (
     Assumptions,
     Learners,
@@ -32,6 +31,7 @@ from rlhf.preflight.speed import (
     turns_s,
 )
 from rlhf.preflight.table import PAGE, with_table
+from rlhf.training.shapes import known_shape
 
 H100 = GPUS["h100-80gb"]
 CONFIGS = Path(__file__).parents[2] / "configs"

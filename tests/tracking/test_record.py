@@ -17,6 +17,7 @@ from rlhf.config import Settings, UserError
 from rlhf.tracking import Record, jsonl
 from rlhf.tracking.manifest import git_state, sha256
 from rlhf.tracking.record import recorded_dtype
+from rlhf.tracking.spans import Timing
 
 
 def test_a_new_folder_describes_the_run(folder: Path, settings: Callable[..., Settings]) -> None:
@@ -91,6 +92,43 @@ def test_lines_are_on_disk_at_once(
     first, second = lines(folder / "samples.jsonl")
     assert first == {"step": 1, "prompt": "a", "responses": ["b"], "rewards": [None]}
     assert second["prompt"] == "c"
+
+
+def timing(step: int) -> Timing:
+    return Timing("engine-0", "sample", 1.5, 2.5, step, {"prompt": "a", "tokens": [3]})
+
+
+def test_timings_are_written_with_the_next_step(
+    folder: Path, settings: Callable[..., Settings], lines: Callable[[Path], list[dict]]
+) -> None:
+    with Record(settings(folder), resume=False) as record:
+        record.timing(timing(1))
+        record.timing(timing(2))
+        assert lines(folder / "spans.jsonl") == []
+        record.step(1, {})
+        assert lines(folder / "spans.jsonl") == [timing(1).line(), timing(2).line()]
+        record.timing(timing(3))
+    assert lines(folder / "spans.jsonl") == [timing(step).line() for step in (1, 2, 3)], "none is left at the end"
+
+
+def test_resuming_cuts_timings_of_steps_that_are_done_again(
+    folder: Path, settings: Callable[..., Settings], lines: Callable[[Path], list[dict]]
+) -> None:
+    with Record(settings(folder), resume=False) as record:
+        for step in (1, 2):
+            record.timing(timing(step))
+            record.timing(timing(step + 1))  # sampled ahead
+            record.step(step, {})
+    again = Record(settings(folder), resume=True)
+    again.rewind(1)
+    assert [line["step"] for line in lines(folder / "spans.jsonl")] == [1]
+
+
+def test_a_folder_with_another_runs_timings_is_refused(folder: Path, settings: Callable[..., Settings]) -> None:
+    folder.mkdir()
+    (folder / "spans.jsonl").touch()
+    with pytest.raises(UserError, match=r"holds no run, but has spans\.jsonl"):
+        Record(settings(folder), resume=False)
 
 
 def test_a_metric_that_is_no_number_becomes_null_with_a_warning(
