@@ -7,6 +7,7 @@ depend on who answered first, and the order in which it takes it depends on that
 
 from __future__ import annotations
 
+import heapq
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -22,7 +23,11 @@ class Buffer(Generic[Item]):
         """
         self._first = self._end = first
         self._open: set[int] = set()
-        self._arrived: dict[int, Item] = {}  # in the order of arrival
+        self._arrived: dict[int, tuple[int, Item]] = {}  # place -> number of the arrival, and what arrived
+        self._ready: list[
+            tuple[int, int]
+        ] = []  # a heap of what has arrived at open places: number of the arrival, place
+        self._arrivals = 0
 
     # Facts
 
@@ -34,13 +39,19 @@ class Buffer(Generic[Item]):
         """
         if place in self._arrived or (place < self._end and place not in self._open):
             raise ValueError(f"what was started at place {place} has arrived twice")
-        self._arrived[place] = item
+        self._arrived[place] = (self._arrivals, item)
+        if place in self._open:
+            heapq.heappush(self._ready, (self._arrivals, place))
+        self._arrivals += 1
 
     def open(self, count: int) -> None:
         """The step takes so many further places; the first of a step opens them when those of the step before are taken."""
         if not self._open:
             self._first = self._end
-        self._open |= set(range(self._end, self._end + count))
+        for place in range(self._end, self._end + count):
+            self._open.add(place)
+            if place in self._arrived:
+                heapq.heappush(self._ready, (self._arrived[place][0], place))
         self._end += count
 
     # Decisions
@@ -63,20 +74,21 @@ class Buffer(Generic[Item]):
     @property
     def waiting(self) -> int:
         """Items that have arrived for later steps."""
-        return sum(place not in self._open for place in self._arrived)
+        return len(self._arrived) - len(self._ready)
 
     def take_all(self) -> list[Item]:
         """All open places' items, in the order of the places; none unless all have arrived."""
-        if not self._open <= self._arrived.keys():
+        if len(self._ready) < len(self._open):
             return []
-        taken = [self._arrived.pop(place) for place in sorted(self._open)]
+        taken = [self._arrived.pop(place)[1] for place in sorted(self._open)]
         self._open.clear()
+        self._ready.clear()
         return taken
 
     def take_next(self) -> list[Item]:
         """The item that arrived first of those at open places; none if none has."""
-        place = next((place for place in self._arrived if place in self._open), None)
-        if place is None:
+        if not self._ready:
             return []
+        _, place = heapq.heappop(self._ready)
         self._open.remove(place)
-        return [self._arrived.pop(place)]
+        return [self._arrived.pop(place)[1]]

@@ -80,13 +80,14 @@ class Collecting:
         but for what `check` raises."""
         producer, settings, batch = self._producer, self._settings, self.batch
         budget = settings.policy.micro_batch_tokens * settings.policy.ranks
-        update = self._update_of(self._given)
+        update, built, tokens = self._update_of(self._given), self._given, 0
         while producer.pending:
             self._take(await producer.take_next())
             self._refill()
-            waiting = batch.assignments[self._given :]
-            border = bool(waiting) and self._update_of(len(batch.assignments)) != update
-            if border or sum(one.n_tokens() for one in waiting) >= budget:
+            tokens += sum(one.n_tokens() for one in batch.assignments[built:])
+            built = len(batch.assignments)
+            border = built > self._given and self._update_of(built) != update
+            if border or tokens >= budget:
                 break
         given, self._given = self._given, len(batch.assignments)
         piece = tuple(batch.assignments[given:])
