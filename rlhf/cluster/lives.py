@@ -133,7 +133,8 @@ class Lives:
 
     def alive(self) -> tuple[Member, ...]:
         """Those that have started and not died, suspect ones among them, by place."""
-        return tuple(member for member in self._members if self.state(member) in ("ready", "suspect"))
+        states = zip(self._members, self._states, strict=True)
+        return tuple(member for member, state in states if state in ("ready", "suspect"))
 
     def starting(self) -> tuple[Member, ...]:
         """Those that may be alive soon."""

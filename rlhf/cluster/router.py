@@ -45,7 +45,8 @@ class Router:
 
     def least_loaded(self, alive: Collection[Member]) -> Member | None:
         """The member with the smallest load; among equals the one with the lowest place. None if none is alive."""
-        return min(alive, key=lambda member: (self.load(member), member), default=None)
+        loads = self._loads.get  # asked for each of hundreds of engines, for each prompt
+        return min(alive, key=lambda member: (loads(member, 0), member), default=None)
 
     def acquire(self, alive: Collection[Member], load: int, what: str = "") -> Ticket | None:
         """Give a request to the least loaded of these. None if there is none, or if it holds too much already."""

@@ -84,6 +84,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         # Log-probs must be those of the distribution sampled from, temperature, truncation and ruled-out tokens included.
         "logprobs_mode": "processed_logprobs",
         "seed": spec.seed,
+        # Requests of one priority come first come, first served, as in vLLM's default policy.
+        "scheduling_policy": "priority",
         "disable_log_stats": True,
     }
     if spec.seeded:

@@ -20,12 +20,13 @@ class AsyncEngine(Engine):
         super().__init__(stops)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
-    async def _answer(self, token_ids: list[int], params: Any) -> Any:
+    async def _answer(self, token_ids: list[int], params: Any, priority: int) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         tokens, request = {"prompt_token_ids": token_ids}, str(next(self._numbers))
         try:
-            async for output in self._llm.generate(tokens, params, request, lora_request=self._adapter):
+            answering = self._llm.generate(tokens, params, request, lora_request=self._adapter, priority=priority)
+            async for output in answering:
                 final = output
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's core process ended: {error}") from error
@@ -43,10 +44,20 @@ class AsyncEngine(Engine):
             raise TransferFailed(str(result)) from result
         return result
 
-    async def pause(self) -> None:
-        await self._llm.pause_generation(mode="wait", clear_cache=True)
+    async def pause(self, *, keep: bool) -> None:
+        """Hold new requests back, and forget all that was cached with the present weights.
+
+        Every token that has been sampled when this returns is marked with the present version: vLLM steps until nothing is under way
+        before it clears the cache, and new tokens come only after `resume`.
+
+        Args:
+            keep: running requests stop where they are, and go on after `resume`: vLLM preempts them and computes their cache anew.
+                Else they are finished first.
+        """
+        await self._llm.pause_generation(mode="keep" if keep else "wait", clear_cache=True)
 
     async def resume(self) -> None:
+        """Undo `pause`."""
         await self._llm.resume_generation()
 
     async def set_version(self, version: int) -> None:
@@ -54,7 +65,7 @@ class AsyncEngine(Engine):
 
     async def sleep(self, level: int) -> None:
         if self._llm.vllm_config.model_config.enable_sleep_mode:
-            await self._llm.sleep(level=level)
+            await self._llm.sleep(level=level, mode="keep")
 
     async def wake(self) -> None:
         if self._llm.vllm_config.model_config.enable_sleep_mode:

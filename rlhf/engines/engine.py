@@ -21,6 +21,9 @@ from rlhf.engines.sampling import MIXTURE_ARGUMENT, Sampling
 from rlhf.transfer import TransferSession
 from rlhf.types import ModelSlot, Prompt, Shipment, Span
 
+ORDINARY, URGENT = 0, -1
+"""Priorities of requests, as vLLM counts them."""
+
 
 class EngineDied(RuntimeError):
     """vLLM's core process is gone; the engine answers no more."""
@@ -56,7 +59,8 @@ class Engine(ABC):
             EngineDied: the engine is gone.
         """
         params = sampling_params(sampling, sampling.request_seed(prompt.id), self._stops)
-        return read_responses(await self._answer(list(prompt.token_ids), params))
+        answer = await self._answer(list(prompt.token_ids), params, URGENT if sampling.urgent else ORDINARY)
+        return read_responses(answer)
 
     async def choose(self, token_ids: Sequence[int], choices: Sequence[int]) -> list[float]:
         """Log-probs of the next token's being each of `choices`, given that it is one of them.
@@ -64,12 +68,12 @@ class Engine(ABC):
         Raises:
             EngineDied: the engine is gone.
         """
-        answer = await self._answer(list(token_ids), choice_params(choices))
+        answer = await self._answer(list(token_ids), choice_params(choices), ORDINARY)
         return [answer.outputs[0].logprobs[0][token].logprob for token in choices]
 
     @abstractmethod
-    async def _answer(self, token_ids: list[int], params: Any) -> Any:
-        """vLLM's `RequestOutput` for vLLM's `SamplingParams`, once it is whole."""
+    async def _answer(self, token_ids: list[int], params: Any, priority: int) -> Any:
+        """vLLM's `RequestOutput` for vLLM's `SamplingParams`, once it is whole. The lowest priority is scheduled first."""
 
     @abstractmethod
     async def workers(self, method: str, **arguments: Any) -> list[Any]:
@@ -120,17 +124,15 @@ class Engine(ABC):
         pairs = sorted(pair for worker in await self.workers("compute_weight_checksums") for pair in worker.items())
         return hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
 
+    @property
+    def uses_adapter(self) -> bool:
+        """Whether requests run with the LoRA adapter that the workers hold, or with the base alone."""
+        return self._adapter is not None
+
     def use_adapter(self) -> None:
-        """Let requests from now on run with the LoRA adapter that the workers hold."""
+        """Let requests from now on run with the LoRA adapter that the workers hold. Those that have begun with it use whichever the
+        workers hold; those that have begun without stay without."""
         self._adapter = adapter_request()
-
-    @abstractmethod
-    async def pause(self) -> None:
-        """Let running requests finish under the present weights, hold new ones back, and forget cached prefixes."""
-
-    @abstractmethod
-    async def resume(self) -> None:
-        """Go on with the requests that were held back."""
 
     @abstractmethod
     async def set_version(self, version: int) -> None:
@@ -138,8 +140,8 @@ class Engine(ABC):
 
     @abstractmethod
     async def sleep(self, level: int) -> None:
-        """Give back GPU memory: the cache is dropped; weights go to host memory (level 1) or are dropped too (level 2).
-        Nothing happens on CPU."""
+        """Give back GPU memory: the cache is dropped; weights go to host memory (level 1) or are dropped too (level 2). Running requests
+        stop where they are until `wake`. Nothing happens on CPU."""
 
     @abstractmethod
     async def wake(self) -> None:

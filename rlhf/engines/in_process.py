@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.engines.engine import Engine
 from rlhf.engines.shared_process import default_group_kept, torch_as_it_was
-from rlhf.types import ModelSlot
+from rlhf.types import Shipment
 
 
 class InProcessEngine(Engine):
@@ -24,13 +24,10 @@ class InProcessEngine(Engine):
             self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._waiting: dict[str, asyncio.Future] = {}
         self._stepper: asyncio.Task | None = None
-        self._gate = asyncio.Event()
-        self._gate.set()
 
-    async def _answer(self, token_ids: list[int], params: Any) -> Any:
-        await self._gate.wait()
+    async def _answer(self, token_ids: list[int], params: Any, priority: int) -> Any:
         request_id, tokens = str(next(self._numbers)), {"prompt_token_ids": token_ids}
-        self._llm.add_request(request_id, tokens, params, lora_request=self._adapter)
+        self._llm.add_request(request_id, tokens, params, lora_request=self._adapter, priority=priority)
         future = self._waiting[request_id] = asyncio.get_running_loop().create_future()
         if self._stepper is None or self._stepper.done():
             self._stepper = asyncio.create_task(self._step_until_idle())
@@ -43,11 +40,14 @@ class InProcessEngine(Engine):
 
     async def _step_until_idle(self) -> None:
         while self._llm.has_unfinished_requests():
-            for output in self._llm.step():
-                future = self._waiting.get(output.request_id)
-                if output.finished and future is not None and not future.done():
-                    future.set_result(output)
+            self._step()
             await asyncio.sleep(0)  # requests that others are about to make join the next step
+
+    def _step(self) -> None:
+        for output in self._llm.step():
+            future = self._waiting.get(output.request_id)
+            if output.finished and future is not None and not future.done():
+                future.set_result(output)
 
     def _pass_on_failure(self, stepper: asyncio.Task) -> None:
         """An error inside the model belongs to those who wait for its answer."""
@@ -59,42 +59,54 @@ class InProcessEngine(Engine):
     async def workers(self, method: str, **arguments: Any) -> list[Any]:
         return self._llm.collective_rpc(method, kwargs=arguments)
 
-    def load(self, weights: Iterable[tuple[str, Any]], slot: ModelSlot, adapter: dict[str, Any] | None = None) -> str:
-        """Load new weights into one slot, now. Returns their fingerprint. Needs an idle engine: call it between
-        requests.
+    def load(
+        self,
+        weights: Iterable[tuple[str, Any]],
+        shipment: Shipment,
+        adapter: dict[str, Any] | None = None,
+        *,
+        keep: bool = False,
+    ) -> str:
+        """Load new weights into a slot, now, between two steps. Returns their fingerprint.
 
         Args:
+            shipment: completions from now on are marked with the version of a policy's.
             adapter: the weights are a LoRA adapter with this configuration (`rlhf.engines.lora.peft_config`).
+            keep: running requests go on with the new weights afterwards, their cache computed anew. Else they are finished first, here.
         """
-        if self._llm.has_unfinished_requests():
-            raise RuntimeError(
-                "weights were sent while requests were running: publish after all responses have arrived"
-            )
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM could not forget its cached prefixes, which belong to the old weights")
+        from vllm.v1.core.sched.interface import PauseState
+
+        core = self._llm.engine_core.engine_core
+        core.scheduler.set_pause_state(PauseState.PAUSED_ALL if keep else PauseState.PAUSED_NEW)
+        try:
+            # With vLLM's asynchronous scheduling a forward may have run whose tokens have not been read: they are the old version's.
+            while core.batch_queue or core.scheduler.has_requests():
+                self._step()
+            self._llm.reset_prefix_cache(reset_running_requests=True)
+            fingerprint = self._load(weights, shipment, adapter)
+        finally:
+            core.resume_scheduler()
+        return fingerprint
+
+    def _load(self, weights: Iterable[tuple[str, Any]], shipment: Shipment, adapter: dict[str, Any] | None) -> str:
         if adapter is not None:
             self._llm.collective_rpc("receive_adapter", kwargs={"update_info": {"weights": weights}, "config": adapter})
+            self.use_adapter()
         else:
-            self._llm.collective_rpc("aim", kwargs={"slot": slot})
+            self._llm.collective_rpc("aim", kwargs={"slot": shipment.slot})
             self._llm.collective_rpc("start_weight_update")
             self._llm.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
             self._llm.collective_rpc("finish_weight_update")
+        if shipment.slot == "policy":
+            self._llm.set_weight_version(str(shipment.version))
         return self._llm.collective_rpc("attest")[0]
-
-    async def pause(self) -> None:
-        self._gate.clear()
-        if self._stepper is not None:
-            await self._stepper
-
-    async def resume(self) -> None:
-        self._gate.set()
 
     async def set_version(self, version: int) -> None:
         self._llm.set_weight_version(str(version))
 
     async def sleep(self, level: int) -> None:
         if self._llm.model_config.enable_sleep_mode:
-            self._llm.sleep(level=level)
+            self._llm.sleep(level=level, mode="keep")
 
     async def wake(self) -> None:
         if self._llm.model_config.enable_sleep_mode:

@@ -25,6 +25,7 @@ class Sampling:
         mixture: 0 is the policy, 1 its partner, between them policy^(1 - mixture) partner^mixture, token by token. The
             temperature applies to the mixture. Above 0 it needs engines that mix.
         ignore_eos: go on after the end-of-sequence token, up to `max_tokens` (`rlhf doctor` looks for the memory that this takes).
+        urgent: the engine begins with it before all requests that are not urgent and have not begun.
     """
 
     n: int
@@ -36,6 +37,7 @@ class Sampling:
     source: str = "policy"
     mixture: float = 0.0
     ignore_eos: bool = False
+    urgent: bool = False
 
     def request_seed(self, prompt_id: str) -> int:
         """The engine's seed for this prompt. vLLM adds the response's index to it, so neighbours must not occur."""

@@ -30,6 +30,7 @@ def evaluation_sampling(settings: Settings) -> Sampling:
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         seed=EVALUATION_SEED + settings.run.seed,
+        urgent=True,
     )
 
 

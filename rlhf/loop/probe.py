@@ -43,6 +43,7 @@ def probe_samplings(settings: Settings, algorithm: Algorithm, engines: int, step
             source=slot,
             mixture=float(slot == "partner"),
             ignore_eos=True,
+            urgent=True,
         )
         for slot in probed_slots(settings, algorithm, engines)
     ]

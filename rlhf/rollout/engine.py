@@ -1,7 +1,7 @@
 """One rollout engine: a vLLM engine and the rules under which its answers count.
 
-Runs as a Ray actor, or in the driver's process in debug mode. Owns one vLLM engine, the version of its weights and
-whether they are whole. Knows nothing of other engines, of the loop, or of who sends the weights. Called by
+Runs as a Ray actor, or in the driver's process in debug mode. Owns one vLLM engine, the version of its weights and whether they are whole,
+also while they are exchanged under running requests. Knows nothing of other engines, of the loop, or of who sends the weights. Called by
 `RolloutPool`.
 """
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
 
 import numpy as np
 
 from rlhf.config.settings import Settings
+from rlhf.engines.async_engine import AsyncEngine
 from rlhf.engines.engine import Engine, Sampled
 from rlhf.engines.in_process import InProcessEngine
 from rlhf.engines.lora import peft_config
@@ -24,7 +26,7 @@ from rlhf.engines.sampling import Sampling
 from rlhf.engines.start import start_engine
 from rlhf.rollout.spec import rollout_spec
 from rlhf.transfer import Backend, TransferFailed, TransferSession
-from rlhf.transfer.versions import Attestation, Checksums
+from rlhf.transfer.versions import Attestation, Checksums, StaleWeights
 from rlhf.types import DATASET_VERSION, Completion, CompletionInfo, FinishReason, ModelSlot, Prompt, Shipment
 
 
@@ -75,6 +77,10 @@ class RolloutEngine:
         self._started: Engine | None = None
         self._version = 0
         self._broken: set[ModelSlot] = set()  # whose last transfer has not ended well
+        self._failures = 0  # transfers that have not ended well, so far
+        self._asked = 0  # prompts that are being answered
+        self._settled = asyncio.Event()  # no weights are arriving
+        self._settled.set()
         self._session: TransferSession | None = None
         self._delivered = asyncio.Event()
         self._delivery: tuple[Shipment, str] | None = None
@@ -108,7 +114,7 @@ class RolloutEngine:
     async def sample(
         self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False
     ) -> tuple[tuple[CompletionInfo, ...], list[Completion]]:
-        """Draw responses to one prompt, `sampling.n` for each of `samplings`.
+        """Draw responses to one prompt, `sampling.n` for each of `samplings`. While weights arrive, it waits for them.
 
         Args:
             with_pair: append the data set's chosen and rejected response.
@@ -119,8 +125,11 @@ class RolloutEngine:
         Raises:
             ValueError: the prompt is empty, or too long for the engine, or a mixture is asked of an engine without a partner.
             BadResponse: the engine returned an empty or aborted response, or a log-prob that is not a number.
+            StaleWeights: a transfer of weights failed meanwhile: half-loaded ones may have written some of it.
             EngineDied: vLLM's core process ended.
         """
+        while not self._settled.is_set():
+            await self._settled.wait()
         if self._broken:
             raise BadResponse(f"engine {self._index} holds half-loaded weights; publish again before sampling")
         for sampling in samplings:
@@ -129,7 +138,7 @@ class RolloutEngine:
                 raise ValueError(
                     f"{sampling.source} asks for a mixture, but the engines hold no partner: start the pool with mixes"
                 )
-        answers = await asyncio.gather(*(self._engine.generate(prompt, sampling) for sampling in samplings))
+        answers = await self._answers(prompt, samplings)
         completions = [
             self._completion(prompt, sampling, position, answer)
             for sampling, drawn in zip(samplings, answers, strict=True)
@@ -138,6 +147,20 @@ class RolloutEngine:
         if with_pair:
             completions += _pair(prompt)
         return tuple(completion.info() for completion in completions), completions
+
+    async def _answers(self, prompt: Prompt, samplings: Sequence[Sampling]) -> list[list[Sampled]]:
+        failures = self._failures
+        self._asked += 1
+        try:
+            answers = await asyncio.gather(*(self._engine.generate(prompt, sampling) for sampling in samplings))
+        finally:
+            self._asked -= 1
+        if self._failures != failures:
+            raise StaleWeights(
+                f"a transfer of weights to engine {self._index} failed while it answered prompt {prompt.id}, and half-loaded ones may have "
+                "written some of it"
+            )
+        return answers
 
     def _check_length(self, prompt: Prompt, sampling: Sampling) -> None:
         data, rollout = self._settings.data, self._settings.rollout
@@ -207,9 +230,10 @@ class RolloutEngine:
             local.unregister(self._session)
 
     async def receive_weights(self, shipment: Shipment) -> Attestation:
-        """Take the weights that the session's sender sends meanwhile. Running requests finish first.
+        """Take the weights that the session's sender sends meanwhile. Running requests go on with them afterwards, or finish first
+        (`rollout.in_flight`); what is cached of the old ones is forgotten.
 
-        Cached prefixes are forgotten. If the transfer fails, the engine refuses to sample until one succeeds for this slot.
+        If the transfer fails, the engine refuses to sample until one succeeds for this slot, and running requests do not count.
 
         Args:
             shipment: a policy's version is what completions from now on are marked with. The other slot keeps its weights.
@@ -220,21 +244,16 @@ class RolloutEngine:
         slot = shipment.slot
         if slot == "partner" and not self._mixes:
             raise ValueError("weights were sent for the partner, but the engines hold none: start the pool with mixes")
-        self._broken.add(slot)
-        await self._engine.pause()
+        self._settled.clear()
         try:
             if self._backend == "local":
                 fingerprint = await self._take_delivery(shipment)
             else:
                 fingerprint = await self._receive_through_workers(shipment)
-            if slot == "policy":
-                await self._engine.set_version(shipment.version)
-                self._version = shipment.version
-                if self._adapter is not None:
-                    self._engine.use_adapter()
         finally:
-            await self._engine.resume()
-        self._broken.discard(slot)
+            self._settled.set()
+        if slot == "policy":
+            self._version = shipment.version
         return Attestation(self._index, self._version, fingerprint, await self._held())
 
     def _slots(self) -> tuple[ModelSlot, ...]:
@@ -252,26 +271,65 @@ class RolloutEngine:
             raise TransferFailed("the weights could not be loaded; the sender's own error says why")
         sent, fingerprint = self._delivery
         if sent.slot != shipment.slot:
+            self._broken |= {sent.slot, shipment.slot}
+            self._failures += 1
             raise TransferFailed(
                 f"the driver announced weights for the {shipment.slot}, but the sender sent them for the {sent.slot}"
             )
         return fingerprint
 
     async def _receive_through_workers(self, shipment: Shipment) -> str:
-        fingerprints = await self._engine.receive_weights(shipment, self._adapter)
-        if len(fingerprints) != 1:
-            raise TransferFailed(
-                f"the workers of engine {self._index} received different weights: {sorted(fingerprints)}"
-            )
+        self._require_adapted()
+        engine = cast(AsyncEngine, self._engine)
+        await engine.pause(keep=self._keeps)
+        try:
+            with self._loading(shipment.slot):
+                fingerprints = await engine.receive_weights(shipment, self._adapter)
+                if len(fingerprints) != 1:
+                    raise TransferFailed(
+                        f"the workers of engine {self._index} received different weights: {sorted(fingerprints)}"
+                    )
+                if shipment.slot == "policy":
+                    await engine.set_version(shipment.version)
+                if self._adapter is not None:
+                    engine.use_adapter()
+        finally:
+            await engine.resume()
         return fingerprints.pop()
 
+    @contextmanager
+    def _loading(self, slot: ModelSlot) -> Iterator[None]:
+        """While this slot's weights are exchanged. If that fails, they are broken, and what is being written does not count; both are known
+        before running requests go on."""
+        self._broken.add(slot)
+        try:
+            yield
+        except BaseException:
+            self._failures += 1
+            raise
+        self._broken.discard(slot)
+
+    @property
+    def _keeps(self) -> bool:
+        return self._settings.rollout.in_flight == "keep"
+
+    def _require_adapted(self) -> None:
+        """Make sure that no running request would go on without the adapter that arrives: it would be marked with a version that did not
+        write it."""
+        if self._adapter is not None and not self._engine.uses_adapter and self._asked:
+            raise TransferFailed(
+                f"the first adapter came to engine {self._index} while it answered {self._asked} prompts with the base model alone: "
+                "publish it before anything is sampled"
+            )
+
     def _deliver(self, weights: Iterable[tuple[str, Any]], shipment: Shipment) -> str:
-        """Called by the sender, in its own stack (back end `local`)."""
-        assert isinstance(self._engine, InProcessEngine)
-        self._broken.add(shipment.slot)
+        """Called by the sender, in its own stack (back end `local`), before or after `receive_weights`. The weights count from here on."""
+        engine = cast(InProcessEngine, self._engine)
         self._delivery = None
         try:
-            fingerprint = self._engine.load(weights, shipment.slot, self._adapter)
+            self._require_adapted()
+            with self._loading(shipment.slot):
+                fingerprint = engine.load(weights, shipment, self._adapter, keep=self._keeps)
             self._delivery = (shipment, fingerprint)
         finally:
             self._delivered.set()  # also after an error: `receive_weights` must not wait for what will not come

@@ -2,17 +2,19 @@
 
 Owns the engines' handles, and calls them. What happens is told to three pure parts, which decide: who is alive (`rlhf.cluster.lives`),
 who has the least to do (`rlhf.cluster.router`), who may sample with what it holds (`rlhf.transfer.versions`). Does not know the policy: the
-loop tells it which shipment comes and with which fingerprint it was sent. A request whose engine dies is asked once more of another one.
+loop tells it which shipment comes and with which fingerprint it was sent. While weights are under way, requests wait, and answers too. A
+request whose engine dies is asked once more of another one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rlhf.cluster import ActorDied, Handle, Runtime, actor_name, shared_engines, uses_gpu
+from rlhf.cluster import ActorDied, DeadlineExpired, Handle, Runtime, actor_name, shared_engines, uses_gpu
 from rlhf.cluster.lives import Lives, Member, Whereabouts
 from rlhf.cluster.router import Router
 from rlhf.config.settings import Settings
@@ -23,7 +25,7 @@ from rlhf.rollout.spec import rollout_environment
 from rlhf.transfer import Backend, TransferSession
 from rlhf.transfer.choice import backend_of
 from rlhf.transfer.versions import StaleWeights, Versions
-from rlhf.types import CompletionInfo, ModelSlot, Prompt, Rollout, Shipment
+from rlhf.types import ModelSlot, Prompt, Rollout, Shipment
 
 Answer = TypeVar("Answer")
 
@@ -48,6 +50,8 @@ class RolloutPool:
         for member, info in engines.items():
             self._lives.started(member, Whereabouts(info.host, info.pid, info.log))
         self._versions = Versions({member: info.held for member, info in engines.items()})
+        self._settled = asyncio.Event()  # not `Versions.publishing`
+        self._settled.set()
 
     @classmethod
     async def start(cls, runtime: Runtime, settings: Settings, mixes: bool = False) -> RolloutPool:
@@ -97,40 +101,90 @@ class RolloutPool:
     async def sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False) -> Rollout:
         """Responses to one prompt, from the engine with the fewest outstanding tokens. Call it for many at once.
 
+        While weights are sent, from `receive` to `accept`, it waits. A request that was under way before goes on, and its answer waits.
+
         Args:
             samplings: what to draw, one after the other in the rollout.
             with_pair: append the data set's chosen and rejected response.
 
         Raises:
-            StaleWeights: new weights were sent and not yet accepted.
+            StaleWeights: the engines do not hold the weights that were sent last, or weights that were not accepted may have written some
+                of it.
             NoEngines: no engine is left, or the second one died as well.
             DeadlineExpired: no answer within `rollout.request_deadline_s`.
             ValueError: the prompt is too long.
         """
         tokens = len(prompt.token_ids) + sum(sampling.n * sampling.max_tokens for sampling in samplings)
         for _ in range(2):
+            await self._settle()
             ticket = self._router.acquire(self._samplers(), tokens, prompt.id)
             assert ticket is not None, "a router without a limit always finds one of several"
+            begun = self._versions.version, self._versions.failures
             try:
                 rollout = await self._ask(ticket.member, prompt, samplings, with_pair)
             finally:
                 self._router.release(ticket)
             if rollout is not None:
+                await self._settle()
+                self._require_accepted(rollout, *begun)
                 return rollout
         raise NoEngines(f"prompt {prompt.id} lost two engines in a row. {self._lives.account()}")
 
     async def probe(self, prompt: Prompt, samplings: Sequence[Sampling]) -> dict[int, Rollout]:
-        """The answer of every living engine to the same prompt, by engine; one that dies meanwhile is left out.
+        """The answer of every living engine to the same prompt, by engine; one that dies meanwhile is left out. The present weights have
+        written all of it.
 
         Raises:
-            StaleWeights, NoEngines, DeadlineExpired, ValueError: as `sample`.
+            StaleWeights, NoEngines, DeadlineExpired, ValueError: as `sample`; StaleWeights also if weights came meanwhile.
         """
         if not samplings:
             return {}
-        engines = self._samplers()
+        await self._settle()
+        engines, sent, failures = self._samplers(), self._versions.shipments, self._versions.failures
         rollouts = await asyncio.gather(*(self._ask(engine, prompt, samplings, False) for engine in engines))
-        answered = zip(engines, rollouts, strict=True)
-        return {engine.place: rollout for engine, rollout in answered if rollout is not None}
+        await self._settle()
+        if self._versions.shipments != sent:
+            raise StaleWeights(f"weights were sent while the engines answered a probe with prompt {prompt.id}")
+        answered = {engine.place: one for engine, one in zip(engines, rollouts, strict=True) if one is not None}
+        for rollout in answered.values():
+            self._require_accepted(rollout, self._versions.version, failures)
+        return answered
+
+    async def _settle(self) -> None:
+        """Wait until no weights are under way.
+
+        Raises:
+            DeadlineExpired: they were neither accepted nor refused within `cluster.publish_deadline_s`.
+        """
+        deadline = self._settings.cluster.publish_deadline_s
+        while not self._settled.is_set():
+            try:
+                async with asyncio.timeout(deadline):
+                    await self._settled.wait()
+            except TimeoutError:
+                raise DeadlineExpired(
+                    f"a request waited {deadline:g} s for weights that were sent to the engines, and pool.accept has not confirmed them"
+                ) from None
+
+    def _require_accepted(self, rollout: Rollout, begun: int, failures: int) -> None:
+        """Make sure that only accepted weights have written this.
+
+        Args:
+            begun, failures: `Versions.version` and `Versions.failures` as it was asked for.
+
+        Raises:
+            StaleWeights: others have, or may have.
+        """
+        where = f"engine {rollout.engine}, prompt {rollout.prompt.id}"
+        if self._versions.failures != failures:
+            raise StaleWeights(
+                f"{where}: weights that were sent meanwhile were not accepted, and may have written some of it"
+            )
+        try:
+            for info in rollout.infos:
+                self._versions.require_accepted(info.spans, begun)
+        except StaleWeights as error:
+            raise StaleWeights(f"{where}: {error}") from None
 
     def _samplers(self) -> list[Member]:
         """Living engines that hold what was sent last; at least one."""
@@ -154,7 +208,6 @@ class RolloutPool:
             infos, completions = await self._or_its_death(engine, sample(prompt, list(samplings), with_pair))
         except (ActorDied, EngineDied):
             return None
-        require_fresh(engine.place, infos, self._versions.version)
         return Rollout(prompt, infos, completions, engine.place)
 
     def new_session(self, host: str, port: int) -> TransferSession:
@@ -164,7 +217,8 @@ class RolloutPool:
             host, port: of the sender: its address, and a free port there.
         """
         workers = {engine: self._infos[engine.place].workers for engine in self._lives.alive()}
-        membership = self._versions.reopen(workers)
+        with self._publishing():  # a publication in the session before has failed
+            membership = self._versions.reopen(workers)
         timeout = self._settings.cluster.publish_deadline_s
         return TransferSession(self.backend, host, port, membership.world_size, timeout, membership.epoch)
 
@@ -197,18 +251,20 @@ class RolloutPool:
             DeadlineExpired: an engine had not received all within `cluster.publish_deadline_s`.
             TransferFailed: the transfer failed at an engine.
         """
-        try:
-            self._versions.shipping(shipment)
-        except StaleWeights as error:
-            raise StaleWeights(f"{error} {self._lives.account()}".rstrip()) from None
+        with self._publishing():
+            try:
+                self._versions.shipping(shipment)
+            except StaleWeights as error:
+                raise StaleWeights(f"{error} {self._lives.account()}".rstrip()) from None
         deadline, receive = self._settings.cluster.publish_deadline_s, RolloutEngine.receive_weights
-        attestations = await self._each(
-            {
-                engine: self._handles[engine.place].ask(receive, deadline=deadline)(shipment)
-                for engine in self._lives.alive()
-            }
-        )
-        self._versions.attested(attestations)
+        with self._publishing():
+            attestations = await self._each(
+                {
+                    engine: self._handles[engine.place].ask(receive, deadline=deadline)(shipment)
+                    for engine in self._lives.alive()
+                }
+            )
+            self._versions.attested(attestations)
 
     def accept(self, shipment: Shipment, fingerprint: str) -> None:
         """Compare what the engines attested with what the sender sent; only then does the pool sample again.
@@ -216,7 +272,19 @@ class RolloutPool:
         Raises:
             StaleWeights: an engine holds other weights, or has not attested, or the slot that was not sent has changed.
         """
-        self._versions.accept(shipment, fingerprint)
+        with self._publishing():
+            self._versions.accept(shipment, fingerprint)
+
+    @contextmanager
+    def _publishing(self) -> Iterator[None]:
+        """A part of a publication, or the end of one: if it fails, the publication has failed. Those who wait are told how it stands."""
+        try:
+            yield
+        except BaseException:
+            self._versions.broke_off()
+            raise
+        finally:
+            (self._settled.clear if self._versions.publishing else self._settled.set)()
 
     async def offload(self) -> None:
         """Let the engines that share GPUs with the policy give back their memory. At `rollout.sleep_level` 2 all their weights must be
@@ -252,22 +320,3 @@ class RolloutPool:
             self._lives.died(engine, str(error), when=time.time(), holding=holding)
             self._versions.died(engine)
             raise
-
-
-def require_fresh(engine: int, infos: Sequence[CompletionInfo], version: int) -> None:
-    """Make sure that responses are learned from with the weights that wrote them: the loop is synchronous.
-
-    Args:
-        version: of the policy's weights.
-
-    Raises:
-        StaleWeights: the engine wrote one of them with other weights, or with several.
-    """
-    for info in infos:
-        if len(info.versions) > 1:
-            raise StaleWeights(
-                f"engine {engine}: a response was written by the weight versions {list(info.versions)}, but exactly one is possible here"
-            )
-    stale = {written for info in infos for written in info.versions} - {version}
-    if stale:
-        raise StaleWeights(f"engine {engine} wrote with version {sorted(stale)}, the policy is at {version}")

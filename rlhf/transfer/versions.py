@@ -8,12 +8,12 @@ Does not know how weights travel (`session`, `sender`), or who is alive (`rlhf.c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
 from rlhf.cluster.lives import Member
-from rlhf.types import ModelSlot, Shipment
+from rlhf.types import DATASET_VERSION, ModelSlot, Shipment, Span
 
 Checksums = Mapping[ModelSlot, tuple[str, ...]]
 """Of each slot's weights as each worker holds them (`rlhf.engines.slots`); empty for an engine that does not mix."""
@@ -65,6 +65,9 @@ class Versions:
         mixes = any("partner" in checksums for checksums in engines.values())
         self.slots: tuple[ModelSlot, ...] = get_args(ModelSlot) if mixes else ("policy",)
         self.version = 0  # of the policy's weights that were accepted last
+        self.publishing = False  # weights are under way, and neither accepted nor refused
+        self.shipments = self.failures = 0  # those that were sent, and those of them that were not accepted
+        self._accepted = {0}  # versions of the policy
         self._wanted = dict.fromkeys(
             self.slots, 0
         )  # slot -> number of the shipment that must be held; 0: the model's files
@@ -74,7 +77,6 @@ class Versions:
         self._whole = False  # all have joined, and no transfer has failed
         self._shipment: Shipment | None = None  # the last one that was sent in this session
         self._sending = False
-        self._shipments = 0
         self._attested: dict[Member, Attestation] = {}
         for member, checksums in engines.items():
             self.started(member, checksums)
@@ -109,15 +111,20 @@ class Versions:
             )
         joined = self._in_session()
         self._end_shipment()
-        self._shipments += 1
-        self._wanted[shipment.slot] = self._shipments
+        self.shipments += 1
+        self._wanted[shipment.slot] = self.shipments
         self._doubt(self._held, shipment.slot)
         if not joined or joined != self._held.keys():
             raise StaleWeights(
                 f"the weight-transfer session joins engines {_places(joined)}, but {_places(self._held)} are alive: "
                 "open a new session and call pool.connect (also after a failed transfer)."
             )
-        self._shipment, self._sending = shipment, True
+        self._shipment, self._sending, self.publishing = shipment, True, True
+
+    def broke_off(self) -> None:
+        """The transfer has failed. Engines may hold anything, and what they were writing does not count."""
+        self.failures += self.publishing
+        self.publishing = False
 
     def attested(self, attestations: Mapping[Member, Attestation]) -> None:
         """The transfer has ended; these engines say that they have received the shipment.
@@ -178,6 +185,19 @@ class Versions:
         Raises:
             StaleWeights: an engine holds other weights, or has not attested, or those of the other slot have changed.
         """
+        self.publishing = True
+        try:
+            self._require_attested(shipment, fingerprint)
+        except StaleWeights:
+            self.broke_off()
+            raise
+        for member, attestation in self._attested.items():
+            self._held[member][shipment.slot] = self._wanted[shipment.slot]
+            self._checksums[member] = attestation.held
+        self.version, self.publishing = shipment.version, False
+        self._accepted.add(shipment.version)
+
+    def _require_attested(self, shipment: Shipment, fingerprint: str) -> None:
         for slot in {shipment.slot} if self._shipment is None else {shipment.slot, self._shipment.slot}:
             self._doubt(self._held, slot)
         sent = (shipment.version, fingerprint)
@@ -192,14 +212,28 @@ class Versions:
             )
         for member, attestation in self._attested.items():
             self._require_others_kept(member, attestation, shipment.slot)
-        for member, attestation in self._attested.items():
-            self._held[member][shipment.slot] = self._wanted[shipment.slot]
-            self._checksums[member] = attestation.held
-        self.version = shipment.version
 
     def may_sample(self, member: Member) -> bool:
         """Whether this engine holds, in each slot, the weights that were sent last."""
         return self._held.get(member) == self._wanted
+
+    def require_accepted(self, spans: Sequence[Span], begun: int) -> None:
+        """Make sure that only weights which were accepted have written a response, the newer ones after the older ones. How old they may be
+        is not asked.
+
+        Args:
+            begun: version of the policy's weights when the response was asked for.
+
+        Raises:
+            StaleWeights: other weights have written some of it.
+        """
+        written = [span.version for span in spans if span.version != DATASET_VERSION]
+        accepted = all(begun <= version <= self.version and version in self._accepted for version in written)
+        if not accepted or written != sorted(written):
+            raise StaleWeights(
+                f"a response was written with the weight versions {written}, one after the other, but it was begun at version {begun}, the "
+                f"policy is at {self.version}, and only weights that were accepted may write, older ones before newer ones"
+            )
 
     def missing(self) -> tuple[ModelSlot, ...]:
         """Slots that must be sent before all engines may sample, the policy first."""
@@ -217,6 +251,7 @@ class Versions:
 
     def _end_shipment(self) -> None:
         """Until it is known to have arrived, or a new session is joined, the session is not whole."""
+        self.broke_off()
         self._shipment, self._sending, self._attested, self._whole = None, False, {}, False
 
     def _doubt(self, members: Collection[Member], slot: ModelSlot) -> None:

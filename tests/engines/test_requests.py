@@ -14,7 +14,7 @@ from rlhf.engines.arguments import EngineSpec, engine_arguments
 from rlhf.engines.engine import Engine, sampling_params
 from rlhf.engines.environment import environment_set
 from rlhf.engines.sampling import Sampling
-from rlhf.types import Shipment, WeightSpec
+from rlhf.types import Prompt, Shipment, WeightSpec
 
 SPEC = EngineSpec(
     model="model",
@@ -33,20 +33,16 @@ class Recorded(Engine):
 
     def __init__(self, **results: Any) -> None:
         super().__init__()
-        self.results, self.asked, self.params = results, [], None
+        self.results, self.asked, self.params, self.priority = results, [], None, 0
 
     async def workers(self, method: str, **arguments: Any) -> list[Any]:
         self.asked.append(method)
         return self.results.get(method, [None, None])
 
-    async def _answer(self, token_ids: list[int], params: Any) -> Any:
-        self.params = params
-        logprobs = {token: SimpleNamespace(logprob=-float(token)) for token in (*params.allowed_token_ids, 99)}
-        return SimpleNamespace(outputs=[SimpleNamespace(logprobs=[logprobs])])
-
-    async def pause(self) -> None: ...
-
-    async def resume(self) -> None: ...
+    async def _answer(self, token_ids: list[int], params: Any, priority: int) -> Any:
+        self.params, self.priority = params, priority
+        logprobs = {token: SimpleNamespace(logprob=-float(token)) for token in (*(params.allowed_token_ids or ()), 99)}
+        return SimpleNamespace(outputs=[] if params.n > 1 else [SimpleNamespace(logprobs=[logprobs])])
 
     async def set_version(self, version: int) -> None: ...
 
@@ -60,6 +56,16 @@ class Recorded(Engine):
 def test_requests_carry_the_tokens_unless_ends_are_ignored() -> None:
     assert sampling_params(Sampling(2, 8), 0, [7]).stop_token_ids == [7]
     assert sampling_params(Sampling(2, 8, ignore_eos=True), 0, [7]).stop_token_ids == []
+
+
+def test_an_urgent_request_has_the_lower_priority() -> None:
+    engine, prompt = Recorded(), Prompt("p", (1, 2), "p")
+    priorities = []
+    for urgent in (False, True):
+        asyncio.run(engine.generate(prompt, Sampling(2, 8, urgent=urgent)))
+        priorities.append(engine.priority)
+    assert priorities[1] < priorities[0], "vLLM begins with the lowest"
+    assert engine_arguments(SPEC)["scheduling_policy"] == "priority"
 
 
 def test_a_choice_is_between_the_named_tokens_only_and_in_their_order() -> None:

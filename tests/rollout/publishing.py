@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,23 @@ def largest_gap(model: torch.nn.Module, prompt: Prompt, answers: list[Completion
     return float(max(gaps))
 
 
+def span_gap(models: Mapping[int, torch.nn.Module], prompt: Prompt, answer: Completion) -> float:
+    """Largest difference (nats) between the engine's log-probs and transformers', of each span by the model of its version."""
+    behaviour = torch.tensor(answer.logprobs)
+    expected = {span: reference_logprobs(models[span.version], prompt, answer, 1.0) for span in answer.spans}
+    return max(float((expected[span] - behaviour)[span.start : span.stop].abs().max()) for span in answer.spans)
+
+
+async def asked_until_one_answers(
+    pool: RolloutPool, sampling: Sampling, prompts: Sequence[Prompt]
+) -> list[asyncio.Task[Any]]:
+    """Requests of various lengths, of which the first has been answered, so that others are half-written."""
+    samplings = [replace(sampling, max_tokens=sampling.max_tokens - 3 * (i % 8)) for i in range(len(prompts))]
+    asked = [asyncio.ensure_future(pool.sample(p, [some])) for p, some in zip(prompts, samplings, strict=True)]
+    await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    return asked
+
+
 @dataclass
 class Publisher:
     """A sender as policy rank 0 would be, with the driver's part of a publication."""
@@ -78,8 +95,17 @@ class Publisher:
         self.sender = self.run(both())
 
     def publish(
-        self, weights: torch.nn.Module | Named, really_sent: Named | None = None, slot: ModelSlot = "policy"
+        self,
+        weights: torch.nn.Module | Named,
+        really_sent: Named | None = None,
+        slot: ModelSlot = "policy",
+        *,
+        sender_first: bool = False,
     ) -> str:
+        """
+        Args:
+            sender_first: the sender's part begins before the engines'.
+        """
         if self.sender is None:
             self.connect()
         self.version += slot == "policy"
@@ -93,7 +119,11 @@ class Publisher:
             return await asyncio.to_thread(self.sender.send, tensors, self.shipment)
 
         async def both() -> str:
-            _, mark = await asyncio.gather(self.pool.receive(self.shipment), send())
+            calls = (self.pool.receive(self.shipment), send())
+            if sender_first:
+                mark, _ = await asyncio.gather(*reversed(calls))
+            else:
+                _, mark = await asyncio.gather(*calls)
             return mark
 
         mark = self.run(both())

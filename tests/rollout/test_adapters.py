@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.cluster import LocalRuntime
+from rlhf.cluster import LocalRuntime, fetch
 from rlhf.config.loader import UserError
 from rlhf.config.policy import LoraSettings
 from rlhf.config.settings import Settings
@@ -22,7 +24,17 @@ from rlhf.rollout.spec import rollout_spec
 from rlhf.training import lora
 from rlhf.training.weights import whole_weights
 from rlhf.transfer import TransferFailed
-from tests.rollout.publishing import GAP, PROMPTS, Named, Publisher, largest_gap, load_model, sample_all
+from tests.rollout.publishing import (
+    GAP,
+    PROMPTS,
+    Named,
+    Publisher,
+    asked_until_one_answers,
+    largest_gap,
+    load_model,
+    sample_all,
+    span_gap,
+)
 
 LORA = {"rank": 4, "alpha": 8.0, "publish": "adapter"}  # vLLM pads to a rank of 8
 SAMPLING = Sampling(n=2, max_tokens=24, temperature=1.0, seed=0, source="policy")
@@ -88,6 +100,23 @@ def test_responses_are_of_the_base_with_the_adapter_that_came_last(pool: Any, ti
         assert max(gaps(merged)) < GAP
         assert min(gaps(base)) > 100 * GAP
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(matrices, sent, strict=True)), "vLLM scales copies"
+
+
+@pytest.mark.engine
+def test_responses_in_flight_go_on_with_the_new_adapter(pool: Any, tiny_model: Path, run: Any) -> None:
+    publisher, (first, old), (second, new) = Publisher(pool, run), adapter(tiny_model, 4), adapter(tiny_model, 5)
+
+    async def finished() -> list[Any]:
+        return await asyncio.gather(*asked)
+
+    publisher.publish(first)
+    models = {publisher.version: old, publisher.version + 1: new}
+    asked = run(asked_until_one_answers(pool, replace(SAMPLING, max_tokens=48, n=4, ignore_eos=True), PROMPTS))
+    publisher.publish(second)
+    answers = fetch([rollout.completions for rollout in run(finished())])
+    assert max(len(answer.spans) for of_prompt in answers for answer in of_prompt) == 2
+    for prompt, of_prompt in zip(PROMPTS, answers, strict=True):
+        assert max(span_gap(models, prompt, answer) for answer in of_prompt) < GAP
 
 
 @pytest.mark.engine

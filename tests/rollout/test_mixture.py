@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from rlhf.cluster import LocalRuntime
+from rlhf.cluster import LocalRuntime, fetch
 from rlhf.cluster.lives import Member
 from rlhf.rollout import RolloutPool, Sampling, StaleWeights
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.transfer import TransferFailed
 from rlhf.types import Completion, ModelSlot, Prompt, Shipment
-from tests.rollout.publishing import GAP, PROMPTS, Publisher, load_model, sample_all
+from tests.rollout.publishing import GAP, PROMPTS, Publisher, asked_until_one_answers, load_model, sample_all
 
 pytestmark = pytest.mark.engine
 
@@ -71,11 +72,15 @@ class Engines:
         return both[0], both[1]
 
     def gap(self, prompt: Prompt, answer: Completion, beta: float) -> float:
-        """Largest difference (nats) between the engine's log-probs and those of the mixture with this coefficient."""
+        """The largest of `gaps`."""
+        return float(self.gaps(prompt, answer, beta).max())
+
+    def gaps(self, prompt: Prompt, answer: Completion, beta: float) -> torch.Tensor:
+        """Differences (nats) between the engine's log-probs and those of the mixture with this coefficient, [n_tokens]."""
         policy, partner = self.logits(prompt, answer)
         mixed = ((1 - beta) * policy.log_softmax(-1) + beta * partner.log_softmax(-1)).log_softmax(-1)
         expected = mixed.gather(1, torch.tensor(answer.token_ids, dtype=torch.long)[:, None])[:, 0]
-        return float((expected - torch.tensor(answer.logprobs)).abs().max())
+        return (expected - torch.tensor(answer.logprobs)).abs()
 
 
 def samplings(n: int = 2, tokens: int = 32, seed: int = 0, temperature: float = 1.0) -> list[Sampling]:
@@ -101,7 +106,8 @@ def engines(request, tiny_model, tiny_settings, tmp_path_factory, run) -> Iterat
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
 def remote_engines(request, ray_runtime, tiny_model, tiny_settings, run) -> Iterator[Engines]:
-    rollout = {"max_num_seqs": 7, "tensor_parallel_size": request.param}
+    in_flight = {1: "keep", 2: "wait"}[request.param]
+    rollout = {"max_num_seqs": 7, "tensor_parallel_size": request.param, "in_flight": in_flight}
     pool = run(RolloutPool.start(ray_runtime, tiny_settings(rollout=rollout), mixes=True))
     yield Engines(pool, run, tiny_model)
     run(pool.close())
@@ -228,12 +234,13 @@ def test_the_checksum_sees_each_single_tensor(engines) -> None:
 
 def test_the_pool_notices_when_the_other_slot_has_changed(engines) -> None:
     inside = engines.pool._handles[0].target._engine
-    inside.load(load_model(engines.folder, 1.02).named_parameters(), "partner")  # behind the pool's back
+    behind = Shipment(engines.publisher.version, "partner", ())
+    inside.load(load_model(engines.folder, 1.02).named_parameters(), behind)  # behind the pool's back
     with pytest.raises(StaleWeights, match="sent for the policy, but in engine 0 those of the partner changed"):
         engines.publish(1.1)
     with pytest.raises(StaleWeights, match="not yet confirmed"):
         engines.run(engines.pool.sample(PROMPTS[0], samplings()))
-    inside.load(engines.models["partner"].named_parameters(), "partner")
+    inside.load(engines.models["partner"].named_parameters(), behind)
     engines.publish(1.1)
     check_logprobs(engines)
 
@@ -278,29 +285,42 @@ def test_weights_for_one_slot_are_not_taken_for_the_other(engines) -> None:
         engines.run(pool.receive(Shipment(publisher.version, "policy", ())))
 
 
-def test_requests_in_flight_finish_under_the_weights_they_began_with(remote_engines) -> None:
-    engines = remote_engines
-    old = dict(engines.models)
-    engine, drawn = engines.pool._handles[0], samplings(n=2, tokens=48, seed=9)
+@pytest.mark.parametrize("slot", ["policy", "partner"])
+def test_new_weights_in_flight(engines, slot: ModelSlot) -> None:
+    check_in_flight(engines, slot, keep=True)
 
-    async def start() -> list[asyncio.Task]:
-        tasks = [asyncio.ensure_future(engine.ask(RolloutEngine.sample, deadline=60)(p, drawn)) for p in PROMPTS]
-        await asyncio.sleep(0.05)  # some requests have reached the engine, some not: the test holds either way
-        return tasks
 
-    async def finish(tasks: list[asyncio.Task]) -> list[Any]:
-        return await asyncio.gather(*tasks)
+@pytest.mark.parametrize("slot", ["policy", "partner"])
+def test_new_weights_in_flight_in_ray(remote_engines, slot: ModelSlot) -> None:
+    check_in_flight(remote_engines, slot, keep=remote_engines.pool._settings.rollout.in_flight == "keep")
 
-    tasks = engines.run(start())
-    version = engines.publisher.version
-    engines.publish(0.9)
-    new = dict(engines.models)
-    for prompt, (_, answers) in zip(PROMPTS, engines.run(finish(tasks)), strict=True):
-        for position, answer in enumerate(answers):
-            engines.models = old if answer.info().weight_version == version else new
-            assert engines.gap(prompt, answer, drawn[position // 2].mixture) < GAP
-    engines.models = new
-    engines.publish(1.1)
+
+def check_in_flight(engines: Engines, slot: ModelSlot, *, keep: bool) -> None:
+    """Every token of a mixture is written by the weights that both slots held at its time, and those of one response change once."""
+    old, version, draw = dict(engines.models), engines.publisher.version, Sampling(4, 48, seed=9, mixture=0.5)
+
+    async def finished() -> list[Any]:
+        return await asyncio.gather(*asked)
+
+    asked = engines.run(asked_until_one_answers(engines.pool, replace(draw, ignore_eos=True), PROMPTS))
+    engines.publish(0.9, slot)
+    new, changes = dict(engines.models), set()
+    answers = fetch([rollout.completions for rollout in engines.run(finished())])
+    for prompt, answer in [(prompt, one) for prompt, several in zip(PROMPTS, answers, strict=True) for one in several]:
+        engines.models = old
+        before = engines.gaps(prompt, answer, 0.5) < GAP
+        engines.models = new
+        after = engines.gaps(prompt, answer, 0.5) < GAP
+        change = int(before.long().cumprod(0).sum())  # tokens of the old weights
+        assert after[change:].all()
+        changes.add("before" if after.all() else "after" if before.all() else "within")
+        if slot == "policy":
+            change = sum(len(span) for span in answer.spans if span.version == version)
+            assert before[:change].all() and after[change:].all(), "the spans say where"
+        else:
+            assert {span.version for span in answer.spans} == {version}
+    assert changes == {"before", "after"} | ({"within"} if keep else set())
+    engines.publish(1.1 if slot == "policy" else 1.0, slot)
 
 
 def test_an_engine_without_a_partner_refuses_mixtures(tiny_settings, run) -> None:

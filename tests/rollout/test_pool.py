@@ -20,7 +20,17 @@ from rlhf.rollout import RolloutPool, Sampling, StaleWeights
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.transfer import TransferFailed, TransferSession
 from rlhf.types import Shipment
-from tests.rollout.publishing import GAP, PROMPTS, Publisher, largest_gap, load_model, make_prompt, sample_all
+from tests.rollout.publishing import (
+    GAP,
+    PROMPTS,
+    Publisher,
+    asked_until_one_answers,
+    largest_gap,
+    load_model,
+    make_prompt,
+    sample_all,
+    span_gap,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -131,27 +141,78 @@ def test_new_weights_reach_every_engine(which, request, run, tiny_model) -> None
         assert [a.token_ids.tolist() for a in left] == [b.token_ids.tolist() for b in right]
 
 
-def test_requests_in_flight_finish_under_one_version(publisher, run, tiny_model) -> None:
+LONG = Sampling(8, 48, seed=9, ignore_eos=True)
+MANY = [
+    make_prompt(seed, 5 + seed % 20) for seed in range(40)
+]  # five times as many responses as an engine writes at once
+
+
+def published_in_flight(publisher: Publisher, run: Any, new: torch.nn.Module, **how: bool) -> list[list[Any]]:
+    """Responses during which new weights were published."""
+
+    async def finished() -> list[Any]:
+        return await asyncio.gather(*asked)
+
+    asked = run(asked_until_one_answers(publisher.pool, LONG, MANY))
+    publisher.publish(new, **how)
+    return fetch([rollout.completions for rollout in run(finished())])
+
+
+@pytest.mark.parametrize(
+    ("which", "sender_first"), [("publisher", False), ("debug_publisher", False), ("debug_publisher", True)]
+)
+def test_responses_in_flight_go_on_with_new_weights(which, sender_first, request, run, tiny_model) -> None:
+    """Each token's log-prob is that of the very weights that its span names, by a trainer that knows nothing of caches."""
+    publisher: Publisher = request.getfixturevalue(which)
     old, new = load_model(tiny_model), load_model(tiny_model, 1.05)
     publisher.publish(old)
-    engine, sampling = publisher.pool._handles[0], Sampling(4, 48, seed=9)
-
-    async def start() -> list[asyncio.Task]:
-        tasks = [asyncio.ensure_future(engine.ask(RolloutEngine.sample, deadline=60)(p, [sampling])) for p in PROMPTS]
-        await asyncio.sleep(0.05)  # some requests have reached the engine, some not: the test holds either way
-        return tasks
-
-    tasks = run(start())
-    publisher.publish(new)
-    for prompt, (_, answers) in zip(PROMPTS, run(_all(tasks)), strict=True):
-        for answer in answers:
-            assert answer.info().weight_version in (publisher.version - 1, publisher.version)
-            assert largest_gap(old if answer.info().weight_version < publisher.version else new, prompt, [answer]) < GAP
+    models = {publisher.version: old, publisher.version + 1: new}
+    answers = published_in_flight(publisher, run, new, sender_first=sender_first)
+    for prompt, completions in zip(MANY, answers, strict=True):
+        assert max(span_gap(models, prompt, answer) for answer in completions) < GAP
+    written = [tuple(span.version for span in answer.spans) for of_prompt in answers for answer in of_prompt]
+    assert set(written) == {(publisher.version - 1,), (publisher.version - 1, publisher.version), (publisher.version,)}
+    mixed = [(p, a) for p, of_prompt in zip(MANY, answers, strict=True) for a in of_prompt if len(a.spans) == 2]
+    assert min(largest_gap(model, *one) for model in (old, new) for one in [(p, [a]) for p, a in mixed]) > 10 * GAP
     publisher.publish(old)
 
 
-async def _all(tasks: list[asyncio.Task]) -> list[Any]:
-    return await asyncio.gather(*tasks)
+def test_with_wait_each_response_is_of_one_version(debug_publisher, run, tiny_model) -> None:
+    inside, old, new = debug_publisher.pool._handles[0].target, load_model(tiny_model), load_model(tiny_model, 1.05)
+    kept = inside._settings
+    waits = kept.rollout.model_copy(update={"in_flight": "wait"})
+    debug_publisher.publish(old)
+    inside._settings = kept.model_copy(update={"rollout": waits})
+    answers = published_in_flight(debug_publisher, run, new)
+    inside._settings = kept
+    models = {debug_publisher.version - 1: old, debug_publisher.version: new}
+    assert {len(answer.spans) for of_prompt in answers for answer in of_prompt} == {1}
+    assert {answer.spans[0].version for of_prompt in answers for answer in of_prompt} == models.keys()
+    for prompt, completions in zip(MANY, answers, strict=True):
+        assert max(span_gap(models, prompt, answer) for answer in completions) < GAP
+    debug_publisher.publish(old)
+
+
+def test_an_urgent_request_overtakes_all_that_have_not_begun(debug_pool, run) -> None:
+    async def story() -> list[int]:
+        order: list[int] = []
+
+        async def ask(number: int, sampling: Sampling) -> None:
+            await debug_pool.sample(MANY[number], [sampling])
+            order.append(number)
+
+        ordinary = [asyncio.ensure_future(ask(number, LONG)) for number in range(len(MANY) - 1)]
+        await asyncio.sleep(0)
+        await ask(len(MANY) - 1, replace(LONG, n=1, urgent=True))
+        await asyncio.gather(*ordinary)
+        return order
+
+    order = run(story())
+    urgent = len(MANY) - 1
+    seats = debug_pool._settings.rollout.max_num_seqs
+    assert order.index(urgent) * LONG.n <= 2 * seats, "after those who had a seat, and those who share its forwards"
+    order.remove(urgent)
+    assert order == sorted(order), "the others are first come, first served"
 
 
 def test_the_pool_refuses_weights_that_differ_from_what_was_sent(publisher, run, tiny_model) -> None:
@@ -173,12 +234,16 @@ def test_nothing_is_sampled_between_sending_and_accepting(publisher, run, tiny_m
     accept, pool.accept = pool.accept, lambda shipment, fingerprint: None
     try:
         mark = publisher.publish(model)
-        with pytest.raises(StaleWeights, match="not yet confirmed"):
-            run(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
     finally:
         pool.accept = accept
-    pool.accept(publisher.shipment, mark)
-    run(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
+
+    async def story() -> Any:
+        asked = asyncio.ensure_future(pool.sample(PROMPTS[0], [Sampling(1, 4)]))
+        assert not (await asyncio.wait([asked], timeout=0.2))[0]
+        pool.accept(publisher.shipment, mark)
+        return await asked
+
+    assert run(story()).infos[0].versions == (publisher.version,)
 
 
 @pytest.mark.parametrize("which", ["publisher", "debug_publisher"])

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf.cluster.lives import Member
 from rlhf.engines.engine import Sampled
 from rlhf.engines.sampling import Sampling
 from rlhf.rollout import BadResponse, StaleWeights
 from rlhf.rollout.engine import RolloutEngine
-from rlhf.rollout.pool import require_fresh
-from rlhf.types import DATASET_VERSION, CompletionInfo, Prompt, Span
+from rlhf.transfer.versions import Attestation, Versions
+from rlhf.types import DATASET_VERSION, Prompt, Shipment, Span
 from tests.algorithms.tabular import settings_of
 
 PROMPT = Prompt("p", (1, 2), "p", pair=((3,), (4, 5)))
@@ -47,26 +48,45 @@ def test_a_response_without_a_version_is_refused() -> None:
         asyncio.run(engine().sample(PROMPT, [Sampling(1, 8)]))
 
 
-def info(*spans: Span) -> CompletionInfo:
-    return CompletionInfo(spans, "", 0.0, "stop")
+def versions() -> Versions:
+    """Of a pool whose one engine has taken the policy's versions 6 and 7."""
+    engine = Member(0)
+    made = Versions({engine: {}})
+    for version in (6, 7):
+        made.reopen({engine: 1})
+        made.joined(version - 5)
+        made.shipping(Shipment(version, "policy", ()))
+        made.attested({engine: Attestation(0, version, "f")})
+        made.accept(Shipment(version, "policy", ()), "f")
+    return made
 
 
 TOOL = Span(2, 4, DATASET_VERSION, by_policy=False, learned=False)
 
 
-def test_responses_of_the_present_weights_the_data_set_and_turns_of_others_are_accepted() -> None:
-    pair = info(Span(0, 3, DATASET_VERSION, by_policy=False))
-    require_fresh(0, [info(Span(0, 3, 7)), info(Span(0, 2, 7), TOOL, Span(4, 5, 7)), pair], 7)
+@pytest.mark.parametrize(
+    "spans",
+    [
+        (Span(0, 3, 7),),
+        (Span(0, 3, 6),),
+        (Span(0, 2, 6), TOOL, Span(4, 5, 7)),
+        (Span(0, 3, DATASET_VERSION, by_policy=False),),
+    ],
+)
+def test_accepted_weights_may_write_one_after_the_other(spans: tuple[Span, ...]) -> None:
+    versions().require_accepted(spans, begun=6)
 
 
-@pytest.mark.parametrize("version", [6, 8])
-def test_other_weights_are_refused(version: int) -> None:
-    with pytest.raises(StaleWeights, match=rf"engine 3 wrote with version \[{version}\], the policy is at 7"):
-        require_fresh(3, [info(Span(0, 3, 7)), info(Span(0, 3, version))], 7)
-
-
-def test_a_response_of_several_versions_is_refused() -> None:
-    with pytest.raises(
-        StaleWeights, match=r"was written by the weight versions \[6, 7\], but exactly one is possible here"
-    ):
-        require_fresh(0, [info(Span(0, 2, 6), TOOL, Span(4, 5, 7))], 7)
+@pytest.mark.parametrize(
+    ("spans", "begun"),
+    [
+        ((Span(0, 3, 8),), 6),  # does not exist yet
+        ((Span(0, 3, 3),), 0),  # was never published
+        ((Span(0, 3, 6),), 7),  # older than those that the engines held as it was asked for
+        ((Span(0, 2, 7), Span(2, 3, 6)), 6),
+        ((Span(0, 2, 7), TOOL, Span(4, 5, 6)), 6),
+    ],
+)
+def test_other_weights_are_refused(spans: tuple[Span, ...], begun: int) -> None:
+    with pytest.raises(StaleWeights, match="only weights that were accepted may write"):
+        versions().require_accepted(spans, begun)
