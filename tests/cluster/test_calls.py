@@ -51,10 +51,16 @@ class Doubling(Worker):
 
 
 class Slow:
-    """Never answers."""
+    """Never answers before it is woken."""
+
+    def __init__(self) -> None:
+        self.woken = asyncio.Event()
 
     async def wait(self) -> None:
-        await asyncio.Event().wait()
+        await self.woken.wait()
+
+    async def wake(self) -> None:
+        self.woken.set()
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.engine)])
@@ -93,6 +99,19 @@ def test_a_dead_actor_is_reported_at_once(scratch_runtime: Runtime, run: Callabl
     assert run(worker.ask(Worker.add, deadline=60)(1)) == 1
     with pytest.raises(ActorDied, match="mortal died while the driver waited for its die"):
         run(worker.ask(Worker.die, deadline=60)())
+
+
+@pytest.mark.engine
+def test_an_actor_hears_more_while_it_works_on_thousands_of_calls(scratch_runtime: Runtime, run: Callable) -> None:
+    slow = scratch_runtime.start("slow", Slow)()
+
+    async def use() -> None:
+        waiting = [asyncio.ensure_future(slow.ask(Slow.wait, deadline=120)()) for _ in range(3000)]
+        await asyncio.sleep(0)
+        await slow.ask(Slow.wake, deadline=60)()
+        await asyncio.gather(*waiting)
+
+    run(use())
 
 
 @pytest.mark.engine

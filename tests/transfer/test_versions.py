@@ -140,13 +140,16 @@ class World(RuleBasedStateMachine):
             shipment = Shipment(shipment.version + 1, shipment.slot, ())
         elif wrong == "slot":
             shipment = Shipment(shipment.version, SLOTS[shipment.slot == "policy"], ())
+        failures = self.versions.failures
         try:
             self.versions.accept(shipment, fingerprint)
         except StaleWeights:
+            assert self.versions.failures == failures + 1 and not self.versions.publishing
             if shipment.slot in self.slots:
                 assert not any(self.versions.may_sample(member) for member in self.bytes)
         else:
             assert wrong == "no"
+            assert self.versions.failures == failures and not self.versions.publishing
             assert self.versions.version == shipment.version
 
     @rule()
@@ -177,6 +180,7 @@ class World(RuleBasedStateMachine):
         for member in self.version:
             if self.versions.may_sample(member):
                 assert self.bytes[member] == self.sent
+                assert not self.versions.publishing
 
 
 World.TestCase.settings = settings(max_examples=150, stateful_step_count=30)
