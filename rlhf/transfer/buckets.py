@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from rlhf.transfer.fingerprint import as_bytes
 from rlhf.types import WeightSpec
 
 BUCKET_BYTES = 128 * 2**20
-"""What either end holds of the weights on their way, whatever the back end; the planner counts it."""
+"""The most that the sender holds of the weights on their way, whatever the back end; the planner counts it."""
 _ALIGN = 16  # bytes; any dtype may start here
 
 
@@ -52,34 +53,52 @@ class Bucket:
         return named
 
 
-def filled(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], buffer: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buckets in which these tensors leave: the first tensor's name and the bytes, as `plan` foresees them.
+class Piece(NamedTuple):
+    """What travels at once: a bucket, or a part of one that is a single tensor larger than others.
 
-    Each tensor is copied before the next one is asked for, except one that is larger than a bucket: it is a bucket by itself, and is
-    handed on as it is. So a bucket must have left before the next one is asked for.
+    Attributes:
+        first: name of the bucket's first tensor.
+        size: of the bucket, in bytes.
+        data: uint8 [n].
+    """
+
+    first: str
+    size: int
+    data: torch.Tensor
+
+
+def filled(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], capacity: int, buffers: Iterator[torch.Tensor]
+) -> Iterator[Piece]:
+    """The pieces in which these tensors leave: the buckets that `plan` foresees, cut by `pieces`.
+
+    Each tensor is copied before the next one is asked for.
 
     Args:
-        buffer: uint8 [capacity], where each bucket is put together.
+        buffers: asked once for the memory of each piece, uint8 [capacity], after the piece before was handed on.
     """
-    placement, current, end, first = Placement(len(buffer)), 0, 0, ""
+    placement, buffer, end, first = Placement(capacity), None, 0, ""
     for name, tensor in named_tensors:
         data = as_bytes(tensor)
-        bucket, start = placement.place(data.numel())
-        if bucket != current:
-            if end:
-                yield first, buffer[:end]
-            current, end = bucket, 0
+        _, start = placement.place(data.numel())
         if start == 0:
-            first = name
-        if data.numel() > len(buffer):
-            yield first, data
-        else:
+            if buffer is not None:
+                yield Piece(first, end, buffer[:end])
+            buffer, first = None, name
+        if data.numel() > capacity:
+            for part in pieces(data, capacity):
+                yield Piece(name, data.numel(), next(buffers)[: part.numel()].copy_(part))
+        elif start + data.numel() > 0:
             end = start + data.numel()
+            buffer = next(buffers) if buffer is None else buffer
             buffer[start:end].copy_(data)
-    if end:
-        yield first, buffer[:end]
+    if buffer is not None:
+        yield Piece(first, end, buffer[:end])
+
+
+def pieces(bucket: torch.Tensor, capacity: int) -> Sequence[torch.Tensor]:
+    """Views of a bucket, uint8 [n], each of which travels by itself. Of nothing, none."""
+    return bucket.split(capacity) if bucket.numel() else ()
 
 
 def spec_bytes(spec: WeightSpec) -> int:

@@ -2,24 +2,32 @@
 
 Before each bucket all ends agree on its length, and any end may give up there. So ends that differ, or an end that
 fails, stop all others at once and with words, instead of leaving them to wait for the timeout.
+
+While one bucket travels, in gloo's own threads, the sender fills the next one and the receivers load the one before. All ends agree on the
+next bucket only after that, so no end is ever more than one bucket ahead of the slowest.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import cycle
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rlhf.cluster.network import open_store
-from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
+from rlhf.transfer.buckets import BUCKET_BYTES, Bucket, filled, pieces, plan
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.session import TransferFailed, TransferSession, local_address_towards
 from rlhf.types import Shipment, WeightSpec
 
+CAPACITY = BUCKET_BYTES // 8
+"""Of a bucket, in bytes: small enough to stay in a processor's cache from being written to being read."""
 _END = 0  # in place of a bucket's length
 
 
@@ -51,12 +59,12 @@ def join(session: TransferSession, rank: int) -> dist.ProcessGroup:
 class GlooSender:
     """The trainer's end (rank 0)."""
 
-    def __init__(self, session: TransferSession, capacity: int = BUCKET_BYTES):
+    def __init__(self, session: TransferSession, capacity: int = CAPACITY):
         self._group = join(session, rank=0)
         self._capacity = capacity
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str:
-        """Broadcast the tensors; each is copied before the next one is asked for. Returns their fingerprint.
+        """Broadcast the tensors; each is read and copied before the next one is asked for. Returns their fingerprint.
 
         Raises:
             TransferFailed: a worker was lost, failed, expected something else, or was too slow for the session's
@@ -69,13 +77,25 @@ class GlooSender:
         return total.hexdigest()
 
     def _send_buckets(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        buffer = torch.empty(self._capacity, dtype=torch.uint8)
-        for first, bucket in filled(named_tensors, buffer):
-            self._send(bucket.cpu(), first)
+        under_way: deque[_Travelling] = deque()
+        left = (
+            0  # bytes of a bucket that has begun; nothing fails before its end, as the fingerprint has read all of it
+        )
+        for piece in filled(named_tensors, self._capacity, self._free_buffers(under_way)):
+            if left == 0:
+                _agree(self._group, piece.size, piece.first)
+                left = piece.size
+            left -= piece.data.numel()
+            under_way.append(_Travelling(self._group.broadcast(piece.data, 0), piece.first))
+        for travelling in under_way:
+            travelling.finish()
 
-    def _send(self, bucket: torch.Tensor, first: str) -> None:
-        _agree(self._group, bucket.numel(), first)
-        _finish(self._group.broadcast(bucket, 0), first)
+    def _free_buffers(self, under_way: deque[_Travelling]) -> Iterator[torch.Tensor]:
+        """Two in turn, each when what it held has left."""
+        for buffer in cycle([torch.empty(self._capacity, dtype=torch.uint8) for _ in range(2)]):
+            if len(under_way) == 2:
+                under_way.popleft().finish()
+            yield buffer
 
     def close(self) -> None:
         """Leave the group."""
@@ -86,21 +106,60 @@ def receive(
     group: dist.ProcessGroup,
     specs: Sequence[WeightSpec],
     load: Callable[[list[tuple[str, torch.Tensor]]], Any],
-    capacity: int = BUCKET_BYTES,
+    capacity: int = CAPACITY,
 ) -> None:
     """A worker's end: gives the announced tensors to `load`, one bucket at a time, as views of a buffer of their own.
+
+    The bucket after arrives meanwhile.
 
     Raises:
         TransferFailed: another end was lost or gave up, or the sender sent something other than what was announced.
     """
-    for bucket in plan(specs, capacity):
-        first = bucket.parts[0][0].name
-        _agree(group, bucket.size, first)
-        buffer = torch.empty(bucket.size, dtype=torch.uint8)
-        _finish(group.broadcast(buffer, 0), first)
-        with _others_told(group):
-            load(bucket.unpack(buffer))
+    with _others_told(group):
+        waiting: _Arrival | None = None
+        for bucket in plan(specs, capacity):
+            following = _Arrival.begin(group, bucket, capacity)
+            if waiting is not None:
+                load(waiting.tensors())
+            waiting = following
+        if waiting is not None:
+            load(waiting.tensors())
     _agree(group, _END, "the end")
+
+
+@dataclass(frozen=True)
+class _Travelling:
+    """A piece under way; its memory is gloo's until it has finished."""
+
+    work: dist.Work
+    place: str
+
+    def finish(self) -> None:
+        _finish(self.work, self.place)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A bucket on its way to this end."""
+
+    bucket: Bucket
+    buffer: torch.Tensor
+    pieces: list[_Travelling]
+
+    @classmethod
+    def begin(cls, group: dist.ProcessGroup, bucket: Bucket, capacity: int) -> _Arrival:
+        place = bucket.parts[0][0].name
+        buffer = torch.empty(bucket.size, dtype=torch.uint8)
+        if bucket.size:
+            _agree(group, bucket.size, place)
+        parts = pieces(buffer, capacity)
+        return cls(bucket, buffer, [_Travelling(group.broadcast(part, 0), place) for part in parts])
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """What has arrived, when it has."""
+        for piece in self.pieces:
+            piece.finish()
+        return self.bucket.unpack(self.buffer)
 
 
 def _agree(group: dist.ProcessGroup, size: int, place: str, give_up: bool = False) -> None:

@@ -10,6 +10,7 @@ The protocol is tested without a GPU, over the memory of one process; `CudaMemor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -131,12 +132,9 @@ class IpcSender:
         buffer, number = torch.empty(capacity, dtype=torch.uint8, device=self._memory.device), 0
         for worker in self._workers:
             self._board.post(self._key(worker, "buffer"), self._memory.share(buffer))
-        for first, bucket in filled(named_tensors, buffer):
-            for piece in bucket.split(capacity):
-                if piece.data_ptr() != buffer.data_ptr():  # of a tensor larger than the buffer
-                    piece = buffer[: len(piece)].copy_(piece)
-                self._hand_over(number, len(piece), first)
-                number += 1
+        for piece in filled(named_tensors, capacity, repeat(buffer)):
+            self._hand_over(number, len(piece.data), piece.first)
+            number += 1
         for worker in self._workers:
             self._board.post(self._key(worker, number), [_END, "the end"])
         for worker in self._workers:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
 
 from rlhf.transfer.board import Board
-from rlhf.transfer.buckets import BUCKET_BYTES, filled, plan
+from rlhf.transfer.buckets import BUCKET_BYTES, filled, pieces, plan
 from rlhf.transfer.fingerprint import Fingerprint
 from rlhf.transfer.session import TransferFailed, TransferSession
 from rlhf.types import Shipment, WeightSpec
@@ -72,10 +73,9 @@ class NcclGroup:
         total = Fingerprint(shipment.slot)
         with self._whole_round():
             buffer, number = torch.empty(self._capacity, dtype=torch.uint8, device=self._device), 0
-            for first, bucket in filled(total.watch(named_tensors), buffer):
-                self._board.post(self._key(number), [bucket.numel(), first])
-                # Offloaded weights that are too large for the buffer are still on the host.
-                self._broadcast(bucket.to(self._device), first)
+            for piece in filled(total.watch(named_tensors), self._capacity, repeat(buffer)):
+                self._board.post(self._key(number), [piece.data.numel(), piece.first])
+                self._broadcast(piece.data, piece.first)
                 number += 1
             self._board.post(self._key(number), [_END, "the end"])
         self._board.remove(self._read)  # all ends have finished the round before
@@ -85,13 +85,15 @@ class NcclGroup:
     def receive(self, specs: Sequence[WeightSpec], load: Callable[[list[tuple[str, torch.Tensor]]], Any]) -> None:
         """Give the announced tensors to `load`, one bucket at a time, as views of a buffer of their own."""
         with self._whole_round():
-            buckets = plan(specs, self._capacity)
-            for number, bucket in enumerate(buckets):
-                self._expect(number, bucket.size)
+            number = 0
+            for bucket in plan(specs, self._capacity):
                 buffer = torch.empty(bucket.size, dtype=torch.uint8, device=self._device)
-                self._broadcast(buffer, bucket.parts[0][0].name)
+                for part in pieces(buffer, self._capacity):
+                    self._expect(number, part.numel())
+                    self._broadcast(part, bucket.parts[0][0].name)
+                    number += 1
                 load(bucket.unpack(buffer))
-            self._expect(len(buckets), _END)
+            self._expect(number, _END)
 
     def _expect(self, number: int, size: int) -> None:
         sent, first = self._board.read(self._key(number))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.transfer.fingerprint import BLOCK, Fingerprint, block_sums, block_weights, fingerprint
+from rlhf.transfer.fingerprint import BLOCK, Fingerprint, block_products, block_sums, block_weights, fingerprint
 
 
 def tensors(n: int = 1000) -> list[tuple[str, torch.Tensor]]:
@@ -79,6 +79,7 @@ def test_blocks_together_have_the_sums_of_blocks_alone(words: int) -> None:
         int((values[start : start + BLOCK] * block_weights(values.device)[: words - start]).sum())
         for start in range(0, words, BLOCK)
     ]
+    assert block_products(values).tolist() == expected
     for at_once in (1, 2, 64):
         assert block_sums(values, at_once).tolist() == expected
 
