@@ -26,7 +26,7 @@ ROWS = (32, 8)
 Sequences = list[tuple[list[int], list[int]]]  # prompt and response token ids
 
 
-def generate(model: str, prompts: list[list[int]]) -> tuple[float, float, Sequences]:
+def generate(model: str, prompts: list[list[int]], max_tokens: int) -> tuple[float, float, Sequences]:
     """Median seconds and mean response tokens of a step's generation in a warm engine, and the last responses."""
     from vllm import LLM, SamplingParams
 
@@ -38,7 +38,7 @@ def generate(model: str, prompts: list[list[int]]) -> tuple[float, float, Sequen
         settings = [
             SamplingParams(
                 n=workload.SAMPLES_PER_PROMPT,
-                max_tokens=workload.MAX_TOKENS,
+                max_tokens=max_tokens,
                 temperature=1.0,
                 seed=repeat * len(prompts) + i,
             )
@@ -133,15 +133,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--prompts-per-step", type=int, required=True)
+    parser.add_argument("--max-tokens", type=int, required=True)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )
-        for text in workload.read_prompts(args.prompts)[-workload.PROMPTS_PER_STEP :]
+        for text in workload.read_prompts(args.prompts)[-args.prompts_per_step :]
     ]
-    generating, tokens, sequences = generate(args.model, prompts)
+    generating, tokens, sequences = generate(args.model, prompts, args.max_tokens)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     workload.report(parts={"generate": generating} | train(args.model, sequences, pad), tokens=tokens)

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import workload
-from online_dpo_vs_trl import child, describe, median_seconds, run_rlhf, setting, spread
+from online_dpo_vs_trl import add_work, all_steps, child, describe, median_seconds, run_rlhf, setting, spread
 
 from rlhf.data.assets import resolve
 
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each side in a round (default: 5)")
     parser.add_argument("--debug", action="store_true", help="in one process (`rlhf train --debug`), not in Ray")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="settings of both sides")
+    add_work(parser)
     parser.set_defaults(trl_autocast=False)  # for the setting that is written down
     args = parser.parse_args()
     pythons = {"before": args.before, "after": sys.executable}
@@ -37,7 +38,7 @@ def main() -> None:
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
-        workload.write_prompts(source, prompts, workload.WARMUP_STEPS + args.steps)
+        workload.write_prompts(source, prompts, all_steps(args) * args.prompts_per_step)
         for number in range(1, args.rounds + 1):
             found = {}
             for side in ("before", "after") if number % 2 else ("after", "before"):

@@ -49,10 +49,13 @@ class Stopwatch(TrainerCallback):
 
 
 def main() -> None:
-    """Run as many steps as the prompts last."""
+    """Run the steps, each on the next prompts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--prompts-per-step", type=int, required=True)
+    parser.add_argument("--max-tokens", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--autocast", action="store_true", help="TRL's own bf16 switch, on top of bf16 weights")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -62,10 +65,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = OnlineDPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=workload.PROMPTS_PER_STEP,
+            per_device_train_batch_size=args.prompts_per_step,
             gradient_accumulation_steps=1,
-            max_steps=len(prompts) // workload.PROMPTS_PER_STEP,
-            max_new_tokens=workload.MAX_TOKENS,
+            max_steps=args.steps,
+            max_new_tokens=args.max_tokens,
             temperature=1.0,
             top_k=0,
             beta=workload.BETA,

@@ -35,16 +35,16 @@ class Step:
     tokens: int
 
 
-def write_prompts(source: Path, target: Path, steps: int) -> None:
-    """Copy the prompts that `steps` steps need, each one once.
+def write_prompts(source: Path, target: Path, count: int) -> None:
+    """Copy so many prompts, each one once.
 
     Raises:
         ValueError: the source has too few different prompts.
     """
     texts = dict.fromkeys(json.loads(line)["prompt"] for line in source.read_text(encoding="utf-8").splitlines())
-    wanted = list(texts)[: steps * PROMPTS_PER_STEP]
-    if len(wanted) < steps * PROMPTS_PER_STEP:
-        raise ValueError(f"{source} has {len(wanted)} different prompts, {steps} steps need {steps * PROMPTS_PER_STEP}")
+    wanted = list(texts)[:count]
+    if len(wanted) < count:
+        raise ValueError(f"{source} has {len(wanted)} different prompts, and {count} are needed")
     target.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in wanted), encoding="utf-8")
 
 
