@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="paired repetitions (default: 2)")
     parser.add_argument("--steps", type=int, default=6, help="counted steps of each side in a round (default: 6)")
     parser.add_argument(
-        "--staleness", type=int, nargs="+", default=[1], help="bounds to compare with the synchronous loop (default: 1)"
+        "--staleness", type=int, nargs="*", default=[1], help="bounds to compare with the synchronous loop (default: 1)"
     )
     parser.add_argument("--prompts-per-step", type=int, default=8)
     parser.add_argument("--samples", type=int, default=4, help="of each prompt, two of which are learned from")
