@@ -7,6 +7,7 @@ one fail or never answer.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,19 @@ class Rollouts:
         self.stage.on_devices.add("engines")
 
 
+class Jumbled(Rollouts):
+    """Engines that answer in an order of chance."""
+
+    def __init__(self, *args: Any, rng: random.Random):
+        super().__init__(*args)
+        self._rng = rng
+
+    async def sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False) -> Rollout:
+        for _ in range(self._rng.randrange(30)):
+            await asyncio.sleep(0)
+        return await super().sample(prompt, samplings, with_pair)
+
+
 class Rewards:
     """Judges by a function."""
 
@@ -236,6 +250,13 @@ class Lines:
 
     def timing(self, timing: Timing) -> None:
         self.timings.append(timing)
+
+
+def jumbled(loop: OnlineLoop, seed: int) -> OnlineLoop:
+    """The loop with responses that arrive in an order that the seed gives."""
+    roles = loop.roles
+    loop.roles = Roles(roles.policy, Jumbled(roles.policy.stage, rng=random.Random(seed)), roles.rewards, roles.turns)
+    return loop
 
 
 async def steps(loop: OnlineLoop, count: int = 1) -> list[list[JudgedRollout]]:

@@ -11,31 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.engines.sampling import Sampling
 from rlhf.loop.keeping import taken_of
 from rlhf.loop.online import OnlineLoop
 from rlhf.loop.replay import RecordedRewards, RecordedRollouts, Recording, ReplayError
 from rlhf.loop.roles import Roles
 from rlhf.tracking.responses import Taken, TakenPrompt
-from rlhf.types import Failed, Outcome, Prompt, Rollout, Score
-from tests.loop.fakes import Rollouts, make_loop, steps
+from rlhf.types import Failed, Outcome, Rollout, Score
+from tests.loop.fakes import jumbled, make_loop, steps
 
 STEPS = 4
 PROMPTS = 40
 UNRECORDED = ("time/", "throughput/", "loop/ready")
-
-
-class Jumbled(Rollouts):
-    """Engines that answer in an order of chance."""
-
-    def __init__(self, *args: Any, rng: random.Random):
-        super().__init__(*args)
-        self._rng = rng
-
-    async def sample(self, prompt: Prompt, samplings: Sequence[Sampling], with_pair: bool = False) -> Rollout:
-        for _ in range(self._rng.randrange(30)):
-            await asyncio.sleep(0)
-        return await super().sample(prompt, samplings, with_pair)
 
 
 def chance(rollout: Rollout) -> list[Outcome]:
@@ -47,14 +33,6 @@ def chance(rollout: Rollout) -> list[Outcome]:
 
 def loop_of(**options: Any) -> OnlineLoop:
     return make_loop(chance, PROMPTS, **options)
-
-
-def jumbled(seed: int, **options: Any) -> OnlineLoop:
-    """A loop whose responses arrive in an order that the seed gives."""
-    loop = loop_of(**options)
-    roles = loop.roles
-    loop.roles = Roles(roles.policy, Jumbled(roles.policy.stage, rng=random.Random(seed)), roles.rewards)
-    return loop
 
 
 def recorded(took: Sequence[Sequence[Taken]]) -> Recording:
@@ -94,7 +72,7 @@ def learned(loop: OnlineLoop) -> Any:
     budget=st.integers(4, 16),
     normalised=st.booleans(),
 )
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_any_order_of_arrival_is_replayed(
     seed: int, staleness: int, stream: str, refill: int, updates: int, budget: int, normalised: bool
 ) -> None:
@@ -106,7 +84,7 @@ def test_any_order_of_arrival_is_replayed(
         "policy": {"micro_batch_tokens": budget},
         "reward": {"max_failed_fraction": 1.0, "transforms": [{"name": "normalise"}] if normalised else []},
     }  # fmt: skip
-    loop = jumbled(seed, **sections)
+    loop = jumbled(loop_of(**sections), seed)
     took = take(loop)
     again = replay(loop_of(**sections), recorded(took))
     assert repr(take(again)) == repr(took), "it can be recorded and replayed in its turn"
@@ -114,7 +92,10 @@ def test_any_order_of_arrival_is_replayed(
 
 
 def test_without_a_recording_the_order_of_arrival_makes_other_pieces() -> None:
-    loops = [jumbled(seed, loop={"steps": STEPS, "staleness": 2}, policy={"micro_batch_tokens": 8}) for seed in (1, 2)]
+    loops = [
+        jumbled(loop_of(loop={"steps": STEPS, "staleness": 2}, policy={"micro_batch_tokens": 8}), seed)
+        for seed in (1, 2)
+    ]
     took = [take(loop) for loop in loops]
     assert loops[0].roles.policy.pieces != loops[1].roles.policy.pieces
     for one, other in zip(*took, strict=True):
@@ -139,7 +120,7 @@ def test_more_prompts_than_were_recorded_are_refused() -> None:
 
 @pytest.mark.parametrize("stream", ["always", "never"])
 def test_a_step_that_takes_them_in_another_order_is_refused(stream: str) -> None:
-    took = take(jumbled(1, loop={"stream": "always"}), 1)
+    took = take(jumbled(loop_of(loop={"stream": "always"}), 1), 1)
     recording = recorded(took)
     loop = loop_of(loop={"stream": stream})
     (judged,) = asyncio.run(steps(replay(loop, recording)))
