@@ -42,7 +42,14 @@ def test_train_takes_overrides_before_and_after_options(calls: list) -> None:
     ((settings,), options) = calls[0]
     assert isinstance(settings, Settings)
     assert (settings.loop.steps, settings.run.seed) == (4, 9)
-    assert options == {"debug": True, "resume": False}
+    assert options == {"debug": True, "resume": False, "replay": None}
+
+
+def test_a_replay_begins_with_the_first_step(calls: list, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", TINY, "--replay", "runs/recorded"]) == 0
+    assert calls[0][1]["replay"] == "runs/recorded"
+    assert main(["train", TINY, "--replay", "runs/recorded", "--resume"]) == 2
+    assert "begins with the first step" in capsys.readouterr().err
 
 
 def test_eval_and_generate_reach_the_loop(calls: list) -> None:
