@@ -7,6 +7,7 @@ is used it is tried on two conversations (`Renderer.check`). Knows nothing of fi
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -242,6 +243,10 @@ def _try(
     prompt: bool,
 ) -> None:
     """Render conversations, each with its place for messages, within bounds; the first two must give different texts."""
+    asked = [tokenizer.chat_template, tokenizer.special_tokens_map, conversations, dict(arguments), prompt]
+    trial_of = json.dumps(asked, sort_keys=True, default=str)
+    if trial_of in _WENT_WELL:
+        return
     what, remedy = f"{where}: the chat template of {_name(tokenizer)}", "Correct the template, or use another model."
 
     def trial() -> list[str]:
@@ -253,6 +258,11 @@ def _try(
             f"{what} gives the same text for different conversations, so the model would not see what is said. Correct the template, or "
             "set data.chat_template=false if it is the policy's."
         )
+    _WENT_WELL.add(trial_of)
+
+
+_WENT_WELL: set[str] = set()
+"""Trials of this process, each of which takes a fork: a run's prompts, held-out prompts and model ask for the same one."""
 
 
 def renderer(tokenizer: Any, settings: DataSettings) -> Renderer:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -65,13 +63,6 @@ READERS = {
     "preferences": read_data,
     "canaries": load_canaries,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def template_tried_here() -> Iterator[None]:
-    """The chat template is ours and ends; the process of its own in which it is tried would be most of the work of each example."""
-    with mock.patch("rlhf.data.rendering.bounded", lambda render, what, remedy: render()):
-        yield
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -16,6 +16,7 @@ from rlhf.commands.evaluate import held_out_prompts
 from rlhf.config import Settings
 from rlhf.config.data import DataSettings
 from rlhf.config.sft import SftDataSettings
+from rlhf.data import rendering, template_trial
 from rlhf.data.conversations import read_conversations
 from rlhf.data.errors import DataError
 from rlhf.data.prompts import load_prompts
@@ -187,10 +188,34 @@ def test_a_response_that_holds_its_end_is_refused(tmp_path: Path) -> None:
     ids=["system", "system-prompt", "alternate", "syntax", "type", "recursion", "endless", "deaf", "named", "none"],
 )
 def test_what_a_template_does_is_said_with_place_and_remedy(
-    tmp_path: Path, template: Any, rows: list[dict[str, Any]], data: dict[str, Any], says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: Any,
+    rows: list[dict[str, Any]],
+    data: dict[str, Any],
+    says: str,
 ) -> None:
+    monkeypatch.setattr(template_trial, "CPU_SECONDS", 1)  # the endless one takes all of them
     with pytest.raises(DataError, match=says):
         load(tmp_path, tokenizer_with(template), {"prompt": "fine"}, *rows, **data)
+
+
+def test_a_template_that_went_well_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, bounded = [], rendering.bounded
+    monkeypatch.setattr(rendering, "bounded", lambda *args: tried.append(1) or bounded(*args))
+    row, own = {"prompt": "q"}, f"{PLAIN}{{# {tmp_path} #}}"
+    for _ in range(2):
+        load(tmp_path, tokenizer_with(own), row)
+    assert len(tried) == 1
+    load(tmp_path, tokenizer_with(own), row, system_prompt="s")
+    load(tmp_path, tokenizer_with(own), row, template_arguments={"x": 1})
+    load(tmp_path, tokenizer_with(own + " "), row)
+    load(tmp_path, tokenizer_with(own, bos=True), row)
+    assert len(tried) == 5
+    for _ in range(2):
+        with pytest.raises(DataError, match="same text for different conversations"):
+            load(tmp_path, tokenizer_with("<|user|>"), row)
+    assert len(tried) == 7
 
 
 def test_examples_are_refused_in_the_same_way(tmp_path: Path) -> None:

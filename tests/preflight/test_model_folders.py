@@ -161,8 +161,15 @@ HARMS: dict[str, tuple[Harm, str]] = {
 @pytest.mark.parametrize("role", ["policy", "reward"])
 @pytest.mark.parametrize("kind", HARMS)
 def test_a_folder_that_is_not_whole_is_refused(
-    kind: str, role: str, tiny_model: Path, judge: Path, tmp_path: Path, dry_run: Callable[..., Any]
+    kind: str,
+    role: str,
+    tiny_model: Path,
+    judge: Path,
+    tmp_path: Path,
+    dry_run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("rlhf.data.template_trial.CPU_SECONDS", 1)  # the template that loops takes all of them
     harm, words = HARMS[kind]
     shutil.copytree(tiny_model if role == "policy" else judge, tmp_path / "model")
     harm(tmp_path / "model")
