@@ -59,7 +59,7 @@ def advantages(
     Args:
         rewards: R of each response, [R].
         kl_coef: present factor on the KL in the reward.
-        logratio: lr of each token under the policy that wrote it, [N]; only needed if the KL counts in the reward.
+        logratio: lr of each token under the policy as the step starts, [N]; only needed if the KL counts in the reward.
         values: the critic's V_t, [N]: the value of the state before token t; only with a critic.
 
     Raises:

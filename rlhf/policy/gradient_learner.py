@@ -1,8 +1,8 @@
 """Learning from rewards: the policy-gradient loss of algorithms/policy_gradient.py on one rank's micro-batches.
 
 Every piece is looked at as it arrives: the reference's log-probs, the critic's values and, where needed, the policy's own log-probs,
-all under the weights that wrote the responses. Advantages follow from these, and stay as they are through all epochs and updates of
-the loop step. All log-probs are at the sampling temperature.
+all under the weights that the step starts from; importance weights make up for tokens that older weights wrote. Advantages follow from
+these, and stay as they are through all epochs and updates of the loop step. All log-probs are at the sampling temperature.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MicroBatchTargets:
 
     Attributes:
         reference: log ref.
-        old: log pi of the weights that wrote the responses. If the only visit is under these weights, it brings them along.
+        old: log pi of the weights that the step starts from. If the only visit is under these weights, it brings them along.
         weights: importance weights of the policy term; known with `old`.
         values: the critic's old values.
         learned: whether a token has a loss; None in an idle micro-batch.
@@ -76,7 +76,9 @@ class GradientLearner:
         self.trainers = {"policy": policy} | ({} if critic is None else {"critic": critic})
 
     def begin(self, step: StepContext) -> None:
-        """Start a loop step."""
+        """Start a loop step. Of one that was given up nothing is left."""
+        for trainer in self.trainers.values():
+            trainer.discard()
         self._step = step
         self._updates: dict[int, PendingUpdate[MicroBatchTargets]] = {}
         self._meters: list[Meters] = []

@@ -86,7 +86,7 @@ class Learner(Protocol):
     trainers: dict[str, Trainer]
 
     def begin(self, step: StepContext) -> None:
-        """Start a loop step; the one before is finished."""
+        """Start a loop step. Of one before that was given up nothing is left: no piece, no target, no gradient."""
         ...
 
     def accumulate(self, batch: RankBatch[Experience]) -> None:

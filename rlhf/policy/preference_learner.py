@@ -29,7 +29,9 @@ class PreferenceLearner:
         self.trainers = {"policy": policy}
 
     def begin(self, step: StepContext) -> None:
-        """Start a loop step."""
+        """Start a loop step. Of one that was given up nothing is left."""
+        for trainer in self.trainers.values():
+            trainer.discard()
         self._version, self._equal = step.version, step.equal and self.settings.run.invariants
         self._updates: dict[int, PendingUpdate[torch.Tensor]] = {}
         self._meters: list[Meters] = []

@@ -1,6 +1,7 @@
 """DeepSpeed behind one protocol: `PlacedModel`, a module on this rank's device that computes, and `Trainer`, one that learns too.
 
-With its siblings `deepspeed_zero3` (partitioned parameters), `deepspeed_masters` and `deepspeed_files` the only place that knows DeepSpeed.
+With its siblings `deepspeed_zero3` (partitioned parameters), `deepspeed_gradients`, `deepspeed_masters` and `deepspeed_files` the only
+place that knows DeepSpeed.
 
 The caller owns the accumulation boundary: any number of `backward` calls, then one `step`. DeepSpeed averages gradients over
 ranks; `Trainer.backward` undoes that, so that a loss that is a sum over ranks stays a sum. What makes a mean of it is given to `step`:
@@ -22,6 +23,7 @@ from torch import nn
 from rlhf.config.policy import PolicySettings
 from rlhf.training.attention import avoid_plans_per_shape
 from rlhf.training.deepspeed_files import PlainCheckpointEngine
+from rlhf.training.deepspeed_gradients import discard_gradients
 from rlhf.training.deepspeed_masters import masters, set_masters
 from rlhf.training.deepspeed_zero3 import Sharding, is_partitioned, local_shard, partition, rank_device, whole_numel
 from rlhf.training.offloading import Offloading
@@ -167,6 +169,7 @@ class Trainer:
         self.ranks = torch.distributed.get_world_size()
         self._offloading = Offloading()
         self._norm = 0.0
+        self._accumulated = False  # since the last step
         self._max_grad_norm = settings.max_grad_norm
         # Without ZeRO in fp32 DeepSpeed clips but does not keep the norm.
         self.engine.clip_fp32_gradients = self._clip
@@ -198,7 +201,14 @@ class Trainer:
             raise TrainingDiverged(
                 f"the loss is {loss.item()}; no update was made. Lower policy.learning_rate or look at the rewards."
             )
+        self._accumulated = True
         self.engine.backward(loss * self.ranks)
+
+    def discard(self) -> None:
+        """Forget the gradient accumulated since the last step, of a step that was given up between two `backward` calls. Not collective."""
+        if self._accumulated:
+            discard_gradients(self.engine)
+            self._accumulated = False
 
     def step(self, normaliser: float = 1.0) -> tuple[float, float]:
         """Divide the accumulated gradient, clip it and apply it; returns (gradient norm before clipping, learning rate used).
@@ -211,6 +221,7 @@ class Trainer:
         """
         rate = self.engine.get_lr()[0]
         norm = self._divided_step(float(normaliser))
+        self._accumulated = False
         if not math.isfinite(norm):
             raise TrainingDiverged(
                 f"the gradient norm is {norm}. Lower policy.learning_rate or look at the last samples."

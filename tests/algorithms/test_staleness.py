@@ -32,12 +32,24 @@ def bare_gradient(correction: str, name: str = "reinforce_pp", **fields: Any) ->
 
 
 @pytest.mark.parametrize("staleness", [1, 4])
-def test_with_correction_a_policy_gradient_goes_the_very_same_way(staleness: int) -> None:
+@pytest.mark.parametrize(("name", "fields"), [("reinforce_pp", {"whiten": False}), ("rloo", {}), ("dr_grpo", {})])
+def test_with_correction_a_policy_gradient_goes_the_very_same_way(
+    name: str, fields: dict[str, Any], staleness: int
+) -> None:
     """For a response of one token E_mu[w grad log pi A] = E_pi[grad log pi A] while no weight is clamped."""
-    world = bare_gradient("tis", whiten=False)
+    kl = {} if name == "dr_grpo" else {"kl_coef": BETA}
+    world = World(declared(name, samples_per_prompt=2, **kl, **fields), REWARDS)
+    rate = 2.0 * world.algorithm.objective.max_tokens if name == "dr_grpo" else 2.0
     for steps in (1, 3, 6, 12):
-        assert distance(world.learn(steps, 2.0, staleness=staleness), world.learn(steps, 2.0)) < 1e-9
-    assert distance(world.learn(120, 2.0, staleness=staleness), OPTIMUM) < 1e-6
+        assert distance(world.learn(steps, rate, staleness=staleness), world.learn(steps, rate)) < 1e-9
+    if kl:
+        assert distance(world.learn(120, rate, staleness=staleness), OPTIMUM) < 1e-6
+
+
+def test_a_spread_is_that_of_the_older_policys_group() -> None:
+    """With two responses the advantage is the sign of their difference: a response is compared with what the older policy writes."""
+    world = World(declared("cispo", samples_per_prompt=2), REWARDS)
+    assert distance(world.learn(6, 1.0, staleness=1), world.learn(6, 1.0)) > 0.005
 
 
 @pytest.mark.parametrize(("staleness", "off"), [(1, 0.68), (4, 0.37)])

@@ -22,13 +22,14 @@ from rlhf.algorithms import Contrast, Critic, PolicyGradient, Preference
 from rlhf.algorithms.algorithm import Objective
 from rlhf.cluster import LocalRef
 from rlhf.config import Settings
+from rlhf.policy import gradient_learner, preference_learner
 from rlhf.policy.gradient_learner import GradientLearner
-from rlhf.policy.learner import Learner, StepContext
+from rlhf.policy.learner import InvariantBroken, Learner, StepContext, require_equal
 from rlhf.policy.meters import means
 from rlhf.policy.preference_learner import PreferenceLearner
 from rlhf.training.balance import plan_updates
 from rlhf.training.packing import Experience, idle, pack
-from rlhf.types import Assignment, Completion, Counts, Prompt, RankBatch, Rollout, TrainingItem
+from rlhf.types import Assignment, Completion, Counts, Prompt, RankBatch, Rollout, Span, TrainingItem
 
 CPU = torch.device("cpu")
 VOCABULARY = 12
@@ -87,6 +88,9 @@ class TableTrainer:
         self.backwards += 1
         loss.backward()
 
+    def discard(self) -> None:
+        self.table.grad = None
+
     def step(self, normaliser: float) -> tuple[float, float]:
         self.steps += 1
         gradient = self.table.grad / normaliser
@@ -101,6 +105,12 @@ def logprobs(table: torch.Tensor, experience: Experience) -> tuple[torch.Tensor,
     """Of each target after the token before it, and the entropies there."""
     rows = table.log_softmax(1)[experience.input_ids[0, experience.source]]
     return rows.gather(1, experience.targets[:, None])[:, 0], -(rows.exp() * rows).sum(1)
+
+
+def twice(table: torch.Tensor, experience: Experience) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs, and those at the sampling temperature, which is 1."""
+    mine, _ = logprobs(table, experience)
+    return mine, mine
 
 
 def values(table: torch.Tensor, experience: Experience) -> torch.Tensor:
@@ -118,30 +128,39 @@ def random_table(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def make_learner(objective: Objective, updates: int, epochs: int) -> Any:
+def make_learner(
+    objective: Objective, updates: int, epochs: int, *, apart: float = 0.3, invariants: bool = False
+) -> Any:
+    """Args:
+    apart: how far the anchor is from the policy.
+    """
     settings = Settings(
         data={"prompts": "none"}, policy={"model": "none", "dtype": "fp32"}, reward={"path": "none:none"},
-        loop={"updates_per_step": updates, "epochs_per_step": epochs}, run={"invariants": False},
+        loop={"updates_per_step": updates, "epochs_per_step": epochs}, run={"invariants": invariants},
     )  # fmt: skip
-    policy = TableTrainer(random_table(0, VOCABULARY, VOCABULARY), logprobs)
-    anchor = policy.table.detach() + 0.3 * random_table(1, VOCABULARY, VOCABULARY)
+    read = twice if isinstance(objective, Preference) else logprobs
+    policy = TableTrainer(random_table(0, VOCABULARY, VOCABULARY), read)
+    anchor = policy.table.detach() + apart * random_table(1, VOCABULARY, VOCABULARY)
     if isinstance(objective, Preference):
-        return PreferenceLearner(
-            settings, objective, policy, lambda experience: (logprobs(anchor, experience)[0], logprobs(anchor, experience)[0])
-        )  # fmt: skip
+        return PreferenceLearner(settings, objective, policy, lambda experience: twice(anchor, experience))
     critic = None if objective.critic is None else TableTrainer(random_table(2, VOCABULARY), values)
     return Alone(settings, objective, policy, lambda experience: logprobs(anchor, experience)[0], critic)
 
 
-def make_assignments(objective: Objective, count: int) -> list[Assignment]:
+def written(group: int, tokens: list[int], versions: Sequence[int]) -> Completion:
+    """A response that the policy wrote half with each of these versions, as it is if new weights come while it is being written."""
+    n, half = len(tokens), len(tokens) // 2
+    borders = [(0, half, versions[0]), (half, n, versions[-1])] if half else [(0, n, versions[-1])]
+    spans = tuple(Span(*one) for one in borders)
+    return Completion(str(group), np.array(tokens, np.int32), np.full(n, -2.5, np.float32), spans, "stop")
+
+
+def make_assignments(objective: Objective, count: int, versions: Sequence[int] = (0, 1)) -> list[Assignment]:
     """Prompts with three ragged responses, of which some are not learned from."""
     rng, made = random.Random(count), []
     for group in range(count):
         tokens = [[rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 6))] for _ in range(3)]
-        completions = [
-            Completion.of_one_version(str(group), np.array(t, np.int32), np.full(len(t), -2.5, np.float32), 0, "stop")
-            for t in tokens
-        ]
+        completions = [written(group, t, versions) for t in tokens]
         prompt = Prompt(str(group), tuple(rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 4))), "")
         rollout = Rollout(prompt, tuple(c.info() for c in completions), LocalRef(completions))
         if isinstance(objective, PolicyGradient):
@@ -250,3 +269,117 @@ def test_the_loss_reported_is_that_of_the_whole(name: str) -> None:
     )
     assert (whole is None) == (name == "critic that warms up")
     assert split == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_that_was_given_up_leaves_nothing_behind(name: str) -> None:
+    """A piece of it was taken in, and more than one optimizer step's; the next step is what it would have been."""
+    objective = OBJECTIVES[name]
+    assignments = make_assignments(objective, 4)
+    for updates in (1, 2):
+        plan = [piece([part], i) for i, part in enumerate(planned(assignments, updates))]
+        whole, again = make_learner(objective, updates, 1), make_learner(objective, updates, 1)
+        again.begin(StepContext(1, equal=False, kl_coef=0.1))
+        again.accumulate(piece([make_assignments(objective, 3)], 0))
+        again.accumulate(piece([make_assignments(objective, 2)], updates - 1))
+        one, other = learn(whole, plan), learn(again, plan)
+        assert one.metrics == other.metrics
+        assert all(torch.equal(*tables) for tables in zip(one.tables, other.tables, strict=True))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_of_tokens_that_older_weights_wrote_no_gap_is_reported(name: str) -> None:
+    """It is absent, not NaN; of a response of two versions it is that of the tokens of the step's own."""
+    objective = OBJECTIVES[name]
+
+    def metrics(versions: Sequence[int]) -> dict[str, float]:
+        learner = make_learner(objective, 1, 1)
+        learner.begin(StepContext(5, equal=False, kl_coef=0.1))
+        learner.accumulate(piece([make_assignments(objective, 3, versions)], 0))
+        return means(learner.finish())
+
+    older, mixed, present = metrics([2, 3]), metrics([2, 4]), metrics([4, 4])
+    assert not np.isnan(list(older.values())).any()
+    assert older.keys() == present.keys() - {"policy/logprob_gap"}
+    same = present.keys() - {"policy/logprob_gap"}
+    assert {k: older[k] for k in same} == {k: mixed[k] for k in same} == {k: present[k] for k in same}, (
+        "nothing else looks"
+    )
+
+    learner = make_learner(objective, 1, 1)
+    experience = packed(make_assignments(objective, 3, [2, 4]))
+    now = logprobs(learner.policy.table.detach(), experience)[0]
+    late = experience.version == 4
+    assert 0 < late.sum() < len(late)
+    assert mixed["policy/logprob_gap"] == pytest.approx(float((now + 2.5)[late].abs().mean()))
+
+
+def test_the_importance_weights_are_those_of_each_tokens_own_writer() -> None:
+    """REINFORCE of what two versions wrote, each with its own log-probs: the gradient is sum_t w_t A grad log pi, without any clamp."""
+    objective = PolicyGradient(
+        correction="tis", correction_low=0.0, correction_high=1e9, aggregation="seq_mean_token_sum"
+    )
+    assignments = make_assignments(objective, 2)
+    recorded = torch.linspace(-4, -0.5, 200, dtype=torch.float64)
+    experience = packed(assignments)
+    experience = replace(experience, behaviour=recorded[: len(experience.targets)])
+    learner = make_learner(objective, 1, 1)
+    learner.begin(StepContext(2, equal=False))
+    learner.accumulate(RankBatch([experience], Counts.of(assignments)))
+
+    table = learner.policy.table.detach().clone().requires_grad_(True)
+    now = logprobs(table, experience)[0]
+    weight = (experience.coefficients.T @ (experience.target * experience.weight))[experience.response]
+    ratio = torch.exp(now.detach() - experience.behaviour)
+    (expected,) = torch.autograd.grad(-(ratio * weight * now).sum(), table)
+    assert torch.allclose(learner.policy.table.grad, expected, atol=1e-12)
+    metrics = means(learner.finish())
+    assert metrics["policy/mismatch_ratio"] == pytest.approx(float(ratio.mean()))
+
+
+def test_a_sequence_mask_goes_by_the_whole_response_whatever_the_versions() -> None:
+    """Half of it became likelier and half as much less likely: its mean ratio is 1. Each half alone would be left out."""
+    objective = PolicyGradient(correction="sequence_mask", correction_low=0.95, correction_high=1.05)
+    learner = make_learner(objective, 1, 1)
+    completion = written(0, [1, 2, 3, 4], [0, 1])
+
+    def altered(drift: Sequence[float]) -> float:
+        item = TrainingItem((0,), (1.0,))
+        rollout = Rollout(Prompt("0", (5, 6), ""), (completion.info(),), LocalRef([completion]))
+        made = packed([Assignment(rollout, (item,))])
+        now = logprobs(learner.policy.table.detach(), made)[0]
+        made = replace(made, behaviour=now - torch.tensor(drift, dtype=torch.float64))
+        learner.begin(StepContext(2, equal=False))
+        learner.accumulate(RankBatch([made], Counts(1, 1, 4)))
+        return means(learner.finish())["policy/mismatch_corrected"]
+
+    assert altered([0.3, 0.3, -0.3, -0.3]) == 0
+    assert altered([0.3, 0.3, 0.0, 0.0]) == altered([0.0, 0.0, -0.3, -0.3]) == 1
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equality_is_checked_before_anything_is_learned_from(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contrast checks the first micro-batch of a step's pieces, and none after it; a policy gradient, which has the log-probs anyway,
+    each of them."""
+    objective, checked = OBJECTIVES[name], []
+
+    def counting(*args: Any) -> None:
+        checked.append(learner.policy.backwards)
+        require_equal(*args)
+
+    for module in (gradient_learner, preference_learner):
+        monkeypatch.setattr(module, "require_equal", counting)
+    learner = make_learner(objective, 1, 1, apart=0.0, invariants=True)
+    assignments = make_assignments(objective, 4)
+    learner.begin(StepContext(1, equal=True, kl_coef=0.1))
+    for part in (assignments[:1], assignments[1:3], assignments[3:]):
+        learner.accumulate(piece([[one] for one in part], 0))
+    learner.finish()
+    assert checked == [0] if isinstance(objective, Preference) else len(checked) == 4
+
+    learner = make_learner(objective, 1, 1, apart=0.3, invariants=True)
+    learner.begin(StepContext(1, equal=True, kl_coef=0.1))
+    with pytest.raises(InvariantBroken):
+        learner.accumulate(piece([assignments], 0))
+        learner.finish()
+    assert learner.policy.backwards == 0

@@ -33,7 +33,16 @@ class Steps:
     weights: torch.Tensor
 
 
-def steps(case: tuple[int, str, str], counts: list[int], max_grad_norm: float, rank: int, *, at_the_end: bool) -> Steps:
+def steps(
+    case: tuple[int, str, str],
+    counts: list[int],
+    max_grad_norm: float,
+    rank: int,
+    *,
+    at_the_end: bool,
+    abandoned: int = 0,
+    discard: bool = True,
+) -> Steps:
     """Three optimizer steps of a small network, the gradient of each from three losses, on other rows on each rank.
 
     AdamW does not see a factor that all gradients share, so each step's has its own.
@@ -41,6 +50,8 @@ def steps(case: tuple[int, str, str], counts: list[int], max_grad_norm: float, r
     Args:
         counts: what each step's losses are divided by.
         at_the_end: divide in the step.
+        abandoned: before each step, so many losses of one that is given up.
+        discard: and whose gradient is discarded.
     """
     stage, dtype, offload = case
     ranks = torch.distributed.get_world_size()
@@ -54,6 +65,10 @@ def steps(case: tuple[int, str, str], counts: list[int], max_grad_norm: float, r
     torch.manual_seed(1 + rank)
     rows, norms = torch.randn(3, 4, 8).to(DTYPES[dtype]), []
     for count in counts:
+        for row in rows[:abandoned]:
+            trainer.backward(100 * trainer.forward(row).float().abs().sum())
+        if discard:
+            trainer.discard()
         for row in rows:
             loss = trainer.forward(row).float().square().sum()
             trainer.backward(loss if at_the_end else loss / count)

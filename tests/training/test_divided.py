@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rlhf.cluster.network import free_port
 from rlhf.config.cluster import ClusterSettings
@@ -29,3 +30,18 @@ def test_another_divisor_would_have_been_seen(case: tuple[int, str, str]) -> Non
     one, other = (steps(case, counts, UNCLIPPED, 0, at_the_end=True) for counts in ([16, 2, 64], [8, 2, 64]))
     assert one.norms[0] == other.norms[0] / 2
     assert float((one.weights - other.weights).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_a_step_that_was_given_up_leaves_nothing_behind(case: tuple[int, str, str]) -> None:
+    """Its losses are discarded, before the first step and between two."""
+    whole = steps(case, [7, 3], CLIPPED, 0, at_the_end=True)
+    again = steps(case, [7, 3], CLIPPED, 0, at_the_end=True, abandoned=2)
+    assert again.norms == whole.norms
+    assert torch.equal(again.weights, whole.weights)
+
+
+@pytest.mark.parametrize("case", [(0, "fp32", "none"), (2, "bf16", "cpu"), (3, "bf16", "none")], ids=str)
+def test_what_is_not_discarded_would_have_been_seen(case: tuple[int, str, str]) -> None:
+    whole = steps(case, [7], CLIPPED, 0, at_the_end=True)
+    assert steps(case, [7], CLIPPED, 0, at_the_end=True, abandoned=1, discard=False).norms != whole.norms

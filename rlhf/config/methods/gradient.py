@@ -42,14 +42,20 @@ class _Kl(Method):
     )
 
 
+_WEIGHED = (
+    "The policy term of each token is weighed by pi_old / pi_behaviour, clamped: for a response of one token the expected gradient is that "
+    "of the present policy; for a longer one it is PPO's surrogate, in which the other tokens are the older policy's."
+)
+_BY_SPREAD = Ahead(
+    "corrected",
+    f"{_WEIGHED} The spread that rewards are divided by is that of the older policy's group, whose members a response is compared with.",
+)
+
+
 class Gradient(Reference, _Kl, Sampled):
     """What all policy-gradient methods with a scalar reward share."""
 
-    ahead: ClassVar[Ahead] = Ahead(
-        "corrected",
-        "The policy term of each token is weighed by pi_old / pi_behaviour, clamped: for a response of one token the expected gradient is "
-        "that of the present policy; for a longer one it is PPO's surrogate, in which the other tokens are the older policy's.",
-    )
+    ahead: ClassVar[Ahead] = Ahead("corrected", _WEIGHED)
     samples_per_prompt: int = Field(8, ge=1, le=4096, description="Responses sampled per prompt (K).")
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio to the old policy is clipped at 1 - clip_low.")
     clip_high: float = Field(0.2, ge=1e-6, le=1e6, description="... and at 1 + clip_high; a higher one is clip-higher.")
@@ -111,6 +117,9 @@ class _Group(_Clipped):
 class Ppo(_Clipped):
     """PPO: clipped policy gradient with a learned value baseline and generalised advantage estimation."""
 
+    ahead: ClassVar[Ahead] = Ahead(
+        "corrected", f"{_WEIGHED} The returns that the critic learns are the older policy's as well, and not weighed."
+    )
     name: Literal["ppo"] = Field(description="Ziegler et al. 2019, Ouyang et al. 2022.")
     samples_per_prompt: int = Field(1, ge=1, le=4096, description="Responses sampled per prompt (K).")
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda; 1 is the return less the value.")
@@ -163,6 +172,7 @@ class Rloo(_Group):
 class Grpo(_Group):
     """GRPO: reward less the group's mean, divided by its standard deviation; KL as a loss."""
 
+    ahead: ClassVar[Ahead] = _BY_SPREAD
     name: Literal["grpo"] = Field(description="Shao et al. 2024.")
     kl_placement: Literal["reward", "loss", "none"] = Field(
         "loss", description=_Kl.model_fields["kl_placement"].description
@@ -189,6 +199,7 @@ class DrGrpo(_Group):
 class Cispo(Gradient):
     """CISPO: GRPO's advantages with a clipped importance weight on the log-prob, so that no token's gradient is cut off; no KL."""
 
+    ahead: ClassVar[Ahead] = _BY_SPREAD
     name: Literal["cispo"] = Field(description="MiniMax 2025 (M1).")
     samples_per_prompt: int = Field(8, ge=2, le=4096, description="Responses sampled per prompt (K): the group.")
     clip_low: float | None = Field(  # type: ignore[assignment]  # wider than its parent's
