@@ -18,7 +18,8 @@ STOREYS = (
     ("transfer",),
     ("training", "engines"),
     ("rollout", "policy", "reward"),
-    ("loop", "preflight"),
+    ("loop",),
+    ("preflight",),
     ("commands",),
     ("cli",),
 )
