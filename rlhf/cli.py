@@ -61,6 +61,11 @@ def _sft(args: argparse.Namespace) -> None:
 
 @_cut_off_quietly()
 def _plan(args: argparse.Namespace) -> None:
+    if args.simulate is not None:
+        from rlhf.commands.plan import simulate
+
+        simulate(args.simulate, args.overrides, json_path=args.json)
+        return
     from rlhf.cluster.gpus import gpu_kind
     from rlhf.commands.plan import plan
     from rlhf.preflight.estimate import Cluster

@@ -129,13 +129,19 @@ def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan = _add(commands, "plan", "memory, fit, time of a step and a layout, from the model's configuration alone")
-    _add_configuration(plan, without="left out with --model")
+    _add_configuration(plan, without="left out with --model or --simulate")
     plan.add_argument(
         "--model", type=named, metavar="NAME", help="such as llama-3.1-8b, a folder or a hub name, instead of a file"
     )
     plan.add_argument("--nodes", type=whole(1, MOST_NODES), default=1, help="nodes of the cluster (default: 1)")
     plan.add_argument("--gpus-per-node", type=whole(1, MOST_GPUS), default=8, help="GPUs of each node (default: 8)")
     plan.add_argument("--gpu", metavar="KIND", help="kind of GPU, such as h100-80gb; without it: memory only")
+    plan.add_argument(
+        "--simulate",
+        type=named,
+        metavar="RUN",
+        help="instead: what other numbers of engines, ranks, prompts and steps ahead would do, from what this run folder recorded",
+    )
     _add_json(plan, "numbers")
 
 
@@ -247,12 +253,19 @@ def _train_together(args: argparse.Namespace) -> None:
 
 
 def _plan_together(args: argparse.Namespace) -> None:
+    if args.simulate is not None:
+        if args.model is not None or args.gpu is not None or (args.config is not None and "=" not in args.config):
+            raise UserError(
+                "`rlhf plan --simulate RUN` takes the run's own configuration: leave out CONFIG, --model and --gpu"
+            )
+        args.config, args.overrides = None, [*([args.config] if args.config else []), *args.overrides]
+        return
     if args.model is not None and args.config is not None:
         if "=" not in args.config:
             raise UserError("`rlhf plan` takes a CONFIG or --model, not both")
         args.config, args.overrides = None, [args.config, *args.overrides]
     if args.model is None and args.config is None:
-        raise UserError("`rlhf plan` needs a CONFIG, or --model NAME")
+        raise UserError("`rlhf plan` needs a CONFIG, or --model NAME, or --simulate RUN")
 
 
 def _doctor_together(args: argparse.Namespace) -> None:
