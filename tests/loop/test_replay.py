@@ -21,7 +21,7 @@ from tests.loop.fakes import jumbled, make_loop, steps
 
 STEPS = 4
 PROMPTS = 40
-UNRECORDED = ("time/", "throughput/", "loop/ready")
+UNRECORDED = ("time/", "throughput/", "idle/", "loop/ready")
 
 
 def chance(rollout: Rollout) -> list[Outcome]:

@@ -25,7 +25,7 @@ from rlhf.types import Assignment, Failed, Feedback, Invalid, Outcome, Rollout, 
 from tests.loop.fakes import jumbled, make_loop, steps
 
 STEPS = 3
-TIMES = ("time/", "throughput/", "warnings")
+TIMES = ("time/", "throughput/", "idle/", "warnings")
 
 
 async def plain_step(loop: OnlineLoop) -> list[JudgedRollout]:
