@@ -1,9 +1,10 @@
-"""A run on one machine, from outside: who can reach it, and what is left when it is told to end."""
+"""A run on one machine, from outside: who can reach it, and what is left when it is told to end, or loses a rank."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[1]
 MARK = "RLHF_TEST_RUN"
 TIMEOUT_S = 600
-SMALL = ("rollout.engines=1", "policy.ranks=1", "data.eval_prompts=null", "loop.eval_every=0", "checkpoint.every=0")
+SMALL = ("rollout.engines=1", "data.eval_prompts=null", "loop.eval_every=0")
+ALONE = ("policy.ranks=1", "checkpoint.every=0")
 
 
 class Run:
@@ -29,7 +31,7 @@ class Run:
         self.folder, self._mark = folder, uuid.uuid4().hex
         plain = (f"run.dir={folder}", "cluster.device=cpu", "tracking.console=off", "loop.steps=100000")
         command = [sys.executable, "-m", "rlhf.cli", "train", "configs/tiny.yaml", *plain, *SMALL, *options]
-        self._errors = folder.with_suffix(".log")
+        self._errors = folder.with_name(f"{folder.name}-{self._mark}.log")
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -50,9 +52,11 @@ class Run:
                 continue
         return found
 
-    def steps(self) -> int:
+    def steps(self) -> list[int]:
+        """Those whose line is written to its end."""
         metrics = self.folder / "metrics.jsonl"
-        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        written = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        return [json.loads(line)["step"] for line in written if line.endswith("\n")]
 
     def said(self) -> str:
         return self._errors.read_text()
@@ -77,6 +81,18 @@ class Run:
                     found.setdefault(one.laddr.ip, []).append(f"{process.name()}:{one.laddr.port}")
         return found
 
+    def must_be_private(self, ray: bool) -> None:
+        """Nothing listens where others could reach it."""
+        listening = self.listening()
+        assert len(self.processes()) > (5 if ray else 0)
+        assert sum(map(len, listening.values())) > (8 if ray else 0), "what is looked at is what listens"
+        open_to_others = {
+            ip: who
+            for ip, who in listening.items()
+            if not ip.removeprefix("::ffff:").startswith("127.") and ip != "::1"
+        }
+        assert open_to_others == {}
+
     def kill(self) -> None:
         for process in self.processes():
             process.kill()
@@ -90,6 +106,9 @@ class Run:
         assert said.splitlines().count("rlhf: ended by SIGTERM") == 1, said[-6000:]
         for word in ("Traceback", "Stack trace", "stack trace", "*** ", "terminate called", "SIGABRT"):
             assert word not in said, said[-6000:]
+        self.must_be_gone()
+
+    def must_be_gone(self) -> None:
         end = time.monotonic() + 30
         while (left := self.processes()) and time.monotonic() < end:
             time.sleep(0.2)
@@ -101,7 +120,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
     def begin(*options: str) -> Run:
-        runs.append(Run(tmp_path / f"run{len(runs)}", *options))
+        runs.append(Run(tmp_path / "run", *options))
         return runs[-1]
 
     yield begin
@@ -109,24 +128,34 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         run.kill()
 
 
-@pytest.mark.parametrize("mode", [(), ("--debug",)], ids=["ray", "debug"])
-def test_nothing_listens_beyond_the_loopback_and_sigterm_ends_it(start: Callable[..., Run], mode: tuple) -> None:
-    run = start(*mode)
-    run.wait(lambda: run.steps() >= 1)
-    listening = run.listening()
-    ray = not mode
-    assert len(run.processes()) > (5 if ray else 0)
-    assert sum(map(len, listening.values())) > (8 if ray else 0), "what is looked at is what listens"
-    open_to_others = {
-        ip: who for ip, who in listening.items() if not ip.removeprefix("::ffff:").startswith("127.") and ip != "::1"
-    }
-    assert open_to_others == {}
+def test_a_killed_rank_ends_the_run_with_its_name_and_resume_goes_on_until_sigterm(start: Callable[..., Run]) -> None:
+    """And nothing listens beyond the loopback."""
+    run = start("checkpoint.every=1")
+    run.wait(lambda: len(run.steps()) >= 2)
+    run.must_be_private(ray=True)
+    (rank, *_) = [process for process in run.processes() if "ray::PolicyRank" in " ".join(process.cmdline())]
+    rank.kill()
+    assert run.process.wait(timeout=TIMEOUT_S) not in (0, 143)
+    assert "died while the driver waited for" in run.said()
+    assert re.search(r"policy-\d", run.said())
+    run.must_be_gone()
+    done = run.steps()
+    again = start("checkpoint.every=1", "--resume")
+    again.wait(lambda: len(again.steps()) > len(done))
+    again.must_end_well()
+    assert again.steps() == list(range(1, len(again.steps()) + 1))
+
+
+def test_in_one_process_nothing_listens_beyond_the_loopback_and_sigterm_ends_it(start: Callable[..., Run]) -> None:
+    run = start(*ALONE, "--debug")
+    run.wait(run.steps)
+    run.must_be_private(ray=False)
     run.must_end_well()
-    assert [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert run.steps()
 
 
 def test_sigterm_ends_a_run_that_is_starting(start: Callable[..., Run]) -> None:
-    run = start()
+    run = start(*ALONE)
     # Ray's own processes start; no rank is killed while DeepSpeed builds, which would make the next run wait.
     run.wait(lambda: any("raylet" in process.name() for process in run.processes()))
     run.must_end_well()

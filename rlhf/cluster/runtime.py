@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
@@ -22,8 +21,6 @@ Files = Mapping[Role, Mapping[str, str]]
 Actor = TypeVar("Actor")
 Arguments = ParamSpec("Arguments")
 THIS_MACHINE = "this machine"
-MOST_CALLS = 1_000_000
-"""That an actor with asynchronous methods works on at once. Ray's own limit is 1,000: behind so many prompts new weights would wait."""
 
 
 @runtime_checkable
@@ -106,6 +103,8 @@ class RayRuntime:
         self._settings = settings
         self._actors: list[Any] = []
         self._reservation: Reservation | None = None
+        # A call that is given up, when a run is told to end, leaves results that nobody reads; Ray would print a traceback for each.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": job_environment()}
         with sigterm_kept_from_ray():
             if settings.address is None:
@@ -138,7 +137,6 @@ class RayRuntime:
         self, name: str, cls: Callable[Arguments, Actor], *, env: Mapping[str, str] | None = None
     ) -> Callable[Arguments, Handle[Actor]]:
         options: dict[str, Any] = {"num_cpus": 1}
-        calls = {"max_concurrency": MOST_CALLS} if _is_async(cls) else {}
         variables = dict(env or {})
         if self._reservation is not None:
             options = self._reservation.options(name)
@@ -148,7 +146,7 @@ class RayRuntime:
         remote: Any = self._ray.remote(cls)  # to Ray's types a class and a function are two things
 
         def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> RayHandle[Actor]:
-            actor = remote.options(**options, **calls, runtime_env={"env_vars": variables}).remote(*args, **kwargs)
+            actor = remote.options(**options, runtime_env={"env_vars": variables}).remote(*args, **kwargs)
             self._actors.append(actor)
             return RayHandle(name, actor)
 
@@ -206,7 +204,3 @@ class LocalRuntime:
         for name, value in self._environment.items():
             if value is None:
                 os.environ.pop(name, None)
-
-
-def _is_async(cls: Any) -> bool:
-    return any(inspect.iscoroutinefunction(method) for _, method in inspect.getmembers(cls, inspect.isfunction))
