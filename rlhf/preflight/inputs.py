@@ -80,6 +80,7 @@ def read_inputs(settings: Settings) -> Inputs:
             f"({in_words(settings.data.prompts)}) holds {len(prompts)}. Lower `loop.prompts_per_step` or add prompts"
         )
     _check_shares(settings, prompts)
+    _warn_of_few(settings, prompts)
     held_out: Sequence[Prompt] = ()
     if settings.data.eval_prompts is not None:
         held_out = load_prompts(settings.data.eval_prompts, tokenizer, settings.data)
@@ -112,6 +113,36 @@ def _check_shares(settings: Settings, prompts: PromptSet) -> None:
                 f"`data.prompts[{place}].weight`: its share of a step is {wanted:.3g} of {settings.loop.prompts_per_step} prompts "
                 f"(`loop.prompts_per_step`), and the source has {share.size}, of which none comes twice in a step. Lower the weight or "
                 "`loop.prompts_per_step`, or add prompts"
+            )
+
+
+def _warn_of_few(settings: Settings, prompts: PromptSet) -> None:
+    """Where there are fewer prompts than may be under way at once: none is under way twice."""
+    loop = settings.loop
+    wanted = (loop.staleness + 1) * loop.prompts_per_step
+    if not loop.staleness:
+        return
+    if len(prompts) < wanted:
+        log.warning(
+            "loop.staleness: up to %d x %d = %d prompts may be under way, none of them twice, and `data.prompts` (%s) holds %d: the run "
+            "goes no further ahead than these. Lower `loop.staleness` or `loop.prompts_per_step`, or add prompts",
+            loop.staleness + 1,
+            loop.prompts_per_step,
+            wanted,
+            in_words(settings.data.prompts),
+            len(prompts),
+        )
+        return
+    total = sum(share.weight for share in prompts.shares)
+    for place, share in enumerate(prompts.shares):
+        if (mine := wanted * share.weight / total) > share.size:
+            log.warning(
+                "loop.staleness: of %d prompts that may be under way `data.prompts[%d].weight` asks for %.3g, none of them twice, and the "
+                "source has %d: its share will be smaller. Lower the weight or `loop.staleness`, or add prompts",
+                wanted,
+                place,
+                mine,
+                share.size,
             )
 
 

@@ -9,10 +9,11 @@ import pytest
 from rlhf.algorithms import make
 from rlhf.config import load
 from rlhf.config.algorithm import METHODS
+from rlhf.config.method_checks import method_warnings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDERS = ("movie_reviews", "8b")
-VARIANTS = {"movie_reviews": {"online_dpo_lora", "sft"}, "8b": set()}
+VARIANTS = {"movie_reviews": {"online_dpo_lora", "rloo_async", "sft"}, "8b": {"rloo_async"}}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -57,6 +58,17 @@ def test_the_lora_run_differs_from_its_neighbour_in_what_learns_only() -> None:
     policy = {"lora": full.policy.lora, "learning_rate": full.policy.learning_rate}
     assert lora.policy.lora.rank > 0
     assert lora.model_copy(update={"policy": lora.policy.model_copy(update=policy), "run": full.run}) == full
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_asynchronous_run_differs_from_its_neighbour_in_how_far_it_runs_ahead_only(folder: str) -> None:
+    synchronous, ahead = (load(CONFIGS / folder / f"{name}.yaml") for name in ("rloo", "rloo_async"))
+    assert ahead.loop.staleness > 0 and ahead.run.dir == f"runs/{folder}/rloo_async"
+    loop = ahead.loop.model_copy(update={"staleness": 0})
+    assert ahead.model_copy(update={"loop": loop, "run": synchronous.run}) == synchronous
+    assert not list(method_warnings(ahead))
+    first = (CONFIGS / folder / "rloo_async.yaml").read_text()
+    assert first.startswith("# Designed, not yet run on a GPU") == (folder == "8b")
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "single_gpu").glob("*.yaml")), ids=lambda path: path.stem)
