@@ -150,7 +150,7 @@ def _of_command(words: str, parser: argparse.ArgumentParser, base: list[str], ev
             continue
         excluded, needed = PARTNERS.get(option, ("", []))
         without = [*_without(_without(base, option), excluded), *needed]
-        if (words, option) == ("plan", "--model"):
+        if words == "plan" and option in ("--model", "--simulate"):
             without.remove("run.yaml")
         yield Case(f"{where}/{option}/no-value", lambda place, a=[*without, option]: a, (option,))
         for how, value in _values(number, every, all_of=action.metavar == "FILE"):
@@ -266,6 +266,8 @@ def _together() -> dict[str, tuple[list[str], str]]:
         "algorithm-two": (["algorithms", "ppo", "grpo"], "grpo"),
         "plan-nothing": (["plan"], "CONFIG"),
         "plan-both": (["plan", "run.yaml", "--model", "tiny"], "--model"),
+        "plan-simulate-a-file": (["plan", "--simulate", "run.yaml"], "run.yaml"),
+        "plan-simulate-with-a-config": (["plan", "run.yaml", "--simulate", "run"], "CONFIG"),
         "plan-unknown-model": (["plan", "--model", "banana"], "banana"),
         "plan-unknown-gpu": (["plan", "run.yaml", "--gpu", "banana"], "banana"),
         "plan-too-many-nodes": (["plan", "run.yaml", "--gpu", "h100-80gb", "--nodes", "100000000"], "--nodes"),

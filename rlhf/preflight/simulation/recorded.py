@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rlhf.config import Settings, UserError, load
 from rlhf.tracking import jsonl
 from rlhf.tracking.spans import busy_s, idle_share
 
+Lines = Sequence[Mapping[str, Any]]
 STEADY = 3
 """Steps at least that a measurement needs, besides those of beginning and end."""
 
@@ -108,34 +110,36 @@ def read_run(folder: str) -> RecordedRun:
     """The run in this folder.
 
     Raises:
-        UserError: it is none of `rlhf train`, recorded no timings, or too few steps.
+        UserError: it is none of `rlhf train`, recorded no timings, or too few steps; or its files are damaged.
     """
     path = Path(folder)
-    if not (path / "config.yaml").is_file():
+    if not os.path.isfile(path / "config.yaml"):
         raise UserError(
             f"--simulate {folder}: there is no config.yaml, so this is no run folder. Give the run.dir of a run of `rlhf train`"
         )
     settings = load(path / "config.yaml", [])
-    spans = jsonl.read(path / "spans.jsonl")
-    metrics = [line for line in jsonl.read(path / "metrics.jsonl") if "time/step" in line]
-    answers = _answers(spans)
+    try:
+        spans = jsonl.read(path / "spans.jsonl")
+        metrics = [line for line in jsonl.read(path / "metrics.jsonl") if "time/step" in line]
+        return _recorded(folder, settings, spans, metrics)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--simulate {folder}: spans.jsonl or metrics.jsonl has a line that no run writes ({error!r}). Restore the files, or give "
+            "another run"
+        ) from error
+
+
+def _recorded(folder: str, settings: Settings, spans: Lines, metrics: Lines) -> RecordedRun:
+    answers, learning = _answers(spans), _learning(spans)
     if not answers:
         raise UserError(
             f"--simulate {folder}: spans.jsonl has no line of an engine, so nothing is known of sampling. Give a run that samples and "
             "that this version of rlhf recorded"
         )
-    bound = settings.loop.staleness
-    last = max((line["step"] for line in metrics), default=0)
-    steady = whole_periods([line["step"] for line in metrics if bound + 1 < line["step"] <= last - bound], bound)
-    if len(steady) < STEADY:
-        raise UserError(
-            f"--simulate {folder}: {len(metrics)} steps are recorded, but with loop.staleness {bound} at least {least_steps(bound)} are "
-            f"needed: the first {bound + 1} and the last {bound} are unlike the others. Let the run take more steps (loop.steps, --resume)"
-        )
+    steady = _steady(folder, [line["step"] for line in metrics], settings.loop.staleness)
     windows = {line["step"]: (line["time"] - line["time/step"], line["time"]) for line in metrics}
     trained = sum(line.get("loop/prompts_trained") or 0 for line in metrics)
     dropped = sum(value or 0 for line in metrics for name, value in line.items() if name.startswith("dropped/"))
-    learning = _learning(spans)
     sampled = sum(answer.n_tokens for answer in answers)
     learned = sum(one.tokens for one in learning if one.part != "piece")
     return RecordedRun(
@@ -153,13 +157,23 @@ def read_run(folder: str) -> RecordedRun:
     )
 
 
+def _steady(folder: str, steps: Sequence[int], bound: int) -> Sequence[int]:
+    last = max(steps, default=0)
+    steady = whole_periods([step for step in steps if bound + 1 < step <= last - bound], bound)
+    if len(steady) < STEADY:
+        raise UserError(
+            f"--simulate {folder}: {len(steps)} steps are recorded, but with loop.staleness {bound} at least {least_steps(bound)} are "
+            f"needed: the first {bound + 1} and the last {bound} are unlike the others. Let the run take more steps (loop.steps, --resume)"
+        )
+    return steady
+
+
 def _times(line: Mapping[str, Any]) -> tuple[float, float]:
     return line["start"], line["stop"]
 
 
-def _answers(spans: Iterable[Mapping[str, Any]]) -> list[Answer]:
+def _answers(spans: Lines) -> list[Answer]:
     """In the order of their start."""
-    spans = list(spans)
     judged = {line["place"]: line["stop"] - line["start"] for line in spans if line["what"] == "judge"}
     found = [
         Answer(*_of(line), judged_s=judged.get(line["place"], 0.0))
@@ -173,7 +187,7 @@ def _of(line: Mapping[str, Any]) -> tuple[str, float, float, int, tuple[int, ...
     return line["who"], line["start"], line["stop"], line["prompt_tokens"], tuple(line["tokens"])
 
 
-def _learning(spans: Iterable[Mapping[str, Any]]) -> list[Learning]:
+def _learning(spans: Lines) -> list[Learning]:
     found = []
     for line in spans:
         if line["what"] == "learn":
@@ -182,16 +196,14 @@ def _learning(spans: Iterable[Mapping[str, Any]]) -> list[Learning]:
     return found
 
 
-def _other_s(
-    spans: Sequence[Mapping[str, Any]], windows: Mapping[int, tuple[float, float]], steady: Sequence[int]
-) -> float:
+def _other_s(spans: Lines, windows: Mapping[int, tuple[float, float]], steady: Sequence[int]) -> float:
     known = [_times(line) for line in spans if line["what"] in ("wait", "learn", "publish")]
     seconds = [stop - start - busy_s(known, start, stop) for start, stop in (windows[step] for step in steady)]
     return max(0.0, sum(seconds) / len(seconds))
 
 
 def _measured(
-    spans: Sequence[Mapping[str, Any]], windows: Mapping[int, tuple[float, float]], steady: Sequence[int], engines: int
+    spans: Lines, windows: Mapping[int, tuple[float, float]], steady: Sequence[int], engines: int
 ) -> Measured:
     """Weighed by time: what a run of many steps would have."""
     busy: dict[str, list[tuple[float, float]]] = {}

@@ -143,3 +143,12 @@ def test_a_folder_that_says_too_little_is_refused(tmp_path: Path, capsys: pytest
     assert "7 steps are recorded, but with loop.staleness 2 at least 8 are needed" in refusal(ahead)
     (ahead / "spans.jsonl").unlink()
     assert "spans.jsonl has no line of an engine" in refusal(ahead)
+
+
+@pytest.mark.parametrize("line", ['{"what": "learn"}', '{"what": "sample", "tokens": 3}', '{"who": "policy"}'])
+def test_a_damaged_folder_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    folder = write_run(tmp_path / "run", 5)
+    with (folder / "spans.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert main(["plan", "--simulate", str(folder)]) == 2
+    assert "a line that no run writes" in capsys.readouterr().err
