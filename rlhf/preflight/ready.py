@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.algorithms import Algorithm, make
-from rlhf.cluster.devices import takes_turns, uses_gpu
+from rlhf.cluster.devices import uses_gpu
 from rlhf.cluster.precision import Choice, choose_here, settled
 from rlhf.config import Settings
 from rlhf.config.settings import single_process
-from rlhf.preflight.finding import PlanError
+from rlhf.preflight.ahead import check_ahead
 from rlhf.preflight.gpu_fit import GpuFit, gpu_fit
 from rlhf.preflight.inputs import Inputs, read_inputs
 from rlhf.preflight.machine import check_machine, check_memory, check_room
@@ -54,27 +54,14 @@ def ready(settings: Settings, debug: bool = False, resume: bool = False) -> Read
     check_run_folder(settings.run.dir, resume)
     if debug:
         settings = single_process(settings)
-        _check_turns(settings)
     asked, choice = settings, choose_here(settings, recorded_dtype(settings.run.dir) if resume else None)
     settings = settled(settings, choice)
     seen = list(check_machine(settings, debug))
     algorithm = make(settings)
+    check_ahead(settings, algorithm, debug)
     inputs = read_inputs(settings)
     if not uses_gpu(settings.cluster):
         check_memory(settings, inputs.shape, algorithm)
     seen.append(check_room(settings, inputs.shape, settings.loop.steps, resume))
     fit = gpu_fit(settings, inputs.shape, algorithm, debug)
     return Ready(settings, asked, choice, algorithm, inputs, seen, fit)
-
-
-def _check_turns(settings: Settings) -> None:
-    """Raises PlanError if engines would have to sample while the policy learns, but share its GPU in debug mode. What shares GPUs
-    otherwise is asked when the settings are loaded."""
-    loop = settings.loop
-    if not takes_turns(settings, debug=True) or not (loop.staleness or loop.stream == "always"):
-        return
-    field, off = ("staleness", "0") if loop.staleness else ("stream", "auto")
-    raise PlanError(
-        f"`loop.{field}`: engines would have to sample while the policy learns, but with `--debug` all share one GPU and take turns. Set "
-        f"`loop.{field}: {off}`, or leave `--debug` out"
-    )

@@ -310,25 +310,3 @@ def test_the_run_itself_looks_first(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["train", TINY, f"run.dir={run}", "rollout.tensor_parallel_size=3"]) == 2
     assert "`rollout.tensor_parallel_size`" in capsys.readouterr().err
     assert not run.exists()
-
-
-@pytest.mark.parametrize(
-    ("override", "off"), [("loop.staleness=1", "loop.staleness=0"), ("loop.stream=always", "loop.stream=auto")]
-)
-def test_in_debug_mode_on_a_gpu_nothing_is_sampled_ahead(override: str, off: str) -> None:
-    """There engines and policy take turns on one GPU. On CPUs they need not."""
-    gpu = ["cluster.device=cuda", "rollout.cpu_kv_cache_gb=1.0"]
-    with pytest.raises(UserError, match=rf"`{override.partition('=')[0]}`: engines would have to sample.*`--debug`"):
-        ready(load(TINY, [*gpu, override]), debug=True)
-    with pytest.raises(UserError) as other:
-        ready(load(TINY, [*gpu, off]), debug=True)
-    assert "would have to sample" not in str(other.value), "there is no GPU, which is another matter"
-    ready(load(TINY, ["cluster.device=cpu", override]), debug=True)
-
-
-def test_fewer_prompts_than_may_be_under_way_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    """The tiny run has 40 prompts."""
-    ready(load(TINY, ["loop.staleness=4"]))
-    assert "loop.staleness" not in caplog.text, "5 x 8 are as many"
-    ready(load(TINY, ["loop.staleness=5", "loop.steps=9"]))
-    assert "up to 6 x 8 = 48 prompts may be under way" in caplog.text and "holds 40" in caplog.text
