@@ -24,9 +24,8 @@ class Buffer(Generic[Item]):
         self._first = self._end = first
         self._open: set[int] = set()
         self._arrived: dict[int, tuple[int, Item]] = {}  # place -> number of the arrival, and what arrived
-        self._ready: list[
-            tuple[int, int]
-        ] = []  # a heap of what has arrived at open places: number of the arrival, place
+        # What has arrived at open places, as a heap: number of the arrival, place
+        self._ready: list[tuple[int, int]] = []
         self._arrivals = 0
 
     # Facts
