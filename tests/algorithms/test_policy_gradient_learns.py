@@ -182,6 +182,29 @@ def test_the_same_optimum_from_what_older_policies_wrote(name: str) -> None:
     assert torch.allclose(learned, OPTIMUM, atol=2e-3)
 
 
+@pytest.mark.parametrize(("constant", "without"), [(0.0, 0.36), (1.0, 1.12)])
+def test_of_longer_responses_weights_correct_a_part(constant: float, without: float) -> None:
+    """The expected gradient on what another policy wrote, 0.016 nats away, against the exact one. Each token's weight makes its own choice
+    the present policy's, so that no constant counts; the state before it and what follows stay the other's."""
+    away = 0.2 * torch.tensor([1, -1, 0.5, 2, 0, -1, 1], dtype=torch.float64)
+    logits, mu = (REFERENCE + away).requires_grad_(True), log_table(REFERENCE)
+    table = log_table(logits)
+    responses, rewards = sequence_logprobs(table), REWARDS + constant
+    assert (responses.exp() * (responses - sequence_logprobs(mu))).sum().item() == pytest.approx(0.016, abs=1e-3)
+    (exact,) = torch.autograd.grad(-(responses.exp() * rewards).sum(), logits, retain_graph=True)
+    batch = every_group(sequence_logprobs(mu).exp(), 1)
+    logprobs, errors = table[batch.cells], {}
+    for correction in ("tis", "none"):
+        objective = PolicyGradient(clip_low=None, clip_high=None, correction=correction, correction_low=0.0)  # type: ignore[arg-type]
+        weights = importance_correction(objective, logprobs.detach(), mu[batch.cells], batch.response).weights
+        advantage = (batch.rewards + constant)[batch.response]
+        losses = policy_loss(objective, logprobs, logprobs.detach(), advantage, batch.response, weights=weights).loss
+        (gradient,) = torch.autograd.grad((losses * batch.weight).sum(), logits, retain_graph=True)
+        errors[correction] = ((gradient - exact).norm() / exact.norm()).item()
+    assert errors["tis"] == pytest.approx(0.27, abs=0.01)
+    assert errors["none"] == pytest.approx(without, abs=0.01)
+
+
 @pytest.mark.parametrize("name", ["ppo", "reinforce_pp"])
 def test_whitening_reward_and_kl_together_does_not_move_the_optimum(name: str) -> None:
     learned = end(declared(name, kl_coef=BETA), sampled_groups(1, 400))

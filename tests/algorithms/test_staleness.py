@@ -100,6 +100,11 @@ def test_a_policy_that_rests_is_at_the_equilibrium_and_a_stale_one_may_circle(
     assert off(0.1, 0.02, 4) < 1e-6
 
 
+def test_nash_md_which_is_refused_would_still_rest_at_the_equilibrium_of_a_small_game() -> None:
+    learned = World(declared("nash_md", tau=0.3, mixture=0.25), CYCLE).learn(300, 1.0, staleness=4)
+    assert distance(learned, equilibrium(CYCLE, 0.3, 0.25)) < 1e-6
+
+
 @pytest.mark.parametrize("staleness", [1, 4])
 def test_where_raft_and_xpo_rest_does_not_change(staleness: int) -> None:
     raft = World(declared("raft", samples_per_prompt=2, kl_weight=0.5), [7.0, 0.0])
