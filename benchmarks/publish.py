@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from importlib.metadata import version
@@ -41,6 +42,9 @@ def main() -> None:
         for ratio, values in case["ratio"].items():
             print(f"  {ratio:30} median {values['median']:.3f}   (min {values['min']:.3f}, max {values['max']:.3f})")
         alone = {part: seconds for part, seconds in case["parts"].items() if part not in ("bytes", "meetings")}
+        for side in case["rounds"][0]:
+            busy = ", ".join(f"{end} {1e3 * seconds[side]:.0f}" for end, seconds in case["processor"].items())
+            print(f"  {side}: {1e3 * statistics.median(one[side] for one in case['rounds']):.0f} ms; processor: {busy}")
         print("  alone, ms: " + ", ".join(f"{part} {1e3 * seconds:.0f}" for part, seconds in alone.items()))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -72,14 +76,19 @@ def run(args: argparse.Namespace, dtype: str, receivers: int, policy_ranks: int)
         roles.append({"policy-rank": 1})
     children = [start(common | role | {"core": number % CORES}) for number, role in enumerate(roles)]
     found = [line for child in children for line in workload.results(finish(child))]
-    rounds = [line["seconds"] for line in found if line["kind"] == "round"]
     parts: dict[str, float] = {}
     for line in found:
         if line["kind"] == "parts":
             parts |= {name: value for name, value in line.items() if name != "kind"}
+    ends = [[line for line in found if line["kind"] == "round" and line["rank"] == rank] for rank in (0, 1)]
+    rounds = [line["seconds"] for line in ends[0]]
     ratio = {f"{side}_over_publish": spread([one[side] / one["publish"] for one in rounds]) for side in rounds[0]}
     del ratio["publish_over_publish"]
-    return {"ratio": ratio, "parts": parts, "rounds": rounds}
+    processor = {
+        end: {side: statistics.median(line["processor"][side] for line in lines) for side in rounds[0]}
+        for end, lines in zip(("sender", "receiver"), ends, strict=True)
+    }
+    return {"ratio": ratio, "parts": parts, "processor": processor, "rounds": rounds}
 
 
 def start(options: dict[str, Any]) -> subprocess.Popen[str]:

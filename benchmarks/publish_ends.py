@@ -62,14 +62,28 @@ class Meeting:
         """Until all are here."""
         self._group.allreduce([torch.zeros(1)]).wait()
 
-    def broadcast(self, whole: torch.Tensor, piece: int) -> float:
-        """Seconds until all ends have these bytes, sent in pieces."""
-        self.wait()
-        start = time.perf_counter()
+    def broadcast(self, whole: torch.Tensor, piece: int) -> None:
+        """Until all ends have these bytes, sent in pieces."""
         for part in whole.split(piece):
             self._group.broadcast(part, 0).wait()
         self.wait()
-        return time.perf_counter() - start
+
+    def rounds(self, args: argparse.Namespace, publish: Callable[[], Any], whole: torch.Tensor) -> None:
+        """Publish and broadcast in turns, and say how many seconds each took, and how many of this end's processor."""
+        sides: dict[str, Callable[[], Any]] = {
+            "publish": publish,
+            "bare": lambda: self.broadcast(whole, len(whole)),
+            "bare_in_pieces": lambda: self.broadcast(whole, args.bucket),
+        }
+        for number in range(args.rounds + 1):
+            seconds, processor = {}, {}
+            for side in sorted(sides, reverse=number % 2 == 0):  # none is always first
+                self.wait()
+                start, busy = time.perf_counter(), time.process_time()
+                sides[side]()
+                seconds[side], processor[side] = time.perf_counter() - start, time.process_time() - busy
+            if number:  # the first is not counted
+                workload.report(kind="round", rank=self.rank, seconds=seconds, processor=processor)
 
 
 def timed(work: Callable[[], Any], repeats: int = 3) -> float:
@@ -88,37 +102,16 @@ def send(args: argparse.Namespace, meeting: Meeting, weights: Callable[[], Itera
     announced = specs(args.dtype)
     whole = torch.zeros(sum(size(spec) for spec in announced), dtype=torch.uint8)
 
-    def publish() -> float:
-        meeting.wait()
-        start = time.perf_counter()
-        sender.send(weights(), POLICY)
-        return time.perf_counter() - start
-
-    sides = {
-        "publish": publish,
-        "bare": lambda: meeting.broadcast(whole, len(whole)),
-        "bare_in_pieces": lambda: meeting.broadcast(whole, args.bucket),
-    }
-    for number in range(args.rounds + 1):
-        seconds = {side: sides[side]() for side in order(number)}
-        if number:  # the first is not counted
-            workload.report(kind="round", seconds=seconds)
+    meeting.rounds(args, lambda: sender.send(weights(), POLICY), whole)
     local = [(spec.name, torch.zeros(spec.shape, dtype=DTYPES[args.dtype])) for spec in announced]
     parts = {
         "fingerprint": timed(lambda: list(Fingerprint().watch(local))),
         "copy": timed(lambda: copy(local, args.bucket)),
-        "broadcast": statistics.median(sides["bare"]() for _ in range(3)),
     }
     meetings = len(plan(announced, args.bucket)) + 1
     parts["agree"] = timed(lambda: [meeting.wait() for _ in range(meetings)])
     workload.report(kind="parts", bytes=len(whole), meetings=meetings, **parts)
     sender.close()
-
-
-def order(number: int) -> list[str]:
-    """The sides of a round, so that none is always first."""
-    sides = ["publish", "bare", "bare_in_pieces"]
-    return sides if number % 2 else sides[::-1]
 
 
 def receiving(args: argparse.Namespace, meeting: Meeting) -> None:
@@ -133,20 +126,10 @@ def receiving(args: argparse.Namespace, meeting: Meeting) -> None:
             held[name].copy_(tensor)
 
     def take() -> None:
-        meeting.wait()
         total = Fingerprint()
         receive(group, announced, lambda named: load(named, total), args.bucket)
 
-    sides = {
-        "publish": take,
-        "bare": lambda: meeting.broadcast(whole, len(whole)),
-        "bare_in_pieces": lambda: meeting.broadcast(whole, args.bucket),
-    }
-    for number in range(args.rounds + 1):
-        for side in order(number):
-            sides[side]()
-    for _ in range(3):
-        sides["bare"]()
+    meeting.rounds(args, take, whole)
     for _ in range(4 * (len(plan(announced, args.bucket)) + 1)):
         meeting.wait()
     arrived = [(name, tensor.clone()) for name, tensor in held.items()]

@@ -61,7 +61,8 @@ class GlooSender:
 
     def __init__(self, session: TransferSession, capacity: int = CAPACITY):
         self._group = join(session, rank=0)
-        self._capacity = capacity
+        # Kept from one transfer to the next: memory that is new to the process costs more than what is copied into it.
+        self._buffers = [torch.empty(capacity, dtype=torch.uint8) for _ in range(2)]
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str:
         """Broadcast the tensors; each is read and copied before the next one is asked for. Returns their fingerprint.
@@ -81,7 +82,7 @@ class GlooSender:
         left = (
             0  # bytes of a bucket that has begun; nothing fails before its end, as the fingerprint has read all of it
         )
-        for piece in filled(named_tensors, self._capacity, self._free_buffers(under_way)):
+        for piece in filled(named_tensors, self._buffers[0].numel(), self._free_buffers(under_way)):
             if left == 0:
                 _agree(self._group, piece.size, piece.first)
                 left = piece.size
@@ -92,7 +93,7 @@ class GlooSender:
 
     def _free_buffers(self, under_way: deque[_Travelling]) -> Iterator[torch.Tensor]:
         """Two in turn, each when what it held has left."""
-        for buffer in cycle([torch.empty(self._capacity, dtype=torch.uint8) for _ in range(2)]):
+        for buffer in cycle(self._buffers):
             if len(under_way) == 2:
                 under_way.popleft().finish()
             yield buffer
