@@ -1,8 +1,8 @@
 """Seconds of publishing weights over gloo, against a bare broadcast of the same bytes, on this machine.
 
-A sender and its receivers, each a process on a core of its own as far as there are cores, publish SmolLM2-135M (random values) with the
-project's own ends, and broadcast one tensor of as many bytes over a group of the same kind, in turns. Under ZeRO-3 the weights are
-partitioned over two DeepSpeed ranks, of which the first sends. benchmarks/README.md says what is counted, and how to run it.
+A sender and its receivers, each a process on a core of its own (with too few cores, receivers share one), publish SmolLM2-135M (random
+values) with the project's own ends, and broadcast one tensor of as many bytes over a group of the same kind, in turns. Under ZeRO-3 the
+weights are partitioned over two DeepSpeed ranks, of which the first sends. benchmarks/README.md says what is counted, and how to run it.
 """
 
 from __future__ import annotations
@@ -74,12 +74,15 @@ def run(args: argparse.Namespace, dtype: str, receivers: int, policy_ranks: int)
     if policy_ranks > 1:
         roles[0]["policy-rank"] = 0
         roles.append({"policy-rank": 1})
-    children = [start(common | role | {"core": number % CORES}) for number, role in enumerate(roles)]
+    # Where there are too few cores, all but the sender share the last one.
+    children = [start(common | role | {"core": min(number, CORES - 1)}) for number, role in enumerate(roles)]
     found = [line for child in children for line in workload.results(finish(child))]
     parts: dict[str, float] = {}
     for line in found:
         if line["kind"] == "parts":
             parts |= {name: value for name, value in line.items() if name != "kind"}
+    if len({line["fingerprint"] for line in found if line["kind"] == "round"}) != 1:
+        sys.exit("what was published is not what arrived")
     ends = [[line for line in found if line["kind"] == "round" and line["rank"] == rank] for rank in (0, 1)]
     rounds = [line["seconds"] for line in ends[0]]
     ratio = {f"{side}_over_publish": spread([one[side] / one["publish"] for one in rounds]) for side in rounds[0]}

@@ -68,10 +68,11 @@ class Meeting:
             self._group.broadcast(part, 0).wait()
         self.wait()
 
-    def rounds(self, args: argparse.Namespace, publish: Callable[[], Any], whole: torch.Tensor) -> None:
+    def rounds(self, args: argparse.Namespace, publish: Callable[[], str], whole: torch.Tensor) -> None:
         """Publish and broadcast in turns, and say how many seconds each took, and how many of this end's processor."""
-        sides: dict[str, Callable[[], Any]] = {
-            "publish": publish,
+        marks: list[str] = []
+        sides: dict[str, Callable[[], None]] = {
+            "publish": lambda: marks.append(publish()),
             "bare": lambda: self.broadcast(whole, len(whole)),
             "bare_in_pieces": lambda: self.broadcast(whole, args.bucket),
         }
@@ -83,7 +84,9 @@ class Meeting:
                 sides[side]()
                 seconds[side], processor[side] = time.perf_counter() - start, time.process_time() - busy
             if number:  # the first is not counted
-                workload.report(kind="round", rank=self.rank, seconds=seconds, processor=processor)
+                workload.report(
+                    kind="round", rank=self.rank, seconds=seconds, processor=processor, fingerprint=marks[-1]
+                )
 
 
 def timed(work: Callable[[], Any], repeats: int = 3) -> float:
@@ -125,9 +128,10 @@ def receiving(args: argparse.Namespace, meeting: Meeting) -> None:
         for name, tensor in total.watch(named):
             held[name].copy_(tensor)
 
-    def take() -> None:
+    def take() -> str:
         total = Fingerprint()
         receive(group, announced, lambda named: load(named, total), args.bucket)
+        return total.hexdigest()
 
     meeting.rounds(args, take, whole)
     for _ in range(4 * (len(plan(announced, args.bucket)) + 1)):
