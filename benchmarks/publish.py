@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace, dtype: str, receivers: int, policy_ranks: int)
         roles.append({"policy-rank": 1})
     # Where there are too few cores, all but the sender share the last one.
     children = [start(common | role | {"core": min(number, CORES - 1)}) for number, role in enumerate(roles)]
-    found = [line for child in children for line in workload.results(finish(child))]
+    found = [line for output in finish(children) for line in workload.results(output)]
     parts: dict[str, float] = {}
     for line in found:
         if line["kind"] == "parts":
@@ -101,12 +102,17 @@ def start(options: dict[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def finish(child: subprocess.Popen[str]) -> str:
-    """What it printed. Exits with its own last words if it failed."""
-    output, errors = child.communicate(timeout=600)
-    if child.returncode:
-        sys.exit(f"{' '.join(child.args)}\n{errors[-3000:]}")
-    return output
+def finish(children: list[subprocess.Popen[str]]) -> list[str]:
+    """What they printed. If one fails, the others end too, and this process with its last words."""
+    with ThreadPoolExecutor(len(children)) as pool:
+        ending = {pool.submit(child.communicate): child for child in children}
+        for future in as_completed(ending):
+            child = ending[future]
+            if child.returncode:
+                for other in children:
+                    other.kill()
+                sys.exit(f"{' '.join(map(str, child.args))}\n{future.result()[1][-3000:]}")
+        return [future.result()[0] for future in ending]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from datetime import timedelta
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -61,8 +62,7 @@ class GlooSender:
 
     def __init__(self, session: TransferSession, capacity: int = CAPACITY):
         self._group = join(session, rank=0)
-        # Kept from one transfer to the next: memory that is new to the process costs more than what is copied into it.
-        self._buffers = [torch.empty(capacity, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = [_memory(capacity), _memory(capacity)]
 
     def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]], shipment: Shipment) -> str:
         """Broadcast the tensors; each is read and copied before the next one is asked for. Returns their fingerprint.
@@ -150,7 +150,7 @@ class _Arrival:
     @classmethod
     def begin(cls, group: dist.ProcessGroup, bucket: Bucket, capacity: int) -> _Arrival:
         place = bucket.parts[0][0].name
-        buffer = torch.empty(bucket.size, dtype=torch.uint8)
+        buffer = _memory(bucket.size)
         if bucket.size:
             _agree(group, bucket.size, place)
         parts = pieces(buffer, capacity)
@@ -161,6 +161,11 @@ class _Arrival:
         for piece in self.pieces:
             piece.finish()
         return self.bucket.unpack(self.buffer)
+
+
+def _memory(size: int) -> torch.Tensor:
+    """uint8 [size]. From numpy, which asks Linux for large pages: the first use of small ones costs more than what is copied into them."""
+    return torch.from_numpy(np.empty(size, dtype=np.uint8))
 
 
 def _agree(group: dist.ProcessGroup, size: int, place: str, give_up: bool = False) -> None:
