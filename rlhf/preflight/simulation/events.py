@@ -104,17 +104,20 @@ class Simulation:
         self._busy, self._engines_s, self._policy_s = 0, 0.0, 0.0  # engines that have a prompt; times so far
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = itertools.count()
+        self._changed: dict[int, None] = {}  # engines whose next end must be foreseen anew
         self._learner, self._waits = self._learn(), False
         self._done: list[Step] = []
 
     def run(self, steps: int) -> list[Step]:
         """The first steps."""
         self._go_on()
+        self._foresee()
         while len(self._done) < steps:
             when, _, happens, arguments = heapq.heappop(self._events)
             self._engines_s += self._busy * (when - self._now)
             self._now = when
             happens(*arguments)
+            self._foresee()
         return self._done[:steps]
 
     def _at(self, when: float, happens: Callable[..., None], *arguments: Any) -> None:
@@ -212,7 +215,7 @@ class Simulation:
         self._policy_s += self._now - began
         for place, engine in enumerate(self._engines):
             engine.pause(self._now, paused=False)
-            self._schedule(place)
+            self._changed[place] = None
         held, self._held = self._held or [], None
         for number in held:
             self._give(number)
@@ -257,12 +260,14 @@ class Simulation:
         self._given[place] += 1
         self._busy += count == 0
         self._engines[place].add(self._now, number, self._prompts[number].lengths)
-        self._schedule(place)
+        self._changed[place] = None
 
-    def _schedule(self, place: int) -> None:
-        engine = self._engines[place]
-        if (when := engine.next_end()) < math.inf:
-            self._at(when, self._ends, place, engine.stamp)
+    def _foresee(self) -> None:
+        for place in self._changed:
+            engine = self._engines[place]
+            if (when := engine.next_end()) < math.inf:
+                self._at(when, self._ends, place, engine.stamp)
+        self._changed.clear()
 
     def _ends(self, place: int, stamp: int) -> None:
         """A sequence ends, unless its engine has been given or taken something since that was foreseen."""
@@ -271,7 +276,7 @@ class Simulation:
             return
         for number in engine.end(self._now):
             self._answered(place, number)
-        self._schedule(place)
+        self._changed[place] = None
 
     def _answered(self, place: int, number: int) -> None:
         self._given[place] -= 1

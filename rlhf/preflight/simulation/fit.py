@@ -114,7 +114,7 @@ def fit_decoding(answers: Sequence[Answer], times: Sequence[tuple[float, float]]
         if number:  # half of the way: the whole of it may swing to and fro
             step, sequence = (step + guess.step) / 2, (sequence + guess.sequence) / 2
         guess = Decoding(max(step, LEAST_STEP_S), sequence)
-    slower = seconds.sum() / (best_seen @ np.array([best.step, best.sequence])).sum()
+    slower = float(seconds.sum() / (best_seen @ np.array([best.step, best.sequence])).sum())
     return Decoding(best.step * slower, best.sequence * slower)
 
 
