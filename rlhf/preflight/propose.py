@@ -96,9 +96,15 @@ Placed = Literal["disaggregated", "colocated"]
 
 
 def _placements(settings: Settings) -> tuple[Placed, ...]:
-    """Reward models that must run on GPUs and have none of their own have to share."""
+    """Reward models that must run on GPUs and have none of their own have to share. Who samples while the policy learns cannot."""
+    if _ahead(settings):
+        return ("disaggregated",)
     on_gpus = settings.cluster.device == "cuda" and loads_reward_model(settings)
     return ("colocated",) if on_gpus and settings.reward.gpus == 0 else ("disaggregated", "colocated")
+
+
+def _ahead(settings: Settings) -> bool:
+    return settings.loop.staleness > 0 or settings.loop.stream == "always"
 
 
 def _layouts(
@@ -281,6 +287,11 @@ def _spelled(value: Any) -> str:
 
 def _nothing_fits(settings: Settings, cluster: Cluster, nearest: list[Estimate]) -> str:
     what = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
+    if not nearest and _ahead(settings):
+        return (
+            f"no layout fits {what}: engines that sample while the policy learns need GPUs of their own. Give more GPUs, or set "
+            "`loop.staleness: 0` and `loop.stream: auto`"
+        )
     if not nearest:
         return f"no layout fits {what}: the reward servers leave no GPU. Give more GPUs, or lower `reward.gpus` or `reward.servers`"
     closest = min(nearest, key=lambda made: max(made.learning, made.generating))

@@ -246,6 +246,14 @@ def test_the_report_in_words_and_numbers(capsys: pytest.CaptureFixture[str], tmp
     assert numbers["proposals"][0]["time"]["total"] <= numbers["proposals"][-1]["time"]["total"]
 
 
+@pytest.mark.parametrize("ahead", ["loop.staleness=1", "loop.stream=always"])
+def test_who_samples_while_the_policy_learns_gets_gpus_of_its_own(ahead: str) -> None:
+    plan = make_plan(typical("qwen2.5-1.5b", [ahead]), Cluster(1, 4, H100), configured=False)
+    assert [one.settings.cluster.placement for one in plan.proposals] == ["disaggregated"]
+    words = text(make_plan(typical("qwen2.5-1.5b", [ahead]), Cluster(1, 1, H100), configured=False))
+    assert "need GPUs of their own" in words and "`loop.staleness: 0`" in words
+
+
 def test_a_configured_layout_is_judged() -> None:
     settings = typical("llama-3.1-8b", ["policy.zero_stage=0", "rollout.gpu_memory_utilization=0.1"])
     plan = make_plan(settings, Cluster(1, 8, H100), configured=True)
