@@ -3,7 +3,7 @@ bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class WhatIf:
         measured, itself: the run, and its own simulation.
         asked: with the overrides; None without any.
         others: the same devices with other bounds, and then divided otherwise.
-        refused: bounds that the method refuses, and why.
+        refused: bounds that the settings refuse -> why.
         best: of all that were simulated for these devices, the one with the shortest step.
     """
 
@@ -47,7 +47,7 @@ class WhatIf:
     itself: Row
     asked: Row | None
     others: Sequence[Row]
-    refused: Sequence[str]
+    refused: Mapping[int, str]
     best: Row
 
 
@@ -67,14 +67,14 @@ def what_if(folder: str, overrides: Sequence[str]) -> WhatIf:
     asked = Row("asked for", scenario(settings, run.settings), itself.result)
     if overrides:
         asked = Row(asked.what, asked.scenario, simulate(asked.scenario, fitted))
-    others, refused = [], []
+    others, refused = [], {}
     for bound in BOUNDS:
         if bound == asked.scenario.staleness:
             continue
         try:
             other = scenario(_with(run, [*overrides, f"loop.staleness={bound}"]), run.settings)
         except UserError as error:
-            refused.append(f"loop.staleness {bound} is refused: {str(error).splitlines()[-1].strip()}")
+            refused[bound] = str(error).splitlines()[-1].strip(" -")
         else:
             others.append(Row("other bound", other, simulate(other, fitted)))
     best = _best([asked, *others])
@@ -162,7 +162,8 @@ def _conclusions(answer: WhatIf) -> Iterator[str]:
         f"{100 * (itself.idle_engines - measured.idle_engines):+.1f} points of the engines' idle share and "
         f"{100 * (itself.idle_policy - measured.idle_policy):+.1f} points of the policy's; what it says of others is no better than that."
     )
-    yield from answer.refused
+    if answer.refused:
+        yield f"Not simulated: loop.staleness {', '.join(map(str, answer.refused))}. {next(iter(answer.refused.values()))}"
     one = best.scenario
     yield (
         f"Best of these: rollout.engines={one.engines} policy.ranks={one.ranks} loop.staleness={one.staleness}, "

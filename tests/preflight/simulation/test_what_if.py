@@ -112,6 +112,15 @@ def test_what_is_asked_for_is_simulated_too(run: Path, tmp_path: Path) -> None:
     assert row["tokens_per_s"] > 1.5 * answer["simulated"]["tokens_per_s"]
 
 
+def test_bounds_that_the_settings_refuse_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", 5, algorithm={"name": "grpo", "samples_per_prompt": 2, "correction": "none"})
+    assert {row["staleness"] for row in rows(folder, tmp_path)} == {0}
+    said = capsys.readouterr().out
+    assert (
+        "Not simulated: loop.staleness 1, 2, 4. " in said and "`algorithm.correction`: with `loop.staleness: 1`" in said
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
