@@ -1,6 +1,6 @@
 """With `loop.staleness` 0 the loop is the synchronous one: a plain statement of its step, and the loop compared with it.
 
-The statement knows none of admission, producing, buffer, collecting and batch. One prompt is sampled and judged after the other.
+The statement knows none of admission, producing, buffer, collecting and batch. All prompts are sampled, then all are judged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ async def plain_step(loop: OnlineLoop) -> list[JudgedRollout]:
     taught = rounds = 0
     prompts = state.ledger.lease(size)
     while prompts:
-        rollouts = [await roles.rollouts.sample(one, samplings, with_pair=algorithm.dataset_pairs) for one in prompts]
+        writing = (roles.rollouts.sample(one, samplings, with_pair=algorithm.dataset_pairs) for one in prompts)
+        rollouts = await asyncio.gather(*writing)
         feedbacks = [await verdict(loop, rollout) for rollout in rollouts]
         judged += [JudgedRollout(*pair) for pair in zip(rollouts, feedbacks, strict=True)]
         for rollout, feedback in zip(rollouts, state.shaping.shape(rollouts, feedbacks), strict=True):
