@@ -16,7 +16,6 @@ import numpy as np
 
 from rlhf.preflight.simulation.engine import Decoding, Engine
 from rlhf.preflight.simulation.recorded import Answer, Learning, RecordedRun
-from rlhf.tracking.spans import busy_s
 
 MOST_ANSWERS = 2000
 """Prompts that the sampling speed is fitted to: the run's last ones."""
@@ -25,6 +24,8 @@ LEAST_STEP_S = 1e-6
 """Of a decoding step: time must go by."""
 BETTER = 0.98
 """A further column must lower the sum of squared errors to this share of it."""
+BATCH_SPREAD = 0.05
+"""Where sizes of batches differ by less than this (standard deviation over mean), a sequence's time cannot be told from a step's."""
 SPREAD = 0.1
 """Where amounts differ by less than this (standard deviation over mean), their time is taken as proportional: a constant part could not
 be told from noise."""
@@ -46,6 +47,7 @@ class Fitted:
     """What a simulation is made of.
 
     Attributes:
+        batches_differ: the prompts saw batches of such different sizes that the time of a sequence can be told from that of a step.
         whole, piece, end: of the ranks, by tokens per rank: a step at once; a piece of one; the end of a step that came in pieces.
         publish: seconds of each publish that was seen.
         answers: prompts to draw from, each with at least one response.
@@ -53,6 +55,7 @@ class Fitted:
     """
 
     decoding: Decoding
+    batches_differ: bool
     whole: Line
     piece: Line
     end: Line
@@ -72,8 +75,10 @@ def fit(run: RecordedRun) -> Fitted:
     )
     begin = run.windows[first][0]
     answers = [answer for answer in run.answers if answer.start >= begin and any(answer.tokens)]
+    speed, spread = decoding(run, answers)
     return Fitted(
-        decoding=decoding(run, answers),
+        decoding=speed,
+        batches_differ=spread >= BATCH_SPREAD,
         whole=whole,
         piece=piece,
         end=end,
@@ -85,12 +90,14 @@ def fit(run: RecordedRun) -> Fitted:
     )
 
 
-def decoding(run: RecordedRun, answers: Sequence[Answer]) -> Decoding:
-    """The engines' speed as they wrote these. While new weights come, engines stand still, so this time is taken out."""
-    answers, publishes = answers[-MOST_ANSWERS:], run.publishes
+def decoding(run: RecordedRun, answers: Sequence[Answer]) -> tuple[Decoding, float]:
+    """The engines' speed as they wrote these (see `fit_decoding`). While new weights come, engines stand still, so this time is taken
+    out."""
+    answers = answers[-MOST_ANSWERS:]
+    begins, ends = np.array(run.publishes).T
 
     def active(moment: float) -> float:
-        return moment - busy_s(publishes, 0.0, moment)
+        return moment - float(np.clip(moment - begins, 0.0, ends - begins).sum())
 
     if run.settings.rollout.in_flight == "keep" and run.settings.loop.staleness:
         times = [(active(answer.start), active(answer.stop)) for answer in answers]
@@ -99,9 +106,13 @@ def decoding(run: RecordedRun, answers: Sequence[Answer]) -> Decoding:
     return fit_decoding(answers, times, run.settings.rollout.max_num_seqs)
 
 
-def fit_decoding(answers: Sequence[Answer], times: Sequence[tuple[float, float]], most: int) -> Decoding:
+def fit_decoding(answers: Sequence[Answer], times: Sequence[tuple[float, float]], most: int) -> tuple[Decoding, float]:
     """The speed with which engines wrote these, in these times. Other work may have slowed them at times, so that no speed fits all
-    prompts; altogether they take as long as they did."""
+    prompts; altogether they take as long as they did.
+
+    Returns:
+        The speed, and how much the batches differ in which the prompts were written: standard deviation over mean of their sizes.
+    """
     seconds = np.array([stop - start for start, stop in times])
     longest = np.array([max(answer.tokens) for answer in answers])
     guess = Decoding(float(np.median(seconds / longest)), 0.0)
@@ -115,7 +126,8 @@ def fit_decoding(answers: Sequence[Answer], times: Sequence[tuple[float, float]]
             step, sequence = (step + guess.step) / 2, (sequence + guess.sequence) / 2
         guess = Decoding(max(step, LEAST_STEP_S), sequence)
     slower = float(seconds.sum() / (best_seen @ np.array([best.step, best.sequence])).sum())
-    return Decoding(best.step * slower, best.sequence * slower)
+    sizes = best_seen[:, 1] / best_seen[:, 0]
+    return Decoding(best.step * slower, best.sequence * slower), float(sizes.std() / sizes.mean())
 
 
 def _seen(

@@ -162,6 +162,11 @@ def _conclusions(answer: WhatIf) -> Iterator[str]:
         f"{100 * (itself.idle_engines - measured.idle_engines):+.1f} points of the engines' idle share and "
         f"{100 * (itself.idle_policy - measured.idle_policy):+.1f} points of the policy's; what it says of others is no better than that."
     )
+    if not answer.fitted.batches_differ:
+        yield (
+            "All prompts were written in batches of about the same size, so the time of a sequence cannot be told from that of a decoding "
+            "step: what other numbers of engines or sequences do is a guess."
+        )
     if answer.refused:
         yield f"Not simulated: loop.staleness {', '.join(map(str, answer.refused))}. {next(iter(answer.refused.values()))}"
     one = best.scenario

@@ -159,6 +159,7 @@ def test_every_step_takes_as_long_as_in_its_simulation(
 
     fitted = Fitted(
         decoding=SPEED,
+        batches_differ=True,
         whole=WHOLE,
         piece=PIECE,
         end=END,

@@ -25,6 +25,7 @@ def fitted(lengths: list[tuple[int, ...]], **changed: object) -> Fitted:
     """Every prompt of 20 tokens; all of what is sampled is learned from."""
     speeds = Fitted(
         decoding=Decoding(0.01, 0.002),
+        batches_differ=True,
         whole=Line(0.5, 1e-3),
         piece=Line(0.1, 1e-3),
         end=Line(0.4, 0.0),

@@ -49,8 +49,9 @@ def recorded(speed: Decoding, most: int, engines: int = 2, prompts: int = 60) ->
 )
 def test_the_speed_of_engines_is_found_again(speed: Decoding, most: int) -> None:
     answers = recorded(speed, most)
-    found = fit_decoding(answers, [(answer.start, answer.stop) for answer in answers], most)
+    found, spread = fit_decoding(answers, [(answer.start, answer.stop) for answer in answers], most)
     assert (found.step, found.sequence) == pytest.approx((speed.step, speed.sequence), rel=0.02, abs=1e-5)
+    assert spread > 0.05
 
 
 @given(
@@ -96,3 +97,9 @@ def test_ways_that_a_run_did_not_take_follow_from_the_others() -> None:
     ends = [Learning(2, "end", tokens, 2 + 0.01 * tokens) for tokens in (100, 200, 400)]
     at_once, *_ = learners([*pieces, *ends], ranks=1, passes=1)
     assert (at_once.fixed, at_once.per_token) == pytest.approx((2.5, 0.04))
+
+
+def test_batches_of_one_size_say_nothing_of_a_sequence() -> None:
+    answers = [Answer("engine-0", start, start + 2.0, 10, (100, 100), 0.0) for start in (0.0, 3.0, 6.0)]
+    found, spread = fit_decoding(answers, [(answer.start, answer.stop) for answer in answers], 8)
+    assert spread == pytest.approx(0) and found.step + 2 * found.sequence == pytest.approx(0.02)
