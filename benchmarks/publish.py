@@ -23,6 +23,7 @@ from online_dpo_vs_trl import HERE, spread
 
 from rlhf.cluster.network import free_port
 from rlhf.tracking.manifest import processor
+from rlhf.training.weights import GATHER_ELEMENTS
 from rlhf.transfer.gloo import CAPACITY
 
 CORES = len(os.sched_getaffinity(0))
@@ -50,7 +51,14 @@ def main() -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         ratio = {f"{name}_{key}": value for name, case in cases.items() for key, value in case["ratio"].items()}
-        setting = {"cores": CORES, "processor": processor(), "torch": version("torch"), "bucket": args.bucket}
+        setting = {
+            "cores": CORES,
+            "processor": processor(),
+            "torch": version("torch"),
+            "bucket": args.bucket,
+            "gather": args.gather,
+            "load_average": os.getloadavg()[1],  # over the last five minutes
+        }
         result = {"benchmark": Path(__file__).stem, "ratio": ratio, "setting": setting, "cases": cases}
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -64,13 +72,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--bucket", type=int, default=CAPACITY, help="bytes of a bucket, at all ends (default: %(default)s)"
     )
+    parser.add_argument(
+        "--gather",
+        type=int,
+        default=GATHER_ELEMENTS,
+        help="elements that ZeRO-3 gathers at a time (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace, dtype: str, receivers: int, policy_ranks: int) -> dict[str, Any]:
     """One case: the rounds' seconds, the ratios, and the seconds of each part alone."""
     ports = {name: free_port() for name in ("port", "meeting-port", "policy-port")}
-    common = {**ports, "ends": 1 + receivers, "rounds": args.rounds, "dtype": dtype, "bucket": args.bucket}
+    common = {
+        **ports,
+        "ends": 1 + receivers,
+        "rounds": args.rounds,
+        "dtype": dtype,
+        "bucket": args.bucket,
+        "gather": args.gather,
+    }
     roles: list[dict[str, int]] = [{"rank": 0}, *({"rank": rank} for rank in range(1, 1 + receivers))]
     if policy_ranks > 1:
         roles[0]["policy-rank"] = 0

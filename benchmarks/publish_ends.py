@@ -158,11 +158,11 @@ def sharded_weights(args: argparse.Namespace) -> Callable[[], Iterator[tuple[str
 
     from rlhf.config.cluster import ClusterSettings
     from rlhf.config.policy import PolicySettings
-    from rlhf.training import ranks
+    from rlhf.training import ranks, weights
     from rlhf.training.deepspeed import sharding
     from rlhf.training.deepspeed_zero3 import partition
-    from rlhf.training.weights import described_weights, whole_weights
 
+    weights.GATHER_ELEMENTS = args.gather
     ranks.join(ranks.Member(args.policy_rank, 2, "127.0.0.1", args.policy_port), ClusterSettings(device="cpu"))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -174,10 +174,10 @@ def sharded_weights(args: argparse.Namespace) -> Callable[[], Iterator[tuple[str
     shards = sharding(settings, learn=False)
     assert shards is not None
     partition(model, shards)
-    assert [(name, shape) for name, _, shape in described_weights(model)] == [
+    assert [(name, shape) for name, _, shape in weights.described_weights(model)] == [
         (spec.name, spec.shape) for spec in specs(args.dtype)
     ]
-    return lambda: whole_weights(model)
+    return lambda: weights.whole_weights(model)
 
 
 def main() -> None:
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, help="in the transfer; none: the policy's second rank")
     parser.add_argument("--policy-rank", type=int, help="of a policy under ZeRO-3")
-    for name in ("core", "ends", "rounds", "port", "meeting-port", "policy-port", "bucket"):
+    for name in ("core", "ends", "rounds", "port", "meeting-port", "policy-port", "bucket", "gather"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--dtype", choices=DTYPES)
     args = parser.parse_args()
