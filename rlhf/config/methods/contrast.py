@@ -121,8 +121,8 @@ class Selm(_DpoLoss, Reference, Labels):
 
     ahead: ClassVar[Ahead] = Ahead(
         "approximate",
-        "The DPO term is as in iterative DPO; the bonus moves the policy away from what an iterate wrote that is older than the "
-        "reference.",
+        "The DPO term is as in iterative DPO; y_gen is written by a reference of so many steps before, so the bonus moves the "
+        "policy away from that one, not from the present reference.",
     )
     name: Literal["selm"] = Field(description="Zhang et al. 2024.")
     beta: float = Field(0.01, ge=1e-6, le=1e6, description=_DpoLoss.model_fields["beta"].description)
@@ -154,7 +154,7 @@ class Xpo(_DpoLoss, Reference, Labels):
 
     ahead: ClassVar[Ahead] = Ahead(
         "approximate",
-        "y~ is the fixed reference's at any staleness, so the bonus stays what it is, and the pair's loss is least at the same "
+        "A fixed reference writes y~ at any staleness, so the bonus stays what it is, and the pair's loss is least at the same "
         "point whoever wrote it; but the balance of the two follows the pairs of an older policy.",
     )
     name: Literal["xpo"] = Field(description="Xie et al. 2024.")
