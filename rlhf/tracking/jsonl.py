@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,22 @@ def finite(value: Any) -> Any:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines of the file, in order; lines torn by a crash or a full disk are left out. No file: no lines."""
+    return list(each(path))
+
+
+def each(path: Path) -> Iterator[dict[str, Any]]:
+    """The same one by one, for files that may be large."""
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+        return
+    # Only "\n" ends a line: a response may hold what str.splitlines takes for another end, such as U+2028.
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                yield line
 
 
 class JsonLines:
@@ -60,7 +65,7 @@ class JsonLines:
         """Cut off the lines of steps after `last_step`, and torn ones. Atomic: a crash leaves the old or new file."""
         if not self.path.exists():
             return
-        kept = [line for line in read(self.path) if line.get("step", 0) <= last_step]
+        kept = (line for line in each(self.path) if line.get("step", 0) <= last_step)
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)

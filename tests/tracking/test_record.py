@@ -244,6 +244,15 @@ def test_rewind_cuts_off_what_will_be_done_again(
     assert [line["step"] for line in lines(folder / "evaluations.jsonl")] == [0]
 
 
+def test_what_a_response_may_hold_ends_no_line(tmp_path: Path) -> None:
+    file = jsonl.JsonLines(tmp_path / "samples.jsonl")
+    lines = [{"step": step, "response": "a\u2028b\u2029c\x85d\x0be\x1cf\rg\nh"} for step in (1, 2)]
+    file.extend(lines)
+    assert jsonl.read(file.path) == lines
+    file.keep(1)
+    assert jsonl.read(file.path) == lines[:1]
+
+
 def test_a_torn_line_spoils_neither_reading_nor_the_next_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "x": "\xe2\x82')  # torn inside a character
