@@ -14,6 +14,8 @@ from rlhf.tracking import jsonl
 from rlhf.tracking.spans import busy_s, idle_share
 
 Lines = Sequence[Mapping[str, Any]]
+MOST_STEPS = 200
+"""The last ones that are looked at."""
 STEADY = 3
 """Steps at least that a measurement needs, besides those of beginning and end."""
 
@@ -119,8 +121,10 @@ def read_run(folder: str) -> RecordedRun:
         )
     settings = load(path / "config.yaml", [])
     try:
-        spans = jsonl.read(path / "spans.jsonl")
-        metrics = [line for line in jsonl.read(path / "metrics.jsonl") if "time/step" in line]
+        metrics = [line for line in jsonl.each(path / "metrics.jsonl") if "time/step" in line]
+        first = max((line["step"] for line in metrics), default=0) - MOST_STEPS
+        metrics = [line for line in metrics if line["step"] > first]
+        spans = [line for line in jsonl.each(path / "spans.jsonl") if line["step"] > first]
         return _recorded(folder, settings, spans, metrics)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
