@@ -39,7 +39,7 @@ class AdapterInbox:
         return set()
 
     def install(self) -> None:
-        """Let requests from now on run with what has arrived. No request may be running.
+        """Let requests run with what has arrived from now on, also those that have begun with the adapter before; between two forwards.
 
         Raises:
             TransferFailed: vLLM would ignore some of it.

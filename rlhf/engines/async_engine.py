@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rlhf.engines.engine import Engine, EngineDied
@@ -21,15 +22,11 @@ class AsyncEngine(Engine):
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def _answer(self, token_ids: list[int], params: Any, priority: int) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         tokens, request = {"prompt_token_ids": token_ids}, str(next(self._numbers))
-        try:
+        with _death_told():
             answering = self._llm.generate(tokens, params, request, lora_request=self._adapter, priority=priority)
             async for output in answering:
                 final = output
-        except EngineDeadError as error:
-            raise EngineDied(f"vLLM's core process ended: {error}") from error
         return final
 
     async def workers(self, method: str, **arguments: Any) -> list[Any]:
@@ -54,14 +51,22 @@ class AsyncEngine(Engine):
             keep: running requests stop where they are, and go on after `resume`: vLLM preempts them and computes their cache anew.
                 Else they are finished first.
         """
-        await self._llm.pause_generation(mode="keep" if keep else "wait", clear_cache=True)
+        with _death_told():
+            await self._llm.pause_generation(mode="keep" if keep else "wait", clear_cache=True)
+
+    async def abort(self) -> None:
+        """End all requests, while they are paused. Each answers with the finish reason `abort`."""
+        with _death_told():
+            await self._llm.pause_generation(mode="abort", clear_cache=True)
 
     async def resume(self) -> None:
         """Undo `pause`."""
-        await self._llm.resume_generation()
+        with _death_told():
+            await self._llm.resume_generation()
 
     async def set_version(self, version: int) -> None:
-        await self._llm.update_weight_version(str(version))
+        with _death_told():
+            await self._llm.update_weight_version(str(version))
 
     async def sleep(self, level: int) -> None:
         if self._llm.vllm_config.model_config.enable_sleep_mode:
@@ -73,3 +78,14 @@ class AsyncEngine(Engine):
 
     def close(self) -> None:
         self._llm.shutdown()
+
+
+@contextmanager
+def _death_told() -> Iterator[None]:
+    """What vLLM raises of a dead core is raised as `EngineDied`."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDied(f"vLLM's core process ended: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.engines.engine import Engine
 from rlhf.engines.shared_process import default_group_kept, torch_as_it_was
+from rlhf.transfer.versions import StaleWeights
 from rlhf.types import Shipment
 
 
@@ -73,6 +74,9 @@ class InProcessEngine(Engine):
             shipment: completions from now on are marked with the version of a policy's.
             adapter: the weights are a LoRA adapter with this configuration (`rlhf.engines.lora.peft_config`).
             keep: running requests go on with the new weights afterwards, their cache computed anew. Else they are finished first, here.
+
+        Raises:
+            TransferFailed, and what the weights raise. All requests have ended with `StaleWeights` then: a half-loaded model cannot run.
         """
         from vllm.v1.core.sched.interface import PauseState
 
@@ -84,9 +88,20 @@ class InProcessEngine(Engine):
                 self._step()
             self._llm.reset_prefix_cache(reset_running_requests=True)
             fingerprint = self._load(weights, shipment, adapter)
+        except BaseException:
+            self._end_all()
+            raise
         finally:
             core.resume_scheduler()
         return fingerprint
+
+    def _end_all(self) -> None:
+        self._llm.abort_request(list(self._waiting))
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(
+                    StaleWeights("new weights were sent while this was written, and could not be loaded")
+                )
 
     def _load(self, weights: Iterable[tuple[str, Any]], shipment: Shipment, adapter: dict[str, Any] | None) -> str:
         if adapter is not None:

@@ -125,13 +125,13 @@ class RolloutEngine:
         Raises:
             ValueError: the prompt is empty, or too long for the engine, or a mixture is asked of an engine without a partner.
             BadResponse: the engine returned an empty or aborted response, or a log-prob that is not a number.
-            StaleWeights: a transfer of weights failed meanwhile: half-loaded ones may have written some of it.
+            StaleWeights: the last transfer of weights failed, or one did meanwhile.
             EngineDied: vLLM's core process ended.
         """
         while not self._settled.is_set():
             await self._settled.wait()
         if self._broken:
-            raise BadResponse(f"engine {self._index} holds half-loaded weights; publish again before sampling")
+            raise StaleWeights(f"engine {self._index} holds half-loaded weights; publish again before sampling")
         for sampling in samplings:
             self._check_length(prompt, sampling)
             if sampling.mixture and not self._mixes:
@@ -157,8 +157,7 @@ class RolloutEngine:
             self._asked -= 1
         if self._failures != failures:
             raise StaleWeights(
-                f"a transfer of weights to engine {self._index} failed while it answered prompt {prompt.id}, and half-loaded ones may have "
-                "written some of it"
+                f"a transfer of weights to engine {self._index} failed while it answered prompt {prompt.id}"
             )
         return answers
 
@@ -233,7 +232,7 @@ class RolloutEngine:
         """Take the weights that the session's sender sends meanwhile. Running requests go on with them afterwards, or finish first
         (`rollout.in_flight`); what is cached of the old ones is forgotten.
 
-        If the transfer fails, the engine refuses to sample until one succeeds for this slot, and running requests do not count.
+        If the transfer fails, the engine refuses to sample until one succeeds for this slot, and all its requests end.
 
         Args:
             shipment: a policy's version is what completions from now on are marked with. The other slot keeps its weights.
@@ -293,6 +292,9 @@ class RolloutEngine:
                     await engine.set_version(shipment.version)
                 if self._adapter is not None:
                     engine.use_adapter()
+        except BaseException:
+            await engine.abort()  # vLLM cannot run a model that is half-loaded
+            raise
         finally:
             await engine.resume()
         return fingerprints.pop()
@@ -300,7 +302,7 @@ class RolloutEngine:
     @contextmanager
     def _loading(self, slot: ModelSlot) -> Iterator[None]:
         """While this slot's weights are exchanged. If that fails, they are broken, and what is being written does not count; both are known
-        before running requests go on."""
+        before any request ends."""
         self._broken.add(slot)
         try:
             yield

@@ -13,7 +13,7 @@ import pytest
 from rlhf.cluster import DeadlineExpired, LocalHandle, together
 from rlhf.config import Settings
 from rlhf.engines.engine import Engine, Sampled
-from rlhf.rollout import BadResponse, RolloutPool, Sampling, StaleWeights
+from rlhf.rollout import RolloutPool, Sampling, StaleWeights
 from rlhf.rollout.engine import EngineInfo, RolloutEngine
 from rlhf.transfer import TransferFailed, TransferSession
 from rlhf.transfer.versions import Attestation
@@ -246,6 +246,9 @@ class Vllm(Engine):
     async def pause(self, *, keep: bool) -> None:
         self.calls.append("keep" if keep else "wait")
 
+    async def abort(self) -> None:
+        self.calls.append("abort")
+
     async def resume(self) -> None:
         self.calls.append("resume")
         self.ends.set()  # what was kept has nothing else to wait for
@@ -304,9 +307,10 @@ def test_what_ran_while_a_transfer_failed_does_not_count(run: Callable, fingerpr
         vllm.arrives.set()
         with pytest.raises(TransferFailed, match="received different weights"):
             await made.receive_weights(shipment(1))
+        assert vllm.calls == ["generate", "keep", "abort", "resume"]
         with pytest.raises(StaleWeights, match="failed while it answered prompt p"):
             await running
-        with pytest.raises(BadResponse, match="half-loaded weights"):
+        with pytest.raises(StaleWeights, match="half-loaded weights"):
             await made.sample(PROMPT, [SAMPLING])
         vllm.fingerprints = {"f"}
         await made.receive_weights(shipment(1))
