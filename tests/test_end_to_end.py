@@ -1,4 +1,8 @@
-"""The whole system through the command line, on the tiny model with the real vLLM, DeepSpeed and Ray."""
+"""The whole system through the command line, on the tiny model with the real vLLM, DeepSpeed and Ray.
+
+Runs with Ray are processes of their own, as a user starts them; those in one process (`--debug`) are calls of the same `main` here, which
+spares each the seconds that vLLM and DeepSpeed take to import.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,14 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.cli import main
 from tests.helpers import unknown_metrics
 
 pytestmark = pytest.mark.engine
@@ -24,20 +27,21 @@ STEPS = 5
 UNEVALUATED = ("data.eval_prompts=null", "loop.eval_every=0")
 
 
-def rlhf(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run the command in a process of its own, as a user does."""
-    command = [sys.executable, "-m", "rlhf.cli", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-    if check and done.returncode != 0:
-        raise AssertionError(
-            f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
-        )
-    return done
-
-
-def train(folder: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess:
+def arguments(folder: Path, *overrides: str) -> list[str]:
     plain = ("tracking.console=plain", f"run.dir={folder}", "cluster.device=cpu")
-    return rlhf("train", "configs/tiny.yaml", *plain, *overrides, **options)
+    return ["train", str(ROOT / "configs" / "tiny.yaml"), *plain, *overrides]
+
+
+def train(folder: Path, *overrides: str) -> None:
+    """A run with all roles in this process."""
+    assert main(arguments(folder, "cluster.threads=1", *overrides, "--debug")) == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
+    """What is said of a run that a user can put right."""
+    capsys.readouterr()
+    assert main(arguments(folder, *overrides)) == 2
+    return capsys.readouterr().err
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -47,7 +51,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("e2e") / "debug"
-    train(folder, "--debug")
+    train(folder)
     return folder
 
 
@@ -60,8 +64,10 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "getting_started.md").read_text(), re.DOTALL):
         for command, shown in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", block, re.MULTILINE):
+            # The answers of one engine are those of two, and each of the two models would start as many.
+            fewer = " rollout.engines=1" if command.startswith("rlhf eval ") else ""
             done = subprocess.run(
-                command,
+                command + fewer,
                 shell=True,
                 cwd=folder,
                 env=environment,
@@ -136,101 +142,48 @@ def test_ray_and_debug_mode_are_the_same_run(ray_run: Path, debug_run: Path) -> 
 
 
 def test_mixtures_are_the_same_run_in_ray_and_debug_mode(tmp_path: Path) -> None:
-    """From two engines with two models each. That a critic learns the same on two ranks is shown in tests/policy."""
-    options = ("algorithm.name=ipo_md", "reward.path=tests.helpers:mean_byte")
+    """From two ranks and an engine with two models. That a critic learns the same on two ranks is shown in tests/policy, and what two
+    receivers make of weights for one of two models in tests/rollout/test_mixture.py."""
+    options = ("algorithm.name=ipo_md", "reward.path=tests.helpers:mean_byte", "rollout.engines=1")
     quick = (*options, *UNEVALUATED, "loop.steps=3", "checkpoint.every=0", "checkpoint.export=false")
-    for mode in ((), ("--debug",)):
-        train(tmp_path / f"run{len(mode)}", *quick, *mode)
-    both = zip(lines(tmp_path / "run0" / "metrics.jsonl"), lines(tmp_path / "run1" / "metrics.jsonl"), strict=True)
+    command = [sys.executable, "-m", "rlhf.cli", *arguments(tmp_path / "ray", *quick)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-6000:]}"
+    train(tmp_path / "debug", *quick)
+    both = zip(*(lines(tmp_path / mode / "metrics.jsonl") for mode in ("ray", "debug")), strict=True)
     for one, other in both:
         assert max(line[f"policy/probe_gap{half}"] for line in (one, other) for half in ("", "_partner")) < 1e-4
         for name in ("reward/mean", "rollout/tokens", "policy/loss", "policy/grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=5e-3, abs=1e-5), (one["step"], name)
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(debug_run: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    debug_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
-    train(folder, "--debug", "loop.steps=3", "checkpoint.every=3")
-    refused = train(folder, "--debug", check=False)
-    assert refused.returncode == 2
-    assert "already holds a run" in refused.stderr
-    train(folder, "--debug", "--resume")
+    train(folder, "loop.steps=3", "checkpoint.every=3")
+    assert "already holds a run" in refused(capsys, folder, "--debug")
+    train(folder, "--resume")
     for one, other in zip(lines(folder / "metrics.jsonl"), lines(debug_run / "metrics.jsonl"), strict=True):
         for name in ("reward/mean", "policy/loss", "policy/grad_norm", "loop/epoch"):
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
-    other_data = train(folder, "--debug", "--resume", "run.seed=1", check=False)
-    assert other_data.returncode == 2
-    assert "run.seed" in other_data.stderr
+    assert "run.seed" in refused(capsys, folder, "--debug", "--resume", "run.seed=1")
 
 
 def test_online_dpo_learns(tmp_path: Path) -> None:
     """The share of the letter a in held-out responses, which random weights put near chance, becomes most of them."""
     folder = tmp_path / "run"
-    train(
-        folder, "--debug", "loop.steps=60", "loop.prompts_per_step=16", "checkpoint.every=0", "checkpoint.export=false"
-    )
+    train(folder, "loop.steps=60", "loop.prompts_per_step=16", "checkpoint.every=0", "checkpoint.export=false")
     before, after = (line["reward/mean"] for line in lines(folder / "evaluations.jsonl"))
     assert before < 0.05
     assert after > 0.3
 
 
-def test_a_killed_rank_ends_the_run_with_its_name_and_resume_goes_on(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "rlhf.cli", "train", "configs/tiny.yaml", f"run.dir={folder}", "loop.steps=400"]
-    small = (*UNEVALUATED, "rollout.engines=1")
-    options = (*small, "checkpoint.every=1", "tracking.console=off", "cluster.device=cpu")
-    process = subprocess.Popen(
-        [*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        wait_for(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) >= 2, process)
-        session = os.getsid(process.pid)
-        (rank, *_) = [pid for pid in session_processes(session) if b"ray::PolicyRank" in command_line(pid)]
-        os.kill(rank, signal.SIGKILL)
-        _, stderr = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode != 0
-    assert "died while the driver waited for" in stderr
-    assert re.search(r"policy-\d", stderr)
-    done = len(lines(folder / "metrics.jsonl"))
-    train(folder, *small, "--resume", f"loop.steps={done + 1}", "checkpoint.every=0", "checkpoint.export=false")
-    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, done + 2))
-
-
-def wait_for(condition: Any, process: subprocess.Popen, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            raise AssertionError(f"the run ended, or nothing came: {process.stderr.read() if process.stderr else ''}")
-        time.sleep(0.2)
-
-
-def session_processes(session: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session:
-                    found.append(int(entry.name))
-            except ProcessLookupError:
-                continue
-    return found
-
-
-def command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def test_rewards_that_fail_stop_the_run_with_words(tmp_path: Path) -> None:
-    failed = train(tmp_path / "run", "--debug", "reward.path=tests.helpers:broken_reward", check=False)
-    assert failed.returncode != 0
-    assert "responses got no verdict" in failed.stderr
-    assert "reward.max_failed_fraction" in failed.stderr
-    assert "the reward is broken" in failed.stderr
+def test_rewards_that_fail_stop_the_run_with_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, tmp_path / "run", "--debug", "reward.path=tests.helpers:broken_reward")
+    assert "responses got no verdict" in said
+    assert "reward.max_failed_fraction" in said
+    assert "the reward is broken" in said
 
 
 @pytest.mark.parametrize(
@@ -243,11 +196,10 @@ def test_rewards_that_fail_stop_the_run_with_words(tmp_path: Path) -> None:
         ("data.max_prompt_tokens=8", "data.max_prompt_tokens=8"),
     ],
 )
-def test_bad_input_is_refused_before_anything_starts(tmp_path: Path, override: str, says: str) -> None:
-    refused = train(tmp_path / "run", override, check=False)
-    assert refused.returncode == 2
-    assert says in refused.stderr
-    assert "Traceback" not in refused.stderr
+def test_bad_input_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, says: str
+) -> None:
+    assert says in refused(capsys, tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
 
 

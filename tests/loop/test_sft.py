@@ -91,7 +91,8 @@ def finish(process: subprocess.Popen) -> None:
 @pytest.mark.engine
 def test_it_memorises_and_a_killed_run_equals_the_uninterrupted_one(config: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(config, f"run.dir={whole}", "--debug"))
+    here = ["sft", str(config), "tracking.console=off", "--debug"]
+    assert main([*here, f"run.dir={whole}"]) == 0
     process = start(config, f"run.dir={killed}", "--debug")
     try:
         end = time.monotonic() + 240
@@ -103,7 +104,7 @@ def test_it_memorises_and_a_killed_run_equals_the_uninterrupted_one(config: Path
         process.kill()
         process.communicate()
     assert len(lines(killed / "metrics.jsonl")) < 90, "it was killed under way"
-    finish(start(config, f"run.dir={killed}", "--debug", "--resume"))
+    assert main([*here, f"run.dir={killed}", "--resume"]) == 0
     assert unknown_metrics(whole) == set()
     expected, got = lines(whole / "metrics.jsonl"), lines(killed / "metrics.jsonl")
     assert [line["step"] for line in got] == list(range(1, 91))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.cli import main
+from rlhf.cluster import LocalRuntime
+from rlhf.commands import evaluate
 from rlhf.config import load
 from rlhf.loop.run import Training
 
@@ -51,15 +52,17 @@ def test_a_resumed_run_normalises_as_the_uninterrupted_one(tmp_path: Path) -> No
     assert whole[2]["reward/shaped_std"] != pytest.approx(1, rel=1e-3), "the third by all three"
 
 
-def test_the_reference_ranks_in_the_middle_of_its_own_responses(tmp_path: Path) -> None:
+def test_the_reference_ranks_in_the_middle_of_its_own_responses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a learning rate of 0 the policy stays the reference, so ranks are uniform: mean 1/2, standard deviation 0.289."""
     scores = tmp_path / "scores.jsonl"
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG)
     ranked = ["reward.transforms=[{name: calibrate}]", f"reward.reference_scores={scores}"]
-    # In a process of its own: it starts a Ray cluster, and this one may be in another.
-    command = [sys.executable, "-m", "rlhf.cli", "reward", "calibrate", str(path), "--samples", "16", *ranked]
-    subprocess.run(command, check=True)
+    # Engine and judge in this process, as in debug mode. That the command's own Ray starts them, `rlhf eval` shows in the end-to-end tests.
+    monkeypatch.setattr(evaluate, "RayRuntime", lambda settings, actors: LocalRuntime())
+    assert main(["reward", "calibrate", str(path), "--samples", "16", *ranked]) == 0
     steps = train(tmp_path / "run", *ranked, "policy.learning_rate=0", "algorithm.samples_per_prompt=8")
     mean = sum(step["reward/shaped_mean"] for step in steps) / 3  # of 144 responses
     assert mean == pytest.approx(0.5, abs=0.12)
