@@ -27,6 +27,7 @@ from rlhf.tracking.spans import busy_s
 
 SHORT = 'Is this good or bad? Answer with one word: "{}"'
 LONG = 'Write a long story that begins with these words: "{}"'
+PROMPT_TOKENS = 96
 
 
 def main() -> None:
@@ -96,12 +97,13 @@ def run(args: argparse.Namespace, bound: int, prompts: Path, folder: Path) -> di
     those there is nothing left to sample."""
     settings = {
         "run": {"dir": str(folder)},
-        "data": {"prompts": str(prompts), "shuffle": False, "max_prompt_tokens": 256},
+        "data": {"prompts": str(prompts), "shuffle": False, "max_prompt_tokens": PROMPT_TOKENS},
         "policy": {
             "model": "asset:smollm2-135m-instruct",
             "dtype": "bf16",
             "learning_rate": workload.LEARNING_RATE,
-            "micro_batch_tokens": 512,
+            "micro_batch_tokens": PROMPT_TOKENS
+            + 2 * args.max_tokens,  # the least that may be, for pieces that come early
         },
         "rollout": {"max_tokens": args.max_tokens},
         "reward": {"kind": "function", "path": "workload:reward"},
