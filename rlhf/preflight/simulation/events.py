@@ -91,6 +91,9 @@ class Simulation:
         self._scenario, self._fitted = scenario, fitted
         self._random = random.Random(seed)
         self._answers = [self._scaled(answer) for answer in fitted.answers]
+        self._deck: list[
+            tuple[tuple[int, ...], float, float]
+        ] = []  # shuffled; each is drawn once before all are shuffled again
         self._admission = Admission(scenario.prompts, scenario.staleness, sys.maxsize)
         self._buffer: Buffer[Drawn] = Buffer()
         self._engines = [Engine(fitted.decoding, scenario.most) for _ in range(scenario.engines)]
@@ -240,7 +243,10 @@ class Simulation:
                 self._held.append(number)
 
     def _draw(self) -> Drawn:
-        lengths, learned, judged_s = self._random.choice(self._answers)
+        if not self._deck:
+            self._deck = list(self._answers)
+            self._random.shuffle(self._deck)
+        lengths, learned, judged_s = self._deck.pop()
         teaches = self._random.random() < self._fitted.taught_share
         return Drawn(lengths, learned if teaches else 0.0, judged_s, self._version)
 

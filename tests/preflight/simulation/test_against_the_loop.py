@@ -4,31 +4,37 @@ event, needs the same time in every step as its simulation, and engines and rank
 from __future__ import annotations
 
 import asyncio
-import itertools
+import json
 import math
+import random
 import selectors
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rlhf.config import yamls
 from rlhf.engines.sampling import Sampling
 from rlhf.loop.online import OnlineLoop
+from rlhf.loop.roles import Roles
 from rlhf.preflight.simulation.engine import Decoding, Engine
 from rlhf.preflight.simulation.events import Simulation
 from rlhf.preflight.simulation.fit import Fitted, Line
 from rlhf.preflight.simulation.recorded import Answer
 from rlhf.preflight.simulation.scenario import scenario
+from rlhf.preflight.simulation.what_if import what_if
 from rlhf.types import Assignment, Completion, Prompt, Rollout, Score, Shipment
 from tests.loop import fakes
 
 SPEED, JUDGE_S, PUBLISH_S = Decoding(0.02, 0.003), 0.4, 1.5
 WHOLE, PIECE, END = Line(0.7, 4e-3), Line(0.2, 3e-3), Line(0.5, 1e-3)
-STEPS, PROMPTS = 9, 120
-LENGTHS = [(3 + 7 * i % 40, 5 + 23 * i % 97 + 200 * (i % 7 == 0)) for i in range(PROMPTS)]
-"""Of the two responses to each prompt; every seventh is long."""
+STEPS, PROMPTS = 9, 400
+RNG = random.Random(5)
+LENGTHS = [(RNG.randint(3, 40), RNG.randint(5, 100) + 200 * (RNG.random() < 0.15)) for _ in range(PROMPTS)]
+"""Of the two responses to each prompt; some are long."""
 
 
 class JumpingClock(asyncio.SelectorEventLoop):
@@ -106,29 +112,49 @@ class Rewards(fakes.Rewards):
 
 
 class Policy(fakes.Policy):
+    def __init__(self, stage: fakes.Stage, piece: Line, end: Line):
+        super().__init__(stage)
+        self._piece, self._end = piece, end
+
     async def learn(self, assignments: Sequence[Assignment], step: Any) -> dict[str, float]:
         await asyncio.sleep(WHOLE.seconds(sum(one.n_tokens() for one in assignments)))
         return await super().learn(assignments, step)
 
     async def accumulate(self, assignments: Sequence[Assignment], update: int = 0) -> None:
         await super().accumulate(assignments, update)
-        await asyncio.sleep(PIECE.seconds(sum(one.n_tokens() for one in assignments)))
+        await asyncio.sleep(self._piece.seconds(sum(one.n_tokens() for one in assignments)))
 
     async def finish(self) -> dict[str, float]:
-        await asyncio.sleep(END.seconds(sum(one.n_tokens() for one in self.learned[-1])))
+        await asyncio.sleep(self._end.seconds(sum(one.n_tokens() for one in self.learned[-1])))
         return await super().finish()
 
 
-def timed_loop(monkeypatch: pytest.MonkeyPatch, clock: JumpingClock, **sections: dict[str, Any]) -> OnlineLoop:
+class Lines(fakes.Lines):
+    """A record that knows when a step ended."""
+
+    def step(self, step: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
+        super().step(step, {"time": asyncio.get_running_loop().time(), **metrics}, warnings)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, steps: int, piece: Line = PIECE, end: Line = END, **sections: dict[str, Any]
+) -> OnlineLoop:
+    """The loop after so many steps."""
+    clock = JumpingClock()
     loop = fakes.make_loop(
         lambda rollout: [Score(float(i)) for i in range(len(rollout.infos))], prompts=PROMPTS, **sections
     )
     stage, rollout = loop.roles.policy.stage, loop.settings.rollout
     rewards = Rewards(stage, loop.roles.rewards._judge)
-    loop.roles = type(loop.roles)(Policy(stage), Rollouts(stage, rollout.engines, rollout.max_num_seqs), rewards)
+    rollouts = Rollouts(stage, rollout.engines, rollout.max_num_seqs)
+    loop = OnlineLoop(
+        loop.settings, loop.algorithm, Roles(Policy(stage, piece, end), rollouts, rewards), loop.state, Lines(stage)
+    )
     ticking = types.SimpleNamespace(time=clock.time, perf_counter=clock.time)
     for module in ("clock", "online", "producing"):
         monkeypatch.setattr(f"rlhf.loop.{module}.time", ticking)
+    with asyncio.Runner(loop_factory=lambda: clock) as runner:
+        runner.run(fakes.steps(loop, steps))
     return loop
 
 
@@ -146,17 +172,13 @@ def timed_loop(monkeypatch: pytest.MonkeyPatch, clock: JumpingClock, **sections:
 def test_every_step_takes_as_long_as_in_its_simulation(
     monkeypatch: pytest.MonkeyPatch, bound: int, stream: str, engines: int, most: int
 ) -> None:
-    clock = JumpingClock()
-    loop = timed_loop(
+    loop = run(
         monkeypatch,
-        clock,
+        STEPS,
         loop={"prompts_per_step": 6, "staleness": bound, "stream": stream, "steps": 18},
         rollout={"engines": engines, "max_num_seqs": most},
         policy={"model": "unused", "micro_batch_tokens": 300},
     )
-    with asyncio.Runner(loop_factory=lambda: clock) as runner:
-        runner.run(fakes.steps(loop, STEPS))
-
     fitted = Fitted(
         decoding=SPEED,
         batches_differ=True,
@@ -170,10 +192,7 @@ def test_every_step_takes_as_long_as_in_its_simulation(
         other_s=0.0,
     )
     simulation = Simulation(scenario(loop.settings, loop.settings), fitted, seed=0)
-    in_order = itertools.count()
-    draw = types.SimpleNamespace(
-        choice=lambda options: options[next(in_order)] if len(options) == PROMPTS else options[0], random=lambda: 0.0
-    )
+    draw = types.SimpleNamespace(shuffle=lambda deck: deck.reverse(), choice=lambda found: found[0], random=lambda: 0.0)
     monkeypatch.setattr(simulation, "_random", draw)
     simulated = simulation.run(STEPS)
 
@@ -185,3 +204,50 @@ def test_every_step_takes_as_long_as_in_its_simulation(
     assert [line["idle/policy"] for line in recorded] == pytest.approx(idle, abs=1e-6)
     oldest = [line.get("staleness/max", 0.0) for line in recorded]
     assert oldest == [step.staleness for step in simulated]
+
+
+def write(folder: Path, loop: OnlineLoop) -> str:
+    """The run folder of a loop's record."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yamls.dump(loop.settings.model_dump()))
+    for name, lines in (("metrics", loop.record.lines), ("spans", [one.line() for one in loop.record.timings])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("was", "asked"),
+    [
+        ((0, 2), (0, 4)),
+        ((0, 2), (1, 2)),
+        ((0, 2), (2, 4)),
+        ((2, 2), (0, 2)),
+        ((2, 2), (2, 2)),
+        ((2, 4), (1, 1)),
+    ],
+)
+def test_what_a_run_says_of_another_is_what_that_one_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, was: tuple[int, int], asked: tuple[int, int]
+) -> None:
+    """From the record of a run with (bound, engines) to the time of a step with others, speeds and lengths known from the record alone.
+    Ranks that learn in pieces take as long as at once, for of the way that a run did not take nothing better is known."""
+
+    def loop(bound: int, engines: int) -> OnlineLoop:
+        return run(
+            monkeypatch,
+            60,
+            Line(0.0, WHOLE.per_token),
+            Line(WHOLE.fixed, 0.0),
+            loop={"prompts_per_step": 6, "staleness": bound, "steps": 60},
+            rollout={"engines": engines, "max_num_seqs": 8, "max_tokens": 310},
+            policy={"model": "asset:tiny-llama", "micro_batch_tokens": 640},
+            data={"max_prompt_tokens": 8},
+        )
+
+    recorded = write(tmp_path / "recorded", loop(*was))
+    other = what_if(write(tmp_path / "other", loop(*asked)), []).measured.result
+    answer = what_if(recorded, [f"loop.staleness={asked[0]}", f"rollout.engines={asked[1]}"])
+    assert answer.asked is not None
+    assert answer.asked.result.step_s == pytest.approx(other.step_s, rel=0.06)
+    assert answer.asked.result.idle_engines == pytest.approx(other.idle_engines, abs=0.05)
+    assert answer.itself.result.step_s == pytest.approx(answer.measured.result.step_s, rel=0.06)
