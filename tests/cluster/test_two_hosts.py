@@ -1,7 +1,7 @@
 """The full loop over two hosts: the policy on both, the engine on the second, driver and reward on the first.
 
-The hosts are network namespaces (`hosts`); Ray, DeepSpeed, gloo and vLLM are the real ones. The second test costs a host,
-so it comes last.
+The hosts are network namespaces (`hosts`); Ray, DeepSpeed, gloo and vLLM are the real ones. One run serves both tests, for it takes a
+minute and more to start: the second ends it by the loss of a host.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,77 +33,83 @@ OPTIONS = (
     "data.eval_prompts=null",
     "loop.eval_every=0",
     "loop.prompts_per_step=4",
+    "loop.steps=100000",
+    f"checkpoint.every={STEPS}",
+    "checkpoint.keep=1000",
     "checkpoint.export=false",
     "tracking.console=off",
 )
 
 
+@dataclass
+class Run:
+    """`rlhf train` on the first host, without an end of its own.
+
+    Attributes:
+        seen: which actors have lived on which host.
+    """
+
+    hosts: TwoHosts
+    folder: Path
+    process: subprocess.Popen[str]
+    seen: set[tuple[int, str]] = field(default_factory=set)
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Until something holds; meanwhile see who lives where."""
+        end = time.monotonic() + TIMEOUT_S
+        while not until():
+            assert self.process.poll() is None, self.process.communicate()[0][-6000:]
+            assert time.monotonic() < end, "the run has come to nothing"
+            for host in (0, 1):
+                commands = self.hosts.processes(host).values()
+                self.seen |= {(host, title) for title in TITLES if any(one.startswith(title) for one in commands)}
+            time.sleep(0.5)
+
+
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[TwoHosts]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     try:
-        two = TwoHosts()
+        hosts = TwoHosts()
     except CannotMakeHosts as error:
         pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("hosts") / "run"
     try:
-        two.start()
-        yield two
+        hosts.start()
+        process = hosts.popen(0, "train", "configs/tiny.yaml", *OPTIONS, f"run.dir={folder}")
+        yield Run(hosts, folder, process)
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
     finally:
-        two.remove()
-
-
-def train(hosts: TwoHosts, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    return hosts.popen(0, "train", "configs/tiny.yaml", *OPTIONS, f"run.dir={folder}", *overrides)
+        hosts.remove()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Those that are whole: the run writes on."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def watch(hosts: TwoHosts, process: subprocess.Popen[str], until: Any) -> set[tuple[int, str]]:
-    """Wait until something holds or the process ends; meanwhile see which actors live on which host."""
-    seen: set[tuple[int, str]] = set()
-    end = time.monotonic() + TIMEOUT_S
-    while process.poll() is None and not until():
-        assert time.monotonic() < end, "the run has come to nothing"
-        for host in (0, 1):
-            commands = hosts.processes(host).values()
-            seen |= {(host, title) for title in TITLES if any(command.startswith(title) for command in commands)}
-        time.sleep(0.5)
-    return seen
-
-
-def test_the_loop_runs_over_two_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = train(hosts, folder, f"loop.steps={STEPS}", f"checkpoint.every={STEPS}")
-    try:
-        seen = watch(hosts, process, until=lambda: False)
-    finally:
-        process.kill()
-    output = process.communicate()[0]
-    assert process.returncode == 0, output[-6000:]
+def test_the_loop_runs_over_two_hosts(run: Run) -> None:
+    run.wait((run.folder / "checkpoints" / f"step-{STEPS:06d}" / "state.json").exists)
     # What the kernel says of who was where ...
-    assert seen == {(0, "ray::PolicyRank"), (1, "ray::PolicyRank"), (1, "ray::RolloutEngine"), (0, "ray::RewardServer")}
+    assert run.seen == {
+        (0, "ray::PolicyRank"), (1, "ray::PolicyRank"), (1, "ray::RolloutEngine"), (0, "ray::RewardServer"),
+    }  # fmt: skip
     # ... and what the record says.
-    placement = json.loads((folder / "manifest.json").read_text())["placement"]
+    placement = json.loads((run.folder / "manifest.json").read_text())["placement"]
     assert placement == [f"{ADDRESSES[0]}: policy-0, reward-0", f"{ADDRESSES[1]}: policy-1, rollout-0"]
-    metrics = lines(folder / "metrics.jsonl")
+    metrics = lines(run.folder / "metrics.jsonl")[:STEPS]
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert all(line["policy/logprob_gap"] < 1e-4 for line in metrics), "after each publish over the cable the two agree"
-    versions = {line["step"]: line["weight_version"] for line in lines(folder / "samples.jsonl")}
-    assert versions == {step: step - 1 for step in range(1, STEPS + 1)}
-    assert (folder / "checkpoints" / f"step-{STEPS:06d}" / "state.json").exists()
+    versions = {line["step"]: line["weight_version"] for line in lines(run.folder / "samples.jsonl")}
+    assert all(versions[step] == step - 1 for step in range(1, STEPS + 1))
 
 
-def test_a_host_that_dies_ends_the_run_with_words(hosts: TwoHosts, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = train(hosts, folder, "loop.steps=100000", "checkpoint.every=0")
-    try:
-        watch(hosts, process, until=lambda: lines(folder / "metrics.jsonl"))
-        assert process.poll() is None, process.communicate()[0][-6000:]
-        hosts.kill_node(1)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        process.kill()
-    assert process.returncode != 0
+def test_a_host_that_dies_ends_the_run_with_words(run: Run) -> None:
+    """After the test above, which leaves the run at work."""
+    assert run.process.poll() is None
+    run.hosts.kill_node(1)
+    output, _ = run.process.communicate(timeout=TIMEOUT_S)
+    assert run.process.returncode != 0
     assert "died while the driver waited for" in output, output[-3000:]
     assert any(name in output for name in ("policy-1", "rollout-0")), output[-3000:]
