@@ -138,10 +138,25 @@ def _seen(
     seen, missed = np.zeros((len(answers), 2)), 0.0
     for name in {answer.engine for answer in answers}:
         mine = sorted((i for i, answer in enumerate(answers) if answer.engine == name), key=lambda i: times[i])
-        for place, now, steps, work in _written(answers, times, mine, Engine(speed, most)):
-            seen[place] = steps, work
-            missed += (now - times[place][1]) ** 2
+        for period in _periods(mine, times):
+            for place, now, steps, work in _written(answers, times, period, Engine(speed, most)):
+                seen[place] = steps, work
+                missed += (now - times[place][1]) ** 2
     return seen, missed
+
+
+def _periods(mine: Sequence[int], times: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """The same prompts in parts, before each of which the engine had answered all others: however slow it is thought to be, none of them
+    waits for these."""
+    periods: list[list[int]] = []
+    last = -math.inf
+    for place in mine:
+        start, stop = times[place]
+        if start >= last:
+            periods.append([])
+        periods[-1].append(place)
+        last = max(last, stop)
+    return periods
 
 
 def _written(

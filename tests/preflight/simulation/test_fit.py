@@ -103,3 +103,13 @@ def test_batches_of_one_size_say_nothing_of_a_sequence() -> None:
     answers = [Answer("engine-0", start, start + 2.0, 10, (100, 100), 0.0) for start in (0.0, 3.0, 6.0)]
     found, spread = fit_decoding(answers, [(answer.start, answer.stop) for answer in answers], 8)
     assert spread == pytest.approx(0) and found.step + 2 * found.sequence == pytest.approx(0.02)
+
+
+def test_a_slow_moment_makes_nobody_wait_who_did_not() -> None:
+    """The engine had answered each prompt before the next one came, whatever its speed was."""
+    seconds, now, answers = [1.0, 5.0, 1.0, 1.0], 0.0, []
+    for one in seconds:
+        answers.append(Answer("engine-0", now, now + one, 10, (100,), 0.0))
+        now += one
+    found, _ = fit_decoding(answers, [(answer.start, answer.stop) for answer in answers], most=1)
+    assert found.step + found.sequence == pytest.approx(sum(seconds) / 400)
