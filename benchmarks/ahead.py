@@ -1,8 +1,8 @@
 """Sampling ahead of learning against taking turns: the same steps with `loop.staleness` 0 and above, in turns, on this machine.
 
 Engine and trainer compute on a core each (`cluster.threads` 1), whichever of the two is at work; so a synchronous step leaves one of them
-idle at any time. The responses' lengths have a long tail of their own: most prompts want a short answer and some a story, and each ends
-where the model ends it. Real Ray, vLLM and DeepSpeed. benchmarks/README.md says what is measured and how to read it.
+idle at any time. The responses' lengths have a long tail of their own: most prompts want a short answer, which ends where the model ends
+it, and some a story, which goes on to the limit. Real Ray, vLLM and DeepSpeed. benchmarks/README.md says what is measured.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios and all raw numbers there")
     parser.add_argument("--rounds", type=int, default=2, help="paired repetitions (default: 2)")
-    parser.add_argument("--steps", type=int, default=6, help="counted steps of each side in a round (default: 6)")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each side in a round (default: 3)")
     parser.add_argument(
         "--staleness", type=int, nargs="*", default=[1], help="bounds to compare with the synchronous loop (default: 1)"
     )
-    parser.add_argument("--prompts-per-step", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=4, help="of each prompt, two of which are learned from")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--long-every", type=int, default=8, metavar="N", help="every N-th prompt wants a story")
+    parser.add_argument("--prompts-per-step", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=8, help="of each prompt, two of which are learned from")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--long-every", type=int, default=4, metavar="N", help="every N-th prompt wants a story")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="settings of all sides")
     return parser.parse_args()
 
