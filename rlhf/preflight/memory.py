@@ -24,10 +24,11 @@ LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default `stage3_max_live_parameters`: weights that ZeRO-3 keeps gathered, in elements."""
 QUANTISED_BYTES = 0.516
 """Of a weight in 4 bits, with its share of the scales: one per 64 weights, itself in 8 bits."""
-# Repeated from `rlhf.training.model` and `.deepspeed`, whose imports take seconds; a test holds them equal.
+# Repeated from `rlhf.training.model`, `.deepspeed`, `.sharded` and `.weights`, whose imports take seconds; a test holds them equal.
 ROWS = 64
 REDUCE_BUCKET = 500_000_000
-GATHER_ELEMENTS = 64 * 2**20
+READ_ELEMENTS = 64 * 2**20
+GATHER_ELEMENTS = 4 * 2**20
 
 
 ELSEWHERE = ("host", "publishing", "staying", "loading", "loading_host", "exporting")
@@ -246,7 +247,7 @@ def policy_memory(
 def loading(shape: ModelShape, settings: PolicySettings) -> float:
     """Bytes on a device of the tensors that are not shards yet (`rlhf.training.sharded`), or not in 4 bits yet."""
     if settings.zero_stage == 3:
-        return min(max(GATHER_ELEMENTS, shape.largest), shape.parameters) * BYTES[settings.dtype]
+        return min(max(READ_ELEMENTS, shape.largest), shape.parameters) * BYTES[settings.dtype]
     return shape.largest * BYTES[settings.dtype] if settings.lora.quantize_base != "none" else 0
 
 

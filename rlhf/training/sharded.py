@@ -5,7 +5,7 @@ fused experts there as a whole, and does not look for foreign tensors or other s
 and compared first; then rank 0 reads a few tensors at a time, by transformers' rules for renamed and fused ones, and they are broadcast
 and partitioned before it reads the next.
 
-Memory: on a device, its shards and `GATHER_ELEMENTS` or the largest tensor, whichever is more; in host memory, on rank 0, three times
+Memory: on a device, its shards and `READ_ELEMENTS` or the largest tensor, whichever is more; in host memory, on rank 0, three times
 that (as read, being fused, and fused), and nothing on the others. What the operating system keeps of the files it can drop.
 Owns: that order of things. Does not know: DeepSpeed's configuration (`deepspeed`), or what the model is for.
 """
@@ -36,7 +36,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from rlhf.data.architecture import build_empty, check_finite, quiet_transformers, refuse
 from rlhf.data.weight_files import Difference, StoredTensor, WeightsError, read_headers
 from rlhf.training.deepspeed_zero3 import Sharding, partition, rank_device
-from rlhf.training.weights import GATHER_ELEMENTS
+
+READ_ELEMENTS = 64 * 2**20
+"""Parameters read and distributed at a time, in elements."""
 
 
 def differ(one: str, other: str) -> str:
@@ -114,7 +116,7 @@ def _stored_parts(places: Mapping[str, list[_Place]], file: Path) -> Iterator[li
                 _put(places[name], nn.Parameter(tensor, requires_grad=empty.requires_grad))
                 names.append(name)
                 size += tensor.numel()
-                if size >= GATHER_ELEMENTS:
+                if size >= READ_ELEMENTS:
                     yield names
                     names, size = [], 0
             if names:
@@ -264,7 +266,7 @@ class _Reader:
         return [name for name, _ in new]
 
     def _groups(self, files: Mapping[Path, Any]) -> Iterator[list[str]]:
-        """The files' tensors in portions of about `GATHER_ELEMENTS`, those together that become one.
+        """The files' tensors in portions of about `READ_ELEMENTS`, those together that become one.
 
         Raises:
             WeightsError: the file holds two different tensors for one that is tied.
@@ -286,7 +288,7 @@ class _Reader:
                 continue
             group += keys
             size += sum(math.prod(self._headers[key].shape) for key in keys)
-            if size >= GATHER_ELEMENTS:
+            if size >= READ_ELEMENTS:
                 yield group
                 group, size = [], 0
         if group:

@@ -18,8 +18,9 @@ from rlhf.training.deepspeed_zero3 import gathered, whole_numel, whole_shape
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-GATHER_ELEMENTS = 64 * 2**20
-"""Parameters gathered at a time when weights leave the group, in elements."""
+GATHER_ELEMENTS = 4 * 2**20
+"""Parameters gathered at a time when weights leave the group, in elements: fewer than two buckets of `transfer.gloo` hold, so that some
+travel while the next are gathered, and few enough for a processor's cache. Most matrices of a large model are more by themselves."""
 
 T = TypeVar("T")
 

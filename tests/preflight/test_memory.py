@@ -231,10 +231,11 @@ def test_weights_on_their_way_take_the_buckets_that_the_transfer_uses() -> None:
 
 
 def test_repeated_constants_are_those_of_the_trainer() -> None:
-    from rlhf.training import deepspeed, model, weights
+    from rlhf.training import deepspeed, model, sharded, weights
 
     assert memory.REDUCE_BUCKET == deepspeed.REDUCE_BUCKET
     assert memory.ROWS == model.ROWS and memory.GATHER_ELEMENTS == weights.GATHER_ELEMENTS
+    assert memory.READ_ELEMENTS == sharded.READ_ELEMENTS
 
 
 SHAPES = {name: known_shape(name) for name in KNOWN}

@@ -82,7 +82,7 @@ def refusal(folder: Path) -> str:
 
 def main(rank: int, port: int, folder: Path) -> None:
     join(Member(rank, 2, "127.0.0.1", port), ClusterSettings(device="cpu"))
-    sharded.GATHER_ELEMENTS = PORTION
+    sharded.READ_ELEMENTS = PORTION
     seen: dict[str, Any] = {"loaded": {}}
     shards = sharding(policy(3), learn=True)
     for kind in ("tied", "untied", "experts", "buffer", "latent", "twice"):

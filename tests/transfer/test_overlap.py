@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rlhf.cluster.network import free_port
+from rlhf.training import weights as sharded_weights
 from rlhf.transfer import TransferFailed, TransferSession, gloo
 from rlhf.transfer.buckets import plan
 from rlhf.transfer.fingerprint import fingerprint
@@ -186,14 +188,14 @@ class Work:
         self.happen()
 
 
-def transfer(named: Named, load: Load) -> str:
+def transfer(named: Iterable[tuple[str, torch.Tensor]], specs: list[WeightSpec], load: Load) -> str:
     """From a sender to a receiver over such a group, in buckets of 200 bytes; the sender's fingerprint."""
     group = Late()
     sender = GlooSender.__new__(GlooSender)
     sender._group, sender._buffers = group.end(sends=True), buffers(200)
     with ThreadPoolExecutor(1) as pool:
-        received = pool.submit(receive, group.end(sends=False), specs_of(named), load, 200)
-        mark = sender.send(freed(named), POLICY)
+        received = pool.submit(receive, group.end(sends=False), specs, load, 200)
+        mark = sender.send(named, POLICY)
         received.result(timeout=30)
     return mark
 
@@ -202,18 +204,40 @@ def transfer(named: Named, load: Load) -> str:
 @given(sizes=st.lists(st.integers(0, 900), min_size=1, max_size=30))
 def test_nothing_is_overwritten_while_it_travels(sizes: list[int]) -> None:
     named, arrived = numbered(sizes), []
-    assert transfer(named, arrived.extend) == fingerprint(named)
+    assert transfer(freed(named), specs_of(named), arrived.extend) == fingerprint(named)
     assert all(torch.equal(got, tensor) for (_, got), (_, tensor) in zip(arrived, named, strict=True))
     assert len(arrived) == len(named)
 
 
 def test_what_was_loaded_is_released_before_the_next_bucket_is_loaded() -> None:
-    sizes = [150, 900, 120, 60, 190, 400, 30, 200]
+    named = numbered([150, 900, 120, 60, 190, 400, 30, 200])
     loaded: list[StorageWeakRef] = []
 
     def load(arrived: Named) -> None:
         assert all(buffer.expired() for buffer in loaded), "one is loaded and one arrives; no third is kept"
         loaded.append(StorageWeakRef(arrived[0][1].untyped_storage()))
 
-    transfer(numbered(sizes), load)
-    assert len(loaded) == len(plan(specs_of(numbered(sizes)), 200))
+    transfer(named, specs_of(named), load)
+    assert len(loaded) == len(plan(specs_of(named), 200))
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 10_000])
+def test_what_zero3_gathers_is_copied_before_it_is_released(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(size, 9) for size in (3, 40, 8, 1, 17, 5)))
+    whole = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    sent = [(name, whole[parameter]) for name, parameter in model.named_parameters()]
+
+    @contextmanager
+    def gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+        for parameter in parameters:
+            parameter.data.copy_(whole[parameter])
+        yield
+        for parameter in parameters:
+            parameter.data.fill_(torch.nan)
+
+    monkeypatch.setattr(sharded_weights, "gathered", gathered)
+    monkeypatch.setattr(sharded_weights, "GATHER_ELEMENTS", at_once)
+    arrived: Named = []
+    assert transfer(sharded_weights.whole_weights(model), specs_of(sent), arrived.extend) == fingerprint(sent)
+    assert fingerprint(arrived) == fingerprint(sent)
+    assert all(parameter.isnan().all() for parameter in whole), "all were released"
