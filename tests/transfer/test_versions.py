@@ -98,7 +98,7 @@ class World(RuleBasedStateMachine):
         self.sent[slot] = f"bytes {self.shipments}"
         ready = self.epoch > 0 and self.usable and self.members == self.bytes.keys()
         if not ready:
-            self.shipment = None
+            self.shipment, self.usable = None, False
             with pytest.raises(StaleWeights, match="open a new session"):
                 self.versions.shipping(shipment)
             with pytest.raises(ValueError, match="none were being sent"):
