@@ -60,6 +60,11 @@ def constant(prompt: str, response: str, payload: Mapping[str, Any]) -> float:
     return 1.0
 
 
+def reproducible(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those that say nothing of how busy the machine was: the same in every run of the same."""
+    return {name: value for name, value in metrics.items() if not name.startswith("throughput/")}
+
+
 def rank_inside(group: Any, rank: int = 0) -> Any:
     """The rank's own object behind a `PolicyGroup` or `SupervisedGroup` that runs in this process."""
     return group._ranks.handles[rank].target

@@ -21,9 +21,10 @@ from rlhf.policy.gradient_learner import GradientLearner
 from rlhf.policy.kl import KlController
 from rlhf.training.deepspeed import Trainer
 from rlhf.types import Assignment, Completion, Prompt, Rollout, TrainingItem
-from tests.helpers import rank_inside
+from tests.helpers import rank_inside, reproducible
 
-UPDATES = 3
+UPDATES = 2
+"""The second begins from weights and moments that the first has left."""
 PREFERENCE = Preference((Contrast("logistic", scale=0.1),))
 PPO = PolicyGradient(
     critic=Critic(model=None, learning_rate=1e-3, warmup_steps=0, value_clip=0.2, lam=0.9),
@@ -94,7 +95,7 @@ async def learn(
     assignments = make_assignments(objective, remote)
     give = learn_in_pieces if pieces else PolicyGroup.learn
     contexts = [context(objective, step, equal=step == 1) for step in range(1, UPDATES + 1)]
-    metrics = [await give(group, assignments, one) for one in contexts]
+    metrics = [reproducible(await give(group, assignments, one)) for one in contexts]
     metrics.append(await group.measure(assignments))
     await group.check_anchors()
     await group.export(folder)
@@ -220,7 +221,6 @@ def test_one_rank_in_any_split(
     ("method", "stage", "budget", "pieces"),
     [
         ("preference", 0, 4096, False),
-        ("preference", 2, 40, False),
         ("preference", 3, 40, True),
         ("ppo", 1, 40, False),
         ("ppo", 3, 40, True),
@@ -301,7 +301,7 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule(
     async def steps(group: PolicyGroup, kl: KlController, first: int) -> list[dict[str, float]]:
         made = []
         for step in (first, first + 1):
-            metrics = await group.learn(learned, StepContext(step, equal=False, kl_coef=kl.coef))
+            metrics = reproducible(await group.learn(learned, StepContext(step, equal=False, kl_coef=kl.coef)))
             made.append(metrics | kl.after(step, metrics, 28))
         return made
 
@@ -340,7 +340,7 @@ def test_two_engines_side_by_side_in_bf16(
     expected = whole("ppo")[0]
     for name in ("policy/logprob_gap", "policy/entropy", "critic/return", "critic/loss", "policy/advantage_size"):
         assert metrics[0][name] == pytest.approx(expected[0][name], rel=0.05, abs=0.02), name
-    assert metrics[2]["critic/loss"] < metrics[0]["critic/loss"]
+    assert metrics[1]["critic/loss"] < metrics[0]["critic/loss"]
 
 
 @pytest.mark.engine
@@ -390,10 +390,10 @@ def test_offloading_between_steps_changes_nothing(
     assignments = make_assignments(PPO, False)
 
     async def steps(turns: bool) -> list[dict[str, float]]:
-        group = await PolicyGroup.start(LocalRuntime(), one, declare(PPO), UPDATES)
+        group = await PolicyGroup.start(LocalRuntime(), one, declare(PPO), 3)
         metrics = []
-        for step in range(1, UPDATES + 1):
-            metrics.append(await group.learn(assignments, context(PPO, step, equal=False)))
+        for step in (1, 2, 3):
+            metrics.append(reproducible(await group.learn(assignments, context(PPO, step, equal=False))))
             if turns:
                 await group.offload()
                 await group.reload()

@@ -18,7 +18,7 @@ from rlhf.policy.rank import PolicyRank
 from rlhf.training import lora
 from rlhf.training.packing import Experience, pack
 from rlhf.training.weights import whole_weights
-from tests.helpers import rank_inside
+from tests.helpers import rank_inside, reproducible
 from tests.policy.test_anchor import algorithm
 from tests.policy.test_group import PPO, PREFERENCE, assert_same, context, declare, learn, make_assignments
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_holds_what_learns_and_restores_it(
     learned = make_assignments(goal, False)
 
     async def steps(group: PolicyGroup, first: int) -> list[dict[str, float]]:
-        return [await group.learn(learned, context(goal, step, equal=False)) for step in (first, first + 1)]
+        return [reproducible(await group.learn(learned, context(goal, n, equal=False))) for n in (first, first + 1)]
 
     async def use() -> None:
         group = await PolicyGroup.start(LocalRuntime(), made, declare(goal), 6)
@@ -223,11 +223,11 @@ def test_a_base_in_four_bits_stays_and_its_adapters_learn(
         first = await group.learn(learned, context(PPO, 1, equal=True))
         assert first["policy/kl"] == pytest.approx(0, abs=1e-6)
         await group.save(str(tmp_path), "one")
-        expected = await group.learn(learned, context(PPO, 2, equal=False))
+        expected = reproducible(await group.learn(learned, context(PPO, 2, equal=False)))
         assert expected["policy/kl_k3"] > 0
         await group.check_anchors()
         await group.load(str(tmp_path), "one")
-        assert await group.learn(learned, context(PPO, 2, equal=False)) == expected
+        assert reproducible(await group.learn(learned, context(PPO, 2, equal=False))) == expected
         await group.close()
 
     run(use())
