@@ -293,7 +293,9 @@ class RolloutEngine:
                 if self._adapter is not None:
                     engine.use_adapter()
         except BaseException:
-            await engine.abort()  # vLLM cannot run a model that is half-loaded
+            # vLLM cannot run a model that is half-loaded. Of several workers one may have failed unheard, which vLLM takes for the
+            # answer to this call: what failed first is what is raised.
+            await asyncio.gather(engine.abort(), return_exceptions=True)
             raise
         finally:
             await engine.resume()
