@@ -1,18 +1,25 @@
-"""Bit for bit, with the real vLLM, DeepSpeed and Ray: a replay is its recorded run."""
+"""Bit for bit, with the real vLLM and DeepSpeed: the loop at `loop.staleness` 0 is the synchronous one, a replay its recorded run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlhf.config import load
+from rlhf.loop import run as running
+from rlhf.loop.judged import JudgedRollout
+from rlhf.loop.online import OnlineLoop
 from rlhf.loop.replay import UNRECORDED, compare
 from rlhf.loop.run import train
 from rlhf.tracking import jsonl
 from rlhf.tracking.responses import read_step
+from tests.loop.test_synchronous import plain_step
 
 pytestmark = pytest.mark.engine
 STEPS = 3
@@ -27,6 +34,7 @@ checkpoint: {every: 0}
 cluster: {device: cpu, threads: 1}
 algorithm: {name: online_dpo}
 """
+NORMALISED = "reward.transforms=[{name: normalise}]"
 AHEAD = (
     "loop.staleness=2",
     "rollout.engines=2",
@@ -34,7 +42,7 @@ AHEAD = (
     "reward.path=tests.helpers:mean_byte",
     "loop.refill=0",
 )
-NOT_LEARNED = ("time", "idle/", "throughput/", "loop/ready")
+NOT_LEARNED = ("time", "idle/", "throughput/", "loop/ready", "warnings")
 
 
 def run(folder: Path, *overrides: str, debug: bool = True, replay: Path | None = None) -> Path:
@@ -61,6 +69,42 @@ def recorded(folder: Path) -> list[bytes]:
     files = sorted((folder / "responses").glob("*.npz"))
     assert len(files) == STEPS and all(read_step(folder, step) for step in range(1, STEPS + 1))
     return [file.read_bytes() for file in files]
+
+
+@pytest.fixture(scope="module")
+def synchronous(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = run(tmp_path_factory.mktemp("synchronous") / "run", NORMALISED)
+    assert any(line["refill/prompts"] for line in jsonl.read(folder / "metrics.jsonl"))
+    return folder
+
+
+class Plain(OnlineLoop):
+    """The same roles under the plain statement of the synchronous step, which does not watch whether the run learns anything."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.progress = SimpleNamespace(require=lambda: None, require_any=lambda: None)
+
+    @asynccontextmanager
+    async def producing(self) -> AsyncIterator[None]:
+        yield
+
+    async def step(self) -> list[JudgedRollout]:
+        return await plain_step(self)
+
+
+def test_at_staleness_0_the_loop_is_the_plain_one(
+    synchronous: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "OnlineLoop", Plain)
+    plain = run(tmp_path / "plain", NORMALISED, "tracking.responses=false")
+    assert learned(plain) == learned(synchronous)
+
+
+def test_a_synchronous_run_is_replayed(synchronous: Path, tmp_path: Path) -> None:
+    again = run(tmp_path / "again", replay=synchronous)
+    assert learned(again) == learned(synchronous)
+    assert recorded(again) == recorded(synchronous)
 
 
 def test_an_asynchronous_run_of_two_engines_and_two_ranks_is_replayed(tmp_path: Path) -> None:
