@@ -20,6 +20,8 @@ from rlhf.preflight.simulation.recorded import Answer, Learning, RecordedRun
 MOST_ANSWERS = 2000
 """Prompts that the sampling speed is fitted to: the run's last ones."""
 ROUNDS = 16
+MOST_SCALED, HALVINGS = 5.0, 16
+"""What the fit is then made slower or faster by, at most, and in how many halvings of that."""
 LEAST_STEP_S = 1e-6
 """Of a decoding step: time must go by."""
 BETTER = 0.98
@@ -74,8 +76,9 @@ def fit(run: RecordedRun) -> Fitted:
         learning, settings.policy.ranks, settings.loop.updates_per_step * settings.loop.epochs_per_step
     )
     begin = run.windows[first][0]
-    answers = [answer for answer in run.answers if answer.start >= begin and any(answer.tokens)]
-    speed, spread = decoding(run, answers)
+    written = [answer for answer in run.answers if any(answer.tokens)]
+    answers = [answer for answer in written if answer.start >= begin]
+    speed, spread = decoding(run, [answer for answer in written if answer.stop > begin])
     return Fitted(
         decoding=speed,
         batches_differ=spread >= BATCH_SPREAD,
@@ -125,9 +128,20 @@ def fit_decoding(answers: Sequence[Answer], times: Sequence[tuple[float, float]]
         if number:  # half of the way: the whole of it may swing to and fro
             step, sequence = (step + guess.step) / 2, (sequence + guess.sequence) / 2
         guess = Decoding(max(step, LEAST_STEP_S), sequence)
-    slower = float(seconds.sum() / (best_seen @ np.array([best.step, best.sequence])).sum())
     sizes = best_seen[:, 1] / best_seen[:, 0]
-    return Decoding(best.step * slower, best.sequence * slower), float(sizes.std() / sizes.mean())
+    return _scaled(best, answers, times, most), float(sizes.std() / sizes.mean())
+
+
+def _scaled(speed: Decoding, answers: Sequence[Answer], times: Sequence[tuple[float, float]], most: int) -> Decoding:
+    """The same slower or faster, so that all prompts together take as long as they did: by halving, since where prompts wait for one
+    another their time grows much faster than that of a decoding step."""
+    least, largest = 1 / MOST_SCALED, MOST_SCALED
+    for _ in range(HALVINGS):
+        middle = math.sqrt(least * largest)
+        scaled = Decoding(speed.step * middle, speed.sequence * middle)
+        late = sum(end - times[place][1] for place, end, _, _ in _replayed(answers, times, scaled, most))
+        least, largest = (middle, largest) if late < 0 else (least, middle)
+    return scaled
 
 
 def _seen(
@@ -136,13 +150,20 @@ def _seen(
     """Decoding steps and sequences in them while each prompt was written, [n, 2], and the sum of squared errors of its end, if the
     engines have this speed."""
     seen, missed = np.zeros((len(answers), 2)), 0.0
-    for name in {answer.engine for answer in answers}:
+    for place, end, steps, work in _replayed(answers, times, speed, most):
+        seen[place] = steps, work
+        missed += (end - times[place][1]) ** 2
+    return seen, missed
+
+
+def _replayed(
+    answers: Sequence[Answer], times: Sequence[tuple[float, float]], speed: Decoding, most: int
+) -> Iterator[tuple[int, float, float, float]]:
+    """(prompt, when it ends, decoding steps and work until then) if the engines that wrote these have this speed."""
+    for name in dict.fromkeys(answer.engine for answer in answers):
         mine = sorted((i for i, answer in enumerate(answers) if answer.engine == name), key=lambda i: times[i])
         for period in _periods(mine, times):
-            for place, now, steps, work in _written(answers, times, period, Engine(speed, most)):
-                seen[place] = steps, work
-                missed += (now - times[place][1]) ** 2
-    return seen, missed
+            yield from _written(answers, times, period, Engine(speed, most))
 
 
 def _periods(mine: Sequence[int], times: Sequence[tuple[float, float]]) -> list[list[int]]:
