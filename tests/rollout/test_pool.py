@@ -264,6 +264,26 @@ def test_a_missing_tensor_is_an_error_and_the_next_update_heals(which, request, 
         assert largest_gap(model, prompt, answers) < GAP
 
 
+@pytest.mark.parametrize("which", ["publisher", "debug_publisher"])
+def test_what_was_being_written_while_a_transfer_failed_does_not_count(which, request, run, tiny_model) -> None:
+    publisher: Publisher = request.getfixturevalue(which)
+    model = load_model(tiny_model)
+    publisher.publish(model)
+
+    async def finished() -> list[Any]:
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    asked = run(asked_until_one_answers(publisher.pool, LONG, MANY))
+    with pytest.raises(TransferFailed, match="would have kept their old"):
+        publisher.publish(list(model.named_parameters())[:-1])
+    publisher.connect()
+    publisher.publish(model)
+    answers = run(finished())
+    refused = [answer for answer in answers if isinstance(answer, StaleWeights)]
+    written = {info.versions for answer in answers if answer not in refused for info in answer.infos}
+    assert refused and written == {(publisher.version - 2,)}, "what was answered before counts"
+
+
 def test_a_transfer_that_breaks_off_half_way_leaves_no_trace(publisher, run, tiny_model) -> None:
     model = load_model(tiny_model, 0.97)
 
