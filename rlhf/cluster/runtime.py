@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
@@ -21,6 +22,8 @@ Files = Mapping[Role, Mapping[str, str]]
 Actor = TypeVar("Actor")
 Arguments = ParamSpec("Arguments")
 THIS_MACHINE = "this machine"
+MOST_CALLS = 1_000_000
+"""That an actor with asynchronous methods works on at once. Ray's own limit is 1,000: behind so many prompts new weights would wait."""
 
 
 @runtime_checkable
@@ -137,6 +140,7 @@ class RayRuntime:
         self, name: str, cls: Callable[Arguments, Actor], *, env: Mapping[str, str] | None = None
     ) -> Callable[Arguments, Handle[Actor]]:
         options: dict[str, Any] = {"num_cpus": 1}
+        calls = {"max_concurrency": MOST_CALLS} if _is_async(cls) else {}
         variables = dict(env or {})
         if self._reservation is not None:
             options = self._reservation.options(name)
@@ -146,7 +150,7 @@ class RayRuntime:
         remote: Any = self._ray.remote(cls)  # to Ray's types a class and a function are two things
 
         def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> RayHandle[Actor]:
-            actor = remote.options(**options, runtime_env={"env_vars": variables}).remote(*args, **kwargs)
+            actor = remote.options(**options, **calls, runtime_env={"env_vars": variables}).remote(*args, **kwargs)
             self._actors.append(actor)
             return RayHandle(name, actor)
 
@@ -204,3 +208,7 @@ class LocalRuntime:
         for name, value in self._environment.items():
             if value is None:
                 os.environ.pop(name, None)
+
+
+def _is_async(cls: Any) -> bool:
+    return any(inspect.iscoroutinefunction(method) for _, method in inspect.getmembers(cls, inspect.isfunction))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +25,7 @@ from rlhf.tracking.responses import read_step
 from tests.loop.test_synchronous import plain_step
 
 pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parents[2]
 STEPS = 3
 CONFIG = """
 data: {prompts: asset:tiny-prompts.jsonl, max_prompt_tokens: 128}
@@ -45,13 +49,29 @@ AHEAD = (
 NOT_LEARNED = ("time", "idle/", "throughput/", "loop/ready", "warnings")
 
 
-def run(folder: Path, *overrides: str, debug: bool = True, replay: Path | None = None) -> Path:
-    """A run in this folder, from its configuration or from that of the run that is replayed."""
+def run(folder: Path, *overrides: str, replay: Path | None = None) -> Path:
+    """A run in this folder and process, from its configuration or from that of the run that is replayed."""
+    settings = load(configured(folder, replay), [f"run.dir={folder}", *overrides])
+    train(settings, debug=True, replay=None if replay is None else str(replay))
+    return folder
+
+
+def run_in_ray(folder: Path, *overrides: str, replay: Path | None = None) -> Path:
+    """The same by the command, in a Ray of its own: this process may be in the one of other tests."""
+    again = [] if replay is None else ["--replay", str(replay)]
+    command = [sys.executable, "-m", "rlhf.cli", "train", str(configured(folder, replay)), f"run.dir={folder}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *overrides, *again], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def configured(folder: Path, replay: Path | None) -> Path:
     config = folder.with_suffix(".yaml")
     config.write_text(CONFIG if replay is None else (replay / "config.yaml").read_text())
-    settings = load(config, [f"run.dir={folder}", *overrides])
-    train(settings, debug=debug, replay=None if replay is None else str(replay))
-    return folder
+    return config
 
 
 def learned(folder: Path, without: tuple[str, ...] = NOT_LEARNED) -> Any:
@@ -109,10 +129,10 @@ def test_a_synchronous_run_is_replayed(synchronous: Path, tmp_path: Path) -> Non
 
 def test_an_asynchronous_run_of_two_engines_and_two_ranks_is_replayed(tmp_path: Path) -> None:
     """In Ray; the replay has two ranks and nobody else."""
-    ahead = run(tmp_path / "ahead", *AHEAD, debug=False)
+    ahead = run_in_ray(tmp_path / "ahead", *AHEAD)
     lines = jsonl.read(ahead / "metrics.jsonl")
     assert max(line["staleness/max"] for line in lines) > 0 and all(line["staleness/max"] <= 2 for line in lines)
-    again = run(tmp_path / "again", replay=ahead, debug=False)
+    again = run_in_ray(tmp_path / "again", replay=ahead)
     there = json.loads((again / "manifest.json").read_text())["placement"]
     assert [line.partition(": ")[2] for line in there] == ["policy-0, policy-1"]
     without = (*NOT_LEARNED, *UNRECORDED)

@@ -80,7 +80,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def start(config: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "rlhf.cli", "sft", str(config), "tracking.console=off", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    threads = os.environ | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads())
+    }  # as here: others would sum in another order
+    return subprocess.Popen(command, cwd=ROOT, env=threads, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen) -> None:

@@ -279,17 +279,6 @@ def test_the_slots_share_no_compiled_code(engines) -> None:
     assert len(hashes) == 2
 
 
-def test_weights_for_one_slot_are_not_taken_for_the_other(engines) -> None:
-    """The last test of an engine: afterwards both slots are in doubt."""
-    pool, publisher = engines.pool, engines.publisher
-    named = list(engines.models["partner"].named_parameters())
-    publisher.sender.send(named, Shipment(publisher.version, "partner", ()))
-    with pytest.raises(
-        TransferFailed, match="announced weights for the policy, but the sender sent them for the partner"
-    ):
-        engines.run(pool.receive(Shipment(publisher.version, "policy", ())))
-
-
 @pytest.mark.parametrize("slot", ["policy", "partner"])
 def test_new_weights_in_flight(engines, slot: ModelSlot) -> None:
     check_in_flight(engines, slot, keep=True)
@@ -341,3 +330,14 @@ def test_the_checkpoint_is_read_once_for_both(engines) -> None:
     on_disk = AutoModelForCausalLM.from_pretrained(engines.folder, dtype=torch.float32)
     for name, parameter in on_disk.named_parameters():
         assert torch.equal(parameter, engines.models["partner"].get_parameter(name))
+
+
+def test_weights_for_one_slot_are_not_taken_for_the_other(engines) -> None:
+    """The last test of an engine: afterwards both slots are in doubt."""
+    pool, publisher = engines.pool, engines.publisher
+    named = list(engines.models["partner"].named_parameters())
+    publisher.sender.send(named, Shipment(publisher.version, "partner", ()))
+    with pytest.raises(
+        TransferFailed, match="announced weights for the policy, but the sender sent them for the partner"
+    ):
+        engines.run(pool.receive(Shipment(publisher.version, "policy", ())))
