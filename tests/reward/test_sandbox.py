@@ -94,7 +94,7 @@ print(len(calls), answered)
 
 
 HOARD = """
-import ctypes, errno, os, threading
+import ctypes, errno, fcntl, mmap, os, socket, threading, time  # now: later there may be no file left to read a module from
 libc = ctypes.CDLL(None, use_errno=True)
 MIB = 2**20
 held, kept, total = [], [], 0
@@ -104,7 +104,7 @@ def take(what):
         while total < 4000 * MIB and (got := what()):
             total += got
     except (OSError, MemoryError):
-        if kept: kept.pop()  # the next call needs a little memory itself
+        pass
 def memory():
     kept.append(bytearray(8 * MIB)); return 8 * MIB
 def file_in_memory():
@@ -113,30 +113,26 @@ def shared_segment():
     return 8 * MIB if libc.shmget(0, 8 * MIB, 0o1600) >= 0 else 0
 def pipe():
     ends = os.pipe(); held.extend(ends)
-    import fcntl
     fcntl.fcntl(ends[1], 1031, MIB)
     os.set_blocking(ends[1], False)
     return os.write(ends[1], bytes(MIB))
 def shared_mapping():
-    import mmap
     kept.append(mmap.mmap(-1, 8 * MIB)); kept[-1].write(bytes(8 * MIB)); return 8 * MIB
 def folder():
     kept.append(open(f"file{len(kept)}", "wb", buffering=0)); return kept[-1].write(bytes(8 * MIB))
 def connections():
-    import socket
     if not held:
         held.append(socket.socket(socket.AF_UNIX)); held[0].bind("\\0listens"); held[0].listen(4096)
     end = socket.socket(socket.AF_UNIX); end.connect("\\0listens"); end.setblocking(False)
     return end.send(bytes(128 * 2**10))
 def pair():
-    import socket
     held.extend(socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)); held[-1].setblocking(False)
     return held[-1].send(bytes(128 * 2**10))
 def child():
     ready, done = os.pipe()
     if os.fork() == 0:
         hoard = bytearray(64 * MIB); os.write(done, b"x")
-        import time; time.sleep(30)
+        time.sleep(30)
     os.read(ready, 1); os.close(ready); os.close(done)
     return 64 * MIB
 for what in (connections, shared_segment, file_in_memory, folder, child, pair, pipe, memory, shared_mapping):
