@@ -8,6 +8,7 @@ devices in `turns`, and whether the run learns anything in `progress`.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
@@ -101,15 +102,15 @@ class OnlineLoop:
             probing = tasks.create_task(self._probe(step, producer.first))
             if not in_pieces:
                 await self._timed("loop", "wait", step, collecting.whole())
-        if not in_pieces:
-            metrics |= await self.roles.rewards.check(step)
-
-        async with policy_turn(self.roles):
-            metrics |= await self.roles.policy.check_engines(probing.result())
-            learning = self._learn_in_pieces(step, collecting, clock) if in_pieces else self._learn(step, batch)
-            metrics |= await learning
-            changed = await self.roles.policy.follow(step)
-            state.next_version()
+                await asyncio.wait([probing])
+                metrics |= await self.roles.rewards.check(step)
+            async with policy_turn(self.roles):
+                if in_pieces:
+                    metrics |= await self._learn_in_pieces(step, collecting, probing, clock)
+                else:
+                    metrics |= await self._learn(step, batch, probing)
+                changed = await self.roles.policy.follow(step)
+                state.next_version()
         clock.lap("time/train")
 
         await self._timed("policy", "publish", step, self._publish("policy"))
@@ -130,17 +131,20 @@ class OnlineLoop:
         state.finish_step()
         return batch.judged
 
-    async def _learn(self, step: int, batch: Batch) -> dict[str, float]:
+    async def _learn(self, step: int, batch: Batch, probing: asyncio.Task[dict[int, Rollout]]) -> dict[str, float]:
         """Let the policy learn from the whole batch."""
+        checked = await self.roles.policy.check_engines(await probing)
         if not batch.assignments:
-            return {}
+            return checked
         learning = self.roles.policy.learn(batch.assignments, self._context(step))
         tokens = n_tokens(batch.assignments)
-        return self._after(step, batch, await self._timed("policy", "learn", step, learning, tokens=tokens))
+        return checked | self._after(step, batch, await self._timed("policy", "learn", step, learning, tokens=tokens))
 
-    async def _learn_in_pieces(self, step: int, collecting: Collecting, clock: Clock) -> dict[str, float]:
-        """Let the policy learn from the batch while it comes together. Before anything is learned for good, rewards and builder are
-        known to work."""
+    async def _learn_in_pieces(
+        self, step: int, collecting: Collecting, probing: asyncio.Task[dict[int, Rollout]], clock: Clock
+    ) -> dict[str, float]:
+        """Let the policy learn from the batch while it comes together. Before anything is learned for good, rewards, builder and engines
+        are known to work."""
         policy, batch, pieces = self.roles.policy, collecting.batch, 0
         while (piece := await self._timed("loop", "wait", step, collecting.piece())) is not None:
             if piece.first:
@@ -150,7 +154,7 @@ class OnlineLoop:
             await self._timed("policy", "learn", step, accumulating, tokens=tokens, piece=pieces)
             clock.lap("time/train")
         collecting.check()
-        checked = await self.roles.rewards.check(step)
+        checked = await self.roles.rewards.check(step) | await policy.check_engines(await probing)
         if not batch.assignments:
             return checked
         tokens = n_tokens(batch.assignments)

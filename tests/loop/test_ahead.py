@@ -115,7 +115,7 @@ def test_a_step_is_learned_from_in_pieces_as_its_prompts_come_back() -> None:
     calls = loop.roles.policy.stage.calls
     assert loop.roles.policy.pieces == [(0, ["p1"]), (0, ["p2", "p0"])]
     assert [call for call in calls if call.startswith("policy.")] == [
-        "policy.check_engines", "policy.begin", "policy.accumulate", "policy.accumulate", "policy.finish", "policy.follow",
+        "policy.begin", "policy.accumulate", "policy.accumulate", "policy.check_engines", "policy.finish", "policy.follow",
         "policy.send_weights",
     ]  # fmt: skip
     assert calls.index("rewards.check") < calls.index("policy.finish"), (
