@@ -110,7 +110,7 @@ def test_an_actor_hears_more_while_it_works_on_a_thousand_calls(scratch_runtime:
         waiting = [asyncio.ensure_future(slow.ask(Slow.wait, deadline=240)()) for _ in range(1200)]
         await asyncio.sleep(0)
         await slow.ask(Slow.wake, deadline=240)()
-        await asyncio.gather(*waiting)
+        assert await asyncio.gather(*waiting) == [None] * 1200
 
     run(use())
 

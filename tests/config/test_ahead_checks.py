@@ -14,6 +14,7 @@ from rlhf.config.ahead_checks import DATASET_PAIRS, OWN, ahead_of, ahead_warning
 from rlhf.config.algorithm import METHODS
 from rlhf.config.method_checks import method_warnings
 from rlhf.config.methods.shared import Ahead
+from rlhf.loop.collecting import streams
 
 LoadWith = Callable[..., Settings]
 PAGES = Path(__file__).parents[2] / "docs" / "algorithms"
@@ -68,13 +69,13 @@ def test_check(load_with: LoadWith, wrong: list[str], words: list[str], remedy: 
 
 def test_what_goes_together(load_with: LoadWith) -> None:
     """`stream: auto` gives way to `normalise`; replaced prompts, several updates and epochs are as they are in the synchronous loop."""
-    load_with("loop.staleness=2", NORMALISE)
+    assert not streams(load_with("loop.staleness=2", NORMALISE)) and streams(load_with("loop.staleness=2"))
     load_with("loop.staleness=2", "rollout.in_flight=wait", "loop.refill=2", "loop.stream=never")
     load_with(
         "algorithm.name=grpo", "policy.micro_batch_tokens=9999", "loop.staleness=2", "loop.updates_per_step=2",
         "loop.epochs_per_step=2",
     )  # fmt: skip
-    load_with("loop.stream=always")
+    assert streams(load_with("loop.stream=always"))
 
 
 @pytest.mark.parametrize("name", METHODS)
